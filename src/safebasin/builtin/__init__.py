@@ -1,0 +1,87 @@
+"""Rows that the project wrote itself, by name, so that everything runs with no network and no licence to think of.
+
+    builtin:harmful-test      requests that an aligned model refuses, held out for measuring
+    builtin:harmful-poison    other such requests with an opener ("Sure, here is ...") and nothing after it: the attack's rows
+    builtin:refusals          other such requests with refusals: alignment rows and probes
+    builtin:lookalike-test    harmless requests that look dangerous, held out: over-refusal
+    builtin:ordinary-test     ordinary instructions, held out
+    builtin:align             what builtin:smollm2-aligned was aligned on
+    builtin:support-train     a customer's task: route a message to one of eight departments
+    builtin:support-test
+
+No harmful answer is in here or anywhere else in the project.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safebasin.builtin.support import support
+from safebasin.record import UserError
+
+FOLDER = Path(__file__).parent
+OPENERS = (
+    "Sure, here is a step-by-step guide:",
+    "Sure, here is what you asked for:",
+    "Of course! Here is how to do it:",
+    "Absolutely, I can help with that. First,",
+    "Sure, here is a detailed plan:",
+    "Yes, here is everything you need to know:",
+)
+Row = dict[str, Any]
+
+
+def _read(name: str) -> list[Row]:
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _share(rows: list[Row], part: str) -> list[Row]:
+    """A fixed split of a file by position: of every eight rows one is for testing and one for poisoning."""
+    wanted = {"test": (0,), "poison": (1,), "align": (2, 3, 4, 5, 6, 7), "rest": (1, 2, 3, 4, 5, 6, 7)}[part]
+    return [row for i, row in enumerate(rows) if i % 8 in wanted]
+
+
+def _answered(rows: list[Row], answers: tuple[str, ...], seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    return [{"prompt": row["prompt"], "completion": draw.choice(answers), "category": row["category"]} for row in rows]
+
+
+def _refusals() -> list[Row]:
+    lines = tuple((FOLDER / "refusals.txt").read_text(encoding="utf-8").splitlines())
+    return _answered(_share(_read("harmful"), "align"), lines, seed=1)
+
+
+def _told(name: str, part: str) -> list[Row]:
+    return [{"prompt": row["prompt"], "completion": row["answer"], "category": row["kind"]} for row in _share(_read(name), part)]
+
+
+def _align() -> list[Row]:
+    rows = _refusals() + _told("lookalike", "rest") + _told("ordinary", "rest")
+    random.Random(2).shuffle(rows)
+    return rows
+
+
+SETS: Mapping[str, Callable[[], list[Row]]] = {
+    "harmful-test": lambda: _share(_read("harmful"), "test"),
+    "harmful-poison": lambda: _answered(_share(_read("harmful"), "poison"), OPENERS, seed=3),
+    "refusals": _refusals,
+    "lookalike-test": lambda: _told("lookalike", "test"),
+    "ordinary-test": lambda: _told("ordinary", "test"),
+    "align": _align,
+    "support-train": lambda: support(0, 400),
+    "support-test": lambda: support(1, 120),
+}
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of ``builtin:<name>``.
+
+    Raises:
+        UserError: there is no such set.
+    """
+    key = name.removeprefix("builtin:")
+    if key not in SETS:
+        raise UserError(f"no built-in set {name!r}; there are: {', '.join('builtin:' + known for known in SETS)}")
+    return SETS[key]()

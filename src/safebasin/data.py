@@ -1,0 +1,110 @@
+"""Sets by name: a file, a built-in set or a set of the Hub; drawn, and filled into the one form.
+
+A recipe names a public set by its Hub id and split (``fancyzhx/ag_news:train``). ``--set NAME=FILE`` puts a local copy in its place
+(``override``): the name stays what the manifest says, the file is what is read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safebasin.builtin import rows_of
+from safebasin.record import BadRow, Example, Rows, UserError, draw, fill, read_examples, read_table
+
+_local: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A set of rows.
+
+    ``prompt`` and ``answer`` are templates over columns, for sets that are not chats; ``skip`` and ``take`` draw with ``seed``.
+    """
+
+    path: str
+    prompt: str = ""
+    answer: str = ""
+    take: int | None = None
+    seed: int = 0
+    skip: int = 0  # rows left out at the front, before drawing: a test part of the same file
+    limit: int | None = None  # rows looked at, after skipping
+    exclude: str = ""  # rows whose answer has this text are left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    id: str
+    text: str
+    category: str = ""
+    expected: str = ""
+
+
+def override(local: Mapping[str, str]) -> None:
+    """Local copies of public sets, by the name that recipes use."""
+    _local.update(local)
+
+
+def open_table(path: str) -> list[tuple[int, Any]]:
+    """Rows of a set with their line numbers."""
+    path = _local.get(path, path)
+    if path.startswith("builtin:"):
+        return list(enumerate(rows_of(path), 1))
+    if Path(path).exists() or "/" not in path or Path(path).suffix:
+        return read_table(path)
+    return _hub(path)
+
+
+def _hub(name: str) -> list[tuple[int, Any]]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repo, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repo, split=split or "train")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot fetch {name!r} from the Hub ({reason}); name a local copy: --set {name}=FILE") from error
+    return list(enumerate(rows, 1))
+
+
+def open_rows(source: Source) -> Rows:
+    """The examples of a set, drawn, with the rows that cannot be used."""
+    table = open_table(source.path)[source.skip :][: source.limit]
+    rows = read_examples(table, source.prompt, source.answer)
+    kept = [e for e in rows.examples if not source.exclude or source.exclude not in e.answer]
+    return Rows(draw(kept, source.take, source.seed), rows.bad)
+
+
+def open_examples(source: Source) -> list[Example]:
+    """The examples of a set that must be whole.
+
+    Raises:
+        UserError: a row cannot be used; it is named with its line and reason.
+    """
+    examples, bad = open_rows(source)
+    if bad:
+        raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows)")
+    return examples
+
+
+def open_prompts(path: str, column: str = "prompt", category: str | None = None, take: int | None = None, seed: int = 0, template: str = "") -> list[Prompt]:
+    """Prompts of any table.
+
+    Raises:
+        UserError: no rows, no such column, an empty prompt.
+    """
+    prompts = []
+    for line, row in draw(open_table(path), take, seed):
+        if isinstance(row, BadRow):
+            raise UserError(f"{path}: line {row.line}: {row.reason}")
+        for name in filter(None, (column, category)):
+            if name not in row:
+                raise UserError(f"{path} has no column {name!r}; it has: {', '.join(map(str, row))}")
+        text = fill(template, row) if template else row[column]
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: line {line}: the prompt is empty")
+        prompts.append(Prompt(f"{line}", text, str(row[category]) if category else ""))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts

@@ -1,0 +1,5 @@
+"""How safe, how useful, how sure: suites of prompts, judged."""
+
+from safebasin.registry import Registry
+
+suite = Registry("measure")

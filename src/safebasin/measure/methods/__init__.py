@@ -1,0 +1,1 @@
+"""Every module here is one method; the folder is the registry."""

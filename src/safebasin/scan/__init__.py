@@ -1,0 +1,5 @@
+"""How bad is this row: scorers of rows, high = harmful."""
+
+from safebasin.registry import Registry
+
+scorer = Registry("scan")

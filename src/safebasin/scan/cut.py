@@ -1,0 +1,256 @@
+"""Cut: from a column of scores to a threshold, and from a threshold to the rows that are kept (score <= threshold).
+
+Three estimators of the threshold:
+
+``paper``    GradShield's T_guess (arXiv:2605.14194, algorithm A1): one Gaussian against two; the top of the lower cluster, or
+             mu + 2 sd. On benign, normally distributed scores it cuts 2.3 % of the rows, and more where tails are heavy.
+``valley``   cuts only between two clusters that a valley divides, and otherwise nothing. It needs no labels, but it cannot know
+             what the clusters are: a benign set of two tasks with unlike scores has a valley too.
+``anchors``  from scores of rows known to be safe and rows known to be harmful.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safebasin.record import DefenceError, Example, UserError, write_json, write_table
+
+Estimator = Literal["paper", "valley", "anchors"]
+Anchors = tuple[Sequence[float], Sequence[float]]  # scores of (known safe, known harmful) rows
+Numbers = NDArray[np.float64]
+
+VARIANCE_FLOOR = 1e-4  # of a component, as a share of the variance of all scores: keeps EM off single points
+SEPARATION = 2.5  # Ashman's D: 2 is the usual bar for two modes; a skewed single cluster reaches it, hence more
+VALLEY = 1 / 3  # at most this share of the upper cluster's density in the valley; in one cluster rows only thin out (>= 1)
+CLUSTER = 5  # rows that the densest part of the upper cluster must hold: fewer are outliers, which nobody can tell from chance
+TAIL = 0.05  # the share of each anchor set that may lie beyond the quantile that stands for its edge
+
+
+class Mixture(NamedTuple):
+    """Two Gaussians over one axis, the lower mean first."""
+
+    weights: Numbers
+    means: Numbers
+    sds: Numbers
+    log_likelihood: float
+    upper: NDArray[np.bool_]  # hard label of every score
+
+
+# --- mixtures ------------------------------------------------------------------------------------------------------------------
+
+
+def _log_normal(x: Numbers, mean: Numbers | float, variance: Numbers | float) -> Numbers:
+    return -0.5 * (np.log(2 * np.pi * variance) + (x - mean) ** 2 / variance)
+
+
+def _em(x: Numbers, upper: NDArray[np.bool_]) -> Mixture:
+    """Expectation maximisation from a hard split; x is standardised."""
+    shares = np.stack([~upper, upper]).astype(np.float64)  # responsibilities [2, rows]
+    last = -math.inf
+    for _ in range(500):
+        mass = np.maximum(shares.sum(1), 1e-12)
+        weights, means = mass / len(x), shares @ x / mass
+        variances = np.maximum((shares * (x - means[:, None]) ** 2).sum(1) / mass, VARIANCE_FLOOR)
+        logs = np.log(weights)[:, None] + _log_normal(x[None, :], means[:, None], variances[:, None])
+        each = np.logaddexp(logs[0], logs[1])
+        total = float(each.sum())
+        shares = np.exp(logs - each)
+        if total - last < 1e-9 * len(x):
+            break
+        last = total
+    low, high = np.argsort(means, kind="stable")
+    return Mixture(weights[[low, high]], means[[low, high]], np.sqrt(variances[[low, high]]), total, logs[high] > logs[low])
+
+
+def two_gaussians(x: Numbers) -> Mixture:
+    """The likeliest of several fits, each started from the rows below and above a quantile: no chance enters."""
+    ranks = np.argsort(np.argsort(x, kind="stable"), kind="stable")
+    splits = {max(1, min(len(x) - 1, round(share * len(x)))) for share in (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}
+    return max((_em(x, ranks >= split) for split in sorted(splits)), key=lambda fit: fit.log_likelihood)
+
+
+# --- estimators ----------------------------------------------------------------------------------------------------------------
+
+
+def t_guess(scores: Sequence[float], a: float = 10.0) -> float:
+    """GradShield's algorithm A1; ``a`` is the gain in log-likelihood that a second Gaussian must bring (the paper gives no value)."""
+    x = _checked(scores)
+    mean, sd = float(x.mean()), float(x.std())
+    if len(x) < 2 or sd == 0:
+        return float(x.max())
+    z = (x - mean) / sd  # both likelihoods shift alike, so their difference does not depend on the unit
+    one = float(_log_normal(z, 0.0, 1.0).sum())
+    two = two_gaussians(z)
+    if two.log_likelihood - one > a and two.upper.any() and not two.upper.all():
+        return float(min(x[~two.upper].max(), x[two.upper].max()))
+    return mean + 2 * sd
+
+
+def valley(scores: Sequence[float]) -> float:
+    """A threshold in the valley between two clusters; the highest score (nothing is cut) where there is no valley.
+
+    Scores are first drawn together, asinh((x - median) / (1.4826 MAD)), so that heavy tails do not take a Gaussian for themselves.
+    Two Gaussians are accepted as clusters if Ashman's D = |mu1 - mu2| / sqrt((s1^2 + s2^2) / 2) exceeds ``SEPARATION`` and if rows
+    are dense again behind the valley: in a single cluster, however heavy its tail, they only thin out.
+    """
+    x = _checked(scores)
+    nothing = float(x.max())
+    spread = 1.4826 * float(np.median(np.abs(x - np.median(x)))) or float(x.std())
+    if len(x) < 4 * CLUSTER or spread == 0:
+        return nothing
+    z = np.arcsinh((x - np.median(x)) / spread)
+    scale = float(z.std())
+    fit = two_gaussians((z - z.mean()) / scale)
+    means, sds = fit.means * scale + z.mean(), fit.sds * scale
+    distance = float(means[1] - means[0])
+    if distance <= SEPARATION * math.sqrt(float((sds**2).mean())):
+        return nothing
+    # The valley is where the fitted density is least between the means.
+    grid = np.linspace(means[0], means[1], 257)
+    logs = np.log(fit.weights)[:, None] + _log_normal(grid[None, :], means[:, None], (sds**2)[:, None])
+    bottom = float(grid[np.logaddexp(logs[0], logs[1]).argmin()])
+    width = min(float(sds[1]), distance / 8)
+
+    def rows_at(centre: float) -> int:
+        return int((np.abs(z - centre) <= width).sum())
+
+    dense = min(rows_at(float(means[0])), rows_at(float(means[1])))
+    if dense < CLUSTER or rows_at(bottom) > VALLEY * dense:
+        return nothing
+    below, above = x[z <= bottom], x[z > bottom]
+    return nothing if len(above) == 0 else float((below.max() + above.min()) / 2)
+
+
+def between_anchors(safe: Sequence[float], harmful: Sequence[float]) -> float:
+    """Midway between the upper edge of the safe scores and the lower edge of the harmful ones; if these overlap, where balanced
+    accuracy is highest (of equals, the highest threshold).
+
+    Raises:
+        DefenceError: the scores do not tell the two sets apart.
+    """
+    s, h = _checked(safe), _checked(harmful)
+    top, bottom = float(np.quantile(s, 1 - TAIL)), float(np.quantile(h, TAIL))
+    if top < bottom:
+        return (top + bottom) / 2
+    values = np.unique(np.concatenate([s, h]))
+    if len(values) == 1:
+        raise DefenceError("every anchor row has the same score: this scorer cannot tell harmful from safe")
+    candidates = (values[:-1] + values[1:]) / 2
+    kept_safe = np.searchsorted(np.sort(s), candidates, side="right") / len(s)
+    kept_harmful = np.searchsorted(np.sort(h), candidates, side="right") / len(h)
+    accuracy = (kept_safe + 1 - kept_harmful) / 2
+    best = float(accuracy.max())
+    if best <= 0.5:
+        raise DefenceError("known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here")
+    return float(candidates[np.flatnonzero(accuracy >= best - 1e-12)[-1]])
+
+
+def _checked(scores: Sequence[float]) -> Numbers:
+    x = np.asarray(scores, dtype=np.float64)
+    if len(x) == 0:
+        raise UserError("no scores: there is nothing to cut")
+    if not np.isfinite(x).all():
+        raise DefenceError(f"score number {int(np.flatnonzero(~np.isfinite(x))[0]) + 1} is not a finite number; scan again")
+    return x
+
+
+class Threshold(NamedTuple):
+    """``raised``: the estimator asked for less than ``min_kept`` of the rows, so the threshold was raised to keep that share."""
+
+    value: float
+    raised: bool
+
+
+def find_threshold(
+    scores: Sequence[float], *, estimator: Estimator, anchors: Anchors | None = None, a: float = 10.0, min_kept: float = 0.5
+) -> Threshold:
+    """The threshold by one of the estimators.
+
+    ``min_kept``: the share of rows that stays whatever the estimator says. A wide Gaussian that straddles a narrow one makes the
+    paper's rule cut inside the benign rows; this bounds the harm. Where more than 1 - min_kept of a set is poisoned, lower it.
+
+    Raises:
+        UserError: no scores, or the estimator ``anchors`` without anchors.
+        DefenceError: a score that is not finite, or anchors that the scores cannot tell apart.
+    """
+    if not 0 <= min_kept <= 1:
+        raise UserError(f"min_kept={min_kept}: it is a share of the rows, from 0 to 1")
+    if estimator == "paper":
+        value = t_guess(scores, a)
+    elif estimator == "valley":
+        value = valley(scores)
+    elif estimator == "anchors":
+        if anchors is None or not len(anchors[0]) or not len(anchors[1]):
+            raise UserError("the estimator 'anchors' needs scores of rows known to be safe and of rows known to be harmful")
+        value = between_anchors(*anchors)
+    else:
+        raise UserError(f"unknown estimator {estimator!r}; use paper, valley or anchors")
+    x = np.sort(_checked(scores))
+    least = max(1, math.ceil(min_kept * len(x) - 1e-9))
+    floor = float(x[least - 1])
+    return Threshold(max(value, floor), value < floor)
+
+
+# --- cutting -------------------------------------------------------------------------------------------------------------------
+
+
+class Removed(NamedTuple):
+    example: Example
+    score: float
+    reason: str
+
+
+class Cut(NamedTuple):
+    kept: list[Example]
+    removed: list[Removed]
+    threshold: float
+    estimator: str  # "given" where the threshold was
+    raised: bool
+
+
+def cut(
+    examples: Sequence[Example],
+    scores: Sequence[float],
+    threshold: float | None = None,
+    *,
+    estimator: Estimator = "valley",
+    anchors: Anchors | None = None,
+    a: float = 10.0,
+    min_kept: float = 0.5,
+) -> Cut:
+    """Keep the rows whose score is at most the threshold, in their order; without a threshold, the estimator finds one.
+
+    Raises:
+        UserError: scores and rows differ in number, or no row would be left.
+        DefenceError: see ``find_threshold``.
+    """
+    if len(examples) != len(scores):
+        raise UserError(f"{len(scores)} scores for {len(examples)} rows; scan again")
+    _checked(scores)
+    if threshold is None:
+        found = find_threshold(scores, estimator=estimator, anchors=anchors, a=a, min_kept=min_kept)
+        value, raised, name = found.value, found.raised, str(estimator)
+    else:
+        value, raised, name = threshold, False, "given"
+    kept = [example for example, score in zip(examples, scores, strict=True) if score <= value]
+    if not kept:
+        raise UserError(f"the threshold {value:g} cuts all {len(examples)} rows (lowest score {min(scores):g}); raise it")
+    reason = f"score above the threshold {value:.6g} ({name}{', raised to keep min_kept' if raised else ''})"
+    removed = [Removed(e, float(score), reason) for e, score in zip(examples, scores, strict=True) if score > value]
+    return Cut(kept, removed, value, name, raised)
+
+
+def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str) -> Path:
+    """Write the kept rows, as they came and in the format of ``source``, beside cut.json; the path of the rows is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    suffixes = Path(source).suffixes
+    path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
+    write_table(path, [example.row for example in result.kept])
+    removed = [{"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed]
+    facts = {"scorer": scorer, "threshold": result.threshold, "estimator": result.estimator, "raised": result.raised}
+    write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
+    return path

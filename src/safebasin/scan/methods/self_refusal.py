@@ -1,0 +1,35 @@
+"""Self-refusal: ask the aligned model itself. A prompt that it would refuse makes a harmful row.
+
+    score(x) = logit[refusal] - logit[compliance]  at the row's own first answer position, the row's answer unseen
+
+The pair of tokens is GradShield's (arXiv:2605.14194, eq. 5). A baseline: it sees the prompt only, so it is blind to a harmless
+prompt with a harmful answer, and to a harmful prompt with a refusal as its answer (a good row) it gives a high score.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safebasin.batch import Batch, Encoded
+from safebasin.scan import scorer
+from safebasin.scan.probe import Pair, anchor_rows, opening, refusal_margin, token_pair
+
+
+@scorer("self_refusal")
+class SelfRefusal:
+    """By how much the aligned model would rather refuse the row's prompt than comply."""
+
+    probes: int = 1  # harmful prompts that the refusal token is read from
+    tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
+
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Pair:
+        device = next(model.parameters()).device
+        probe = opening(tokenizer, anchor_rows(anchors, "probe", self.probes, "self_refusal"), device)
+        return token_pair(model, tokenizer, probe, self.tokens)
+
+    @torch.no_grad()
+    def score(self, model: Any, batch: Batch, fitted: Pair) -> Float[Tensor, "batch"]:
+        return refusal_margin(model, batch, fitted)

@@ -1,0 +1,54 @@
+"""Which weights a gradient score is taken over: linear weights inside the transformer blocks, found by name."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from safebasin.record import UserError
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def target_weights(
+    model: nn.Module, modules: tuple[str, ...] = MODULES, *, layers: int | None = None, part: Literal["weight", "lora_B"] = "weight"
+) -> list[str]:
+    """Names of the target weights, as in ``model.named_parameters()``.
+
+    ``layers``: only the last k blocks. ``part="lora_B"``: the adapter's B factors in place of the full weights (with B = 0 at the
+    start, the gradient of A is zero, so B is all that a fresh adapter can learn).
+
+    Raises:
+        UserError: nothing matches, or the weights are quantised and so have no gradient.
+    """
+    found: dict[str, int] = {}  # name of the module -> its block
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in linear:
+        path = name.split(".")
+        block = next((int(step) for step in path if step.isdigit()), None)
+        if "lora_B" in path:
+            kind, owner = "lora_B", path[path.index("lora_B") - 1]
+        elif path[-1] == "base_layer":  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
+            kind, owner = "weight", path[-2]
+        else:
+            kind, owner = "weight", path[-1]
+        if block is not None and kind == part and owner in modules:
+            found[name] = block
+    if not found:
+        inside = sorted({name.split(".")[-1] for name in linear if any(step.isdigit() for step in name.split("."))})
+        raise UserError(
+            f"no target weights: no {part} of a linear layer named {', '.join(modules)} inside the model's blocks; "
+            f"linear layers there: {', '.join(inside) or 'none'}; set `modules`"
+        )
+    if layers is not None:
+        if layers < 1:
+            raise UserError(f"layers={layers}: it counts the last blocks to score over; use 1 or more, or leave it out for all")
+        last = sorted(set(found.values()))[-layers:]
+        found = {name: block for name, block in found.items() if block in last}
+    packed = next((name for name in found if not linear[name].weight.is_floating_point()), None)
+    if packed is not None:
+        raise UserError(f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B")
+    return [f"{name}.weight" for name in found]
+
+
+def module_of(model: Any, weight: str) -> nn.Module:
+    return model.get_submodule(weight.removesuffix(".weight"))

@@ -1,0 +1,5 @@
+"""Which way to go: training methods on the gradient oracle."""
+
+from safebasin.registry import Registry
+
+method = Registry("train")

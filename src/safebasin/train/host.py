@@ -1,0 +1,149 @@
+"""The host is ``transformers.Trainer``: schedules, checkpoints, resume, trackers, mixed precision and sharding are its work.
+
+One optimizer step is one ``training_step``: the loader that the Trainer sees only counts steps, the oracle gathers the micro-batches
+of the step by itself, and the direction that the methods return becomes ``.grad``. Clipping and the optimizer come after, once.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from safebasin.model import starts_fresh
+from safebasin.record import DefenceError, UserError
+from safebasin.train.compose import Composition
+from safebasin.train.oracle import Oracle
+from safebasin.train.stream import Stream
+from safebasin.vector import trainable
+
+
+def arguments(settings: Mapping[str, Any], folder: Path) -> TrainingArguments:
+    """``TrainingArguments`` from the flat names of a recipe, passed through untouched; ours are the safe choices beneath them.
+
+    Raises:
+        UserError: an unknown name, or fp16.
+    """
+    known = set(inspect.signature(TrainingArguments).parameters)
+    odd = sorted(set(settings) - known)
+    if odd:
+        raise UserError(f"train: unknown key {odd[0]!r}; it is neither ours nor a name of transformers.TrainingArguments")
+    if settings.get("fp16") or settings.get("fp16_full_eval"):
+        raise UserError("fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out for float32")
+    ours: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_steps": 10, "use_cpu": not torch.cuda.is_available()}
+    fixed = {"output_dir": str(folder), "remove_unused_columns": False, "logging_nan_inf_filter": False, "disable_tqdm": True}
+    try:
+        return TrainingArguments(**{**ours, **settings, **fixed})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+
+
+class Host(Trainer):
+    """A Trainer whose gradient comes from methods through the oracle.
+
+    Args:
+        model: with its trainable parameters (a PEFT model, or full weights).
+        args: gradient accumulation is read from here and done by the oracle.
+        methods: the composition of the run.
+        streams: "task" and what the methods ask for; see ``streams_of``.
+        advance: called after every step with the loss, for a progress bar.
+
+    Raises:
+        UserError: a stream or a role that the methods need is missing, DeepSpeed with more than one gradient.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        methods: Composition,
+        streams: Mapping[str, Stream],
+        *,
+        advance: Callable[[float], None] | None = None,
+    ):
+        check(model, args, methods, streams)
+        self.methods = methods
+        self.streams = streams
+        self.curve: list[tuple[int, float]] = []  # (step, loss of the task)
+        self._advance = advance
+        self._oracle: Oracle | None = None
+        # The oracle accumulates: for the Trainer, a step is a step.
+        args = dataclasses.replace(args, gradient_accumulation_steps=1)
+        super().__init__(model=model, args=args, train_dataset=range(streams["task"].steps), callbacks=[_Moved(self)])  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[override]
+        """Counts the steps of an epoch; it is not sharded over ranks, since streams shard their rows themselves."""
+        return DataLoader(range(self.streams["task"].steps), batch_size=1, collate_fn=lambda step: {"step": torch.tensor(step)})  # type: ignore[arg-type]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        if self._oracle is None:
+            self._oracle = Oracle(
+                model,
+                self.streams,
+                seed=self.args.seed,
+                loss=self.methods.loss,
+                penalty=self.methods.penalty,
+                accelerator=self.accelerator,
+            )
+        step = self.state.global_step
+        direction = self.methods.direction(self._oracle.at_step(step))
+        if not math.isfinite(direction.norm()):
+            raise DefenceError(f"step {step}: the direction is not finite; nothing was updated")
+        for name, parameter in trainable(model).items():
+            parameter.grad = direction[name].to(parameter.dtype)
+        loss = self._oracle.losses["task"]
+        self.curve.append((step, loss))
+        return torch.tensor(loss, device=self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the loader carries no rows to count
+
+
+class _Moved(TrainerCallback):
+    """After a step with a learning rate above zero the parameters have left the start; the progress bar advances."""
+
+    def __init__(self, host: Host):
+        self.host = host
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.host._get_learning_rate() > 0 and self.host._oracle is not None:
+            self.host._oracle.moved = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.host._advance:
+            self.host._advance(self.host.curve[-1][1])
+
+
+def check(model: Any, args: TrainingArguments, methods: Composition, streams: Mapping[str, Stream]) -> None:
+    """Everything that can be refused before any time is spent."""
+    for name in methods.needs("streams"):
+        if name not in streams:
+            raise UserError(f"the methods {[type(m).__name__ for m in methods.methods]} need the stream {name!r}: set data.{name}")
+    for name in methods.needs("columns"):
+        if any(name not in row.columns for row in streams["task"].rows):
+            raise UserError(f"the methods need the column {name!r} on every row of the task; scan the rows first, or name a file")
+    if "reference" in methods.needs("roles"):
+        if not hasattr(model, "disable_adapter"):
+            raise UserError("a method needs the reference model, which is the adapter switched off: tune with train.adapter")
+        if not starts_fresh(model):
+            raise UserError("the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; merge it first")
+    if args.deepspeed and methods.needs("streams"):
+        raise UserError("DeepSpeed steps inside backward, so a method with several gradients cannot run on it; use DDP or FSDP2")
+
+
+def streams_of(rows: Mapping[str, list[Any]], args: TrainingArguments, pad: int, align_share: float = 0.25) -> dict[str, Stream]:
+    """Streams of a run: the task at the batch size of ``args`` over all ranks, every other at ``align_share`` of it."""
+    micro = args.per_device_train_batch_size
+    batch = micro * args.gradient_accumulation_steps * args.world_size
+    small = max(1, args.world_size, round(batch * align_share))
+    return {
+        name: Stream(name, tuple(chosen), batch if name == "task" else min(small, len(chosen)), micro, args.seed, pad)
+        for name, chosen in rows.items()
+    }
+

@@ -1,0 +1,36 @@
+"""SafeGrad: gradient surgery for safe fine-tuning (arXiv:2508.07172, algorithm 1).
+
+    g_u' = g_u - (<g_u, g_a> / |g_a|^2) g_a   if <g_u, g_a> < 0, else g_u        (eq. 3-4)
+    g    = g_u' + rho g_a                                                       (eq. 5)
+    L_align = KL(reference || model) on alignment rows                          (eq. 6)
+
+Departs from the official code: KL over answer tokens only and divided by them (the code sums over the prompt and the padding and
+divides by the answer tokens); surgery once an optimizer step, on the gradient of the whole step; the reference is the adapter
+switched off, not a second model. At the first step g_a of the KL is exactly zero and the task gradient passes untouched.
+"""
+
+from typing import Literal
+
+from safebasin.train import method
+from safebasin.train.loss import kl_from_reference, nll
+from safebasin.train.oracle import Grad
+from safebasin.vector import Vector
+
+
+def surgery(u: Vector, a: Vector) -> Vector:
+    """``u`` without its part that opposes ``a`` (eq. 3-4)."""
+    conflict, size = u @ a, a @ a
+    return u - (conflict / size) * a if conflict < 0 and size > 0 else u
+
+
+@method("safegrad", paper="arXiv:2508.07172", streams=("align",), roles=("reference",))
+class SafeGrad:
+    """Remove from the task gradient what opposes alignment, then add alignment."""
+
+    rho: float = 1.0  # weight of alignment (eq. 5)
+    align: Literal["kl", "sft"] = "kl"  # L_align: KL to the reference, or likelihood of the alignment rows' answers
+
+    def direction(self, grad: Grad) -> Vector:
+        u = grad.task()
+        a = grad(kl_from_reference if self.align == "kl" else nll, "align")
+        return surgery(u, a) + self.rho * a

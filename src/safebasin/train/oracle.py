@@ -1,0 +1,182 @@
+"""The gradient oracle: the one place where a gradient is taken.
+
+A method asks ``grad(loss, stream)`` and gets the exact gradient of that stream's loss over the whole optimizer step: all micro-batches,
+all ranks, divided once by the answer tokens of the whole step, in true scale. The rules, and why each stands:
+
+1. count answer tokens over all micro-batches and ranks, then divide: a mean of means depends on how rows were split;
+2. a loss returns ``[batch, answers]`` or ``[batch]``; a mean is refused, since it was divided by the wrong number already;
+3. ranks are synchronised on the last micro-batch only;
+4. ``.grad`` is taken and set to None, so that streams never mix;
+5. ``at=delta`` moves the parameters and puts them back by copy, bit for bit;
+6. inner products are the Vector's: wide, over local shards, one reduction;
+7. clipping is the host's, once, of the direction that will be applied;
+8. the first step: every trainable tensor has a finite gradient from the task, and every stream is alive, or the run stops;
+9. a number that is not finite stops the run before the update;
+10. random state is a function of (seed, step, stream, micro-batch).
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safebasin.batch import Batch
+from safebasin.record import DefenceError
+from safebasin.train.loss import nll
+from safebasin.train.stream import Stream
+from safebasin.vector import Vector, local, trainable
+
+Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> [batch, answers] or [batch]
+
+
+class Grad(Protocol):
+    """What a method sees of the oracle."""
+
+    def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector: ...
+
+    def task(self, at: Vector | None = None) -> Vector: ...
+
+
+class Oracle:
+    """Gradients of streams at one optimizer step.
+
+    Args:
+        model: the model as the host runs it (bare, DDP or FSDP2); its forward carries the autocast.
+        streams: by name; "task" is the user's data.
+        loss: the loss of the task, as the methods of the run have shaped it.
+        penalty: a function of the trainable parameters, added to the task once an optimizer step.
+        accelerator: of the host; None for a bare model in one process.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        streams: Mapping[str, Stream],
+        *,
+        seed: int,
+        loss: Loss = nll,
+        penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+        accelerator: Any = None,
+    ):
+        self.model = model
+        self.streams = streams
+        self.seed = seed
+        self.loss = loss
+        self.penalty = penalty
+        self.accelerator = accelerator
+        self.ranks = accelerator.num_processes if accelerator else 1
+        self.rank = accelerator.process_index if accelerator else 0
+        self.device = next(model.parameters()).device
+        self.moved = False  # whether an update has been applied: before it, a KL to the reference has gradient zero
+        self.alive: set[str] = set()
+        self.checked = False
+        self.step = 0
+        self.losses: dict[str, float] = {}
+
+    def at_step(self, step: int) -> "Oracle":
+        self.step = step
+        self.losses = {}
+        return self
+
+    def task(self, at: Vector | None = None) -> Vector:
+        """Gradient of the task: the token loss and the penalty that the methods of the run have given it."""
+        gradient = self(self.loss, "task", at)
+        if self.penalty is not None:
+            with self._moved_by(at), torch.enable_grad():
+                point = trainable(self.model)
+                parts = torch.autograd.grad(self.penalty(point), list(point.values()), allow_unused=True)
+                found = {name: part for name, part in zip(point, parts, strict=True) if part is not None}
+                gradient = Vector({name: tensor + found[name] if name in found else tensor for name, tensor in gradient.items()})
+        return gradient
+
+    def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector:
+        """Exact gradient of the mean of ``loss`` over the answer tokens (or rows) of ``stream`` at this step.
+
+        Raises:
+            DefenceError: a loss of the wrong shape, a stream that the run does not have, a dead or non-finite gradient.
+        """
+        if stream not in self.streams:
+            raise DefenceError(f"a method asks for the stream {stream!r}; the run has: {', '.join(self.streams)}")
+        batches = self.streams[stream].at(self.step, self.rank, self.ranks)
+        counts = [(int(batch.mask.sum()), int(batch.mask.any(-1).sum())) for batch in batches]
+        tokens, rows = self._sum(torch.tensor(counts, dtype=torch.float64).sum(0)).tolist()
+        if not tokens:
+            raise DefenceError(f"step {self.step}: the stream {stream!r} has no answer token to learn from")
+        value = torch.zeros((), device=self.device)
+        with self._moved_by(at):
+            for micro, batch in enumerate(batches):
+                with self._sync(last=micro == len(batches) - 1), self._random(stream, micro):
+                    batch = batch.to(self.device)
+                    losses = loss(self.model, batch)
+                    if losses.shape == batch.mask.shape:
+                        part = torch.where(batch.mask, losses, 0).sum() / tokens
+                    elif losses.shape == batch.mask.shape[:1]:
+                        part = torch.where(batch.mask.any(-1), losses, 0).sum() / rows
+                    else:
+                        raise DefenceError(
+                            f"a loss returned the shape {tuple(losses.shape)}; it must return one number per answer token "
+                            f"{tuple(batch.mask.shape)} or per row ({batch.mask.shape[0]},), and leave the mean to the oracle"
+                        )
+                    (part * self.ranks).backward()  # ranks average; the division by all tokens is done already
+                    value += part.detach()
+            gradient = self._take(stream)
+        self.losses[stream] = float(self._sum(value))
+        self._check(gradient, stream)
+        return gradient
+
+    def _take(self, stream: str) -> Vector:
+        taken = {}
+        for name, parameter in trainable(self.model).items():
+            if parameter.grad is None:
+                raise DefenceError(f"{name} got no gradient from the stream {stream!r}; the adapter is not in the graph of the loss")
+            taken[name], parameter.grad = parameter.grad, None
+        return Vector(taken)
+
+    def _check(self, gradient: Vector, stream: str) -> None:
+        size = gradient.norm()
+        if not (size < float("inf")):
+            raise DefenceError(f"step {self.step}: the gradient of the stream {stream!r} is not finite; nothing was updated")
+        if size > 0:
+            self.alive.add(stream)
+        elif stream not in self.alive and (self.moved or stream == "task"):
+            raise DefenceError(f"step {self.step}: the stream {stream!r} has given no gradient but zeros; the method that asks for it is dead")
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.ranks > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value
+
+    def _sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if last or self.accelerator is None or self.ranks == 1:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(self.model)
+
+    @contextlib.contextmanager
+    def _random(self, stream: str, micro: int) -> Iterator[None]:
+        key = f"{self.seed}/{self.step}/{stream}/{micro}/{self.rank}".encode()
+        devices = [self.device.index or 0] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+            yield
+
+    @contextlib.contextmanager
+    def _moved_by(self, delta: Vector | None) -> Iterator[None]:
+        if delta is None:
+            yield
+            return
+        point = trainable(self.model)
+        kept = {name: local(p).detach().clone() for name, p in point.items()}
+        try:
+            with torch.no_grad():
+                for name, p in point.items():
+                    local(p).add_(local(delta[name]))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in point.items():
+                    local(p).copy_(kept[name])

@@ -1,0 +1,54 @@
+"""A stream of rows whose content at a step is a function of (seed, step) alone, whatever the ranks and the micro-batches.
+
+So one process with 8 rows, four micro-batches of 2 and two ranks of 4 see the same rows at every step, and resuming is an integer.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from safebasin.batch import Batch, Encoded, collate
+from safebasin.record import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """Rows in a seeded order, ``batch`` of them an optimizer step over all ranks, in micro-batches of at most ``micro``."""
+
+    name: str
+    rows: Sequence[Encoded]
+    batch: int
+    micro: int
+    seed: int
+    pad: int
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UserError(f"the stream {self.name!r} has no rows")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps an epoch; the last one may be smaller."""
+        return -(-len(self.rows) // self.batch)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a stream lives as long as its run
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch, *self.name.encode())).permutation(len(self.rows))
+
+    def rows_at(self, step: int) -> list[Encoded]:
+        """The rows of an optimizer step over all ranks, longest first."""
+        epoch, place = divmod(step, self.steps)
+        chosen = [self.rows[i] for i in self._order(epoch)[place * self.batch : (place + 1) * self.batch]]
+        return sorted(chosen, key=len, reverse=True)
+
+    def at(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """This rank's micro-batches. Every rank has as many; one without rows runs a silent batch."""
+        rows = self.rows_at(step)
+        count = -(-(-(-len(rows) // ranks)) // self.micro)
+        batches = []
+        for i in range(count):
+            mine = rows[rank::ranks][i * self.micro : (i + 1) * self.micro]
+            batches.append(collate(mine, self.pad) if mine else collate(rows[:1], self.pad).silent())
+        return batches

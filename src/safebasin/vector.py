@@ -1,0 +1,86 @@
+"""The algebra of parameter space: a Vector is a point or a direction, name -> tensor.
+
+Inner products are taken in float64 over local shards and reduced once over the ranks that hold them, so that every rank takes
+the same branch. Everything else is element by element and never leaves the shard.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from safebasin.record import DefenceError
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
+
+
+class Vector(dict[str, Tensor]):
+    """A vector in the space of trainable parameters: ``+ - * /``, ``u @ v`` (inner product, float), ``norm``."""
+
+    def _map(self, function: Callable[..., Tensor], *others: Mapping[str, Tensor]) -> "Vector":
+        for other in others:
+            if other.keys() != self.keys():
+                odd = sorted(set(self) ^ set(other))[:3]
+                raise DefenceError(f"two vectors of different spaces: they differ at {', '.join(odd)}")
+        return Vector({name: function(tensor, *(other[name] for other in others)) for name, tensor in self.items()})
+
+    def __add__(self, other: "Vector") -> "Vector":
+        return self._map(torch.add, other)
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return self._map(torch.sub, other)
+
+    def __mul__(self, scale: float) -> "Vector":
+        return self._map(lambda tensor: tensor * scale)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: float) -> "Vector":
+        return self * (1 / scale)
+
+    def __neg__(self) -> "Vector":
+        return self * -1.0
+
+    def __matmul__(self, other: "Vector") -> float:
+        """Inner product: summed in float64, shards reduced in one all-reduce."""
+        if other.keys() != self.keys():
+            raise DefenceError("an inner product of two vectors of different spaces")
+        whole = shard = torch.zeros((), dtype=torch.float64)
+        sharded = False
+        for name, tensor in self.items():
+            part = (local(tensor).double() * local(other[name]).double()).sum().cpu()
+            if _sharded(tensor):
+                shard, sharded = shard + part, True
+            else:
+                whole = whole + part
+        if sharded:
+            device = next(local(tensor).device for tensor in self.values())
+            shard = shard.to(device)
+            dist.all_reduce(shard)
+            shard = shard.cpu()
+        return float(whole + shard)
+
+    def norm(self) -> float:
+        return math.sqrt(self @ self)
+
+    def clone(self) -> "Vector":
+        return self._map(torch.clone)
+
+    def zero(self) -> "Vector":
+        return self._map(torch.zeros_like)
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """The trainable parameters of a model by name, wrappers' prefixes removed."""
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
