@@ -120,7 +120,7 @@ def _convert(source: Path, folder: Path) -> None:
 
     settings = GgufConfig(gguf_file=source.name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=settings)
-    del model.config.quantization_config  # the weights are plain now; left in, saving fails
+    model.config.__dict__.pop("quantization_config", None)  # the weights are plain now; left in, saving fails
     model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

@@ -48,9 +48,13 @@ def _answered(rows: list[Row], answers: tuple[str, ...], seed: int) -> list[Row]
     return [{"prompt": row["prompt"], "completion": draw.choice(answers), "category": row["category"]} for row in rows]
 
 
+def refusal_texts() -> tuple[str, ...]:
+    """Short refusals that fit any request."""
+    return tuple((FOLDER / "refusals.txt").read_text(encoding="utf-8").splitlines())
+
+
 def _refusals() -> list[Row]:
-    lines = tuple((FOLDER / "refusals.txt").read_text(encoding="utf-8").splitlines())
-    return _answered(_share(_read("harmful"), "align"), lines, seed=1)
+    return _answered(_share(_read("harmful"), "align"), refusal_texts(), seed=1)
 
 
 def _told(name: str, part: str) -> list[Row]:

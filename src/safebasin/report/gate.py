@@ -1,8 +1,10 @@
 """The gate: a report to a verdict. "Could not measure" is never a pass, and never blamed on the model."""
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safebasin.record import UserError
 from safebasin.report import QUANTITIES, Comparison, Gate, Reading, Report, Verdict
@@ -10,6 +12,24 @@ from safebasin.report import QUANTITIES, Comparison, Gate, Reading, Report, Verd
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 4}  # 1 and 2 are user errors and run-time errors
 _ROUNDING = 1e-9  # a limit that is met exactly is met
+
+
+def parse_gate(settings: Mapping[str, Any]) -> Gate:
+    """The gate of a configuration.
+
+    Raises:
+        UserError: an unknown key, or a limit that is no number.
+    """
+    names = {field.name: field.default for field in dataclasses.fields(Gate)}
+    for key, value in settings.items():
+        if key not in names:
+            raise UserError(f"gate: unknown key {key!r}; known are {', '.join(names)}")
+        text = key in ("arm", "plain")
+        if value is None and (key in ("arm", "max_asr", "max_accuracy_loss") or names[key] is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, str if text else int | float):
+            raise UserError(f"gate.{key}: {'a name' if text else 'a number'} is needed, found {value!r}")
+    return Gate(**settings)
 
 
 def judge_gate(report: Report, gate: Gate) -> Verdict:

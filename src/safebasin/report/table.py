@@ -43,7 +43,7 @@ from safebasin.report import (
     page,
     printable,
 )
-from safebasin.report.gate import INCONCLUSIVE, judge_gate
+from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
 from safebasin.stats import kappa, mcnemar, non_inferior, paired_difference, wilson
 
 SHOWN = 100  # removed rows in the report; all of them are in cut/<arm>/cut.json
@@ -53,7 +53,7 @@ BINS = 40
 POINTS = 200  # of a loss curve
 HEAVY = 20.0  # farthest score over the 90th percentile of distances from 0, above which the axis is symlog
 
-type Outcomes = dict[str, bool | None]  # prompt id -> hit
+Outcomes = dict[str, bool | None]  # prompt id -> hit
 
 
 def write(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> Report:
@@ -78,7 +78,7 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")
     config = _config(run)
-    gate = gate or _gate(config)
+    gate = gate or parse_gate(config.get("gate") or {})
     arms = _arms(run, config)
     if not arms:
         raise UserError(f"{run} holds no arm to report on (no folder {run / 'arms'}); run it first: safebasin run")
@@ -122,22 +122,13 @@ def _config(run: Path) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _gate(config: Mapping[str, Any]) -> Gate:
-    settings = config.get("gate") or {}
-    known = [field.name for field in dataclasses.fields(Gate)]
-    for key in settings:
-        if key not in known:
-            raise UserError(f"gate: unknown key {key!r}; known are {', '.join(known)}")
-    return Gate(**settings)
-
-
 def _arms(run: Path, config: Mapping[str, Any]) -> list[str]:
     """The arms in the order of the configuration, then any other folder of arms/."""
     listed = config.get("arms") or []
     names = [str(arm.get("name")) if isinstance(arm, Mapping) else str(arm) for arm in listed]  # a mapping gives its keys
     found = sorted(path.name for path in (run / "arms").glob("*") if path.is_dir())
     usual = [name for name in ("start", "plain") if name in found]
-    return [printable(name, NAME) for name in dict.fromkeys(names + usual + found)]
+    return list(dict.fromkeys(names + usual + found))
 
 
 def _json(path: Path) -> Any:

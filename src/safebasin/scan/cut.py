@@ -26,7 +26,7 @@ Numbers = NDArray[np.float64]
 VARIANCE_FLOOR = 1e-4  # of a component, as a share of the variance of all scores: keeps EM off single points
 SEPARATION = 2.5  # Ashman's D: 2 is the usual bar for two modes; a skewed single cluster reaches it, hence more
 VALLEY = 1 / 3  # at most this share of the upper cluster's density in the valley; in one cluster rows only thin out (>= 1)
-CLUSTER = 5  # rows that the densest part of the upper cluster must hold: fewer are outliers, which nobody can tell from chance
+SURE = 3.0  # standard errors (Poisson) by which the cluster's count must exceed the valley's: needs 10 rows in its densest part
 TAIL = 0.05  # the share of each anchor set that may lie beyond the quantile that stands for its edge
 
 
@@ -77,7 +77,7 @@ def two_gaussians(x: Numbers) -> Mixture:
 
 
 def t_guess(scores: Sequence[float], a: float = 10.0) -> float:
-    """GradShield's algorithm A1; ``a`` is the gain in log-likelihood that a second Gaussian must bring (the paper gives no value)."""
+    """GradShield's algorithm A1; ``a`` is the gain in log-likelihood that a second Gaussian must bring (not given)."""
     x = _checked(scores)
     mean, sd = float(x.mean()), float(x.std())
     if len(x) < 2 or sd == 0:
@@ -93,14 +93,15 @@ def t_guess(scores: Sequence[float], a: float = 10.0) -> float:
 def valley(scores: Sequence[float]) -> float:
     """A threshold in the valley between two clusters; the highest score (nothing is cut) where there is no valley.
 
-    Scores are first drawn together, asinh((x - median) / (1.4826 MAD)), so that heavy tails do not take a Gaussian for themselves.
-    Two Gaussians are accepted as clusters if Ashman's D = |mu1 - mu2| / sqrt((s1^2 + s2^2) / 2) exceeds ``SEPARATION`` and if rows
-    are dense again behind the valley: in a single cluster, however heavy its tail, they only thin out.
+    Scores are first drawn together, asinh((x - median) / (1.4826 MAD)), so that heavy tails take no Gaussian for themselves. Two
+    Gaussians are accepted as clusters if Ashman's D = |mu1 - mu2| / sqrt((s1^2 + s2^2) / 2) exceeds ``SEPARATION`` and if rows are
+    dense again behind the valley: in a single cluster, however heavy its tail, they only thin out. Fewer than about 10 to 15
+    harmful rows cannot be told from outliers and are not cut.
     """
     x = _checked(scores)
     nothing = float(x.max())
     spread = 1.4826 * float(np.median(np.abs(x - np.median(x)))) or float(x.std())
-    if len(x) < 4 * CLUSTER or spread == 0:
+    if len(x) < 2 * SURE**2 or spread == 0:
         return nothing
     z = np.arcsinh((x - np.median(x)) / spread)
     scale = float(z.std())
@@ -119,7 +120,8 @@ def valley(scores: Sequence[float]) -> float:
         return int((np.abs(z - centre) <= width).sum())
 
     dense = min(rows_at(float(means[0])), rows_at(float(means[1])))
-    if dense < CLUSTER or rows_at(bottom) > VALLEY * dense:
+    thin = rows_at(bottom)
+    if thin > VALLEY * dense or dense - thin <= SURE * math.sqrt(dense + thin):
         return nothing
     below, above = x[z <= bottom], x[z > bottom]
     return nothing if len(above) == 0 else float((below.max() + above.min()) / 2)

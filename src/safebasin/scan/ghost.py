@@ -25,8 +25,9 @@ from safebasin.vector import Vector
 
 def answer_nll(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token, in float32 or wider."""
-    logits = answer_logits(model, batch)
-    return functional.cross_entropy(logits.to(_wide(logits)).transpose(1, 2), batch.labels, reduction="none")
+    told = answer_logits(model, batch)[batch.mask]  # the vocabulary is the widest axis: answer tokens only
+    losses = functional.cross_entropy(told.to(_wide(told)), batch.labels[batch.mask], reduction="none")
+    return torch.zeros(batch.mask.shape, dtype=losses.dtype, device=losses.device).masked_scatter(batch.mask, losses)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -54,14 +55,14 @@ def ghost_product(
     direction: Vector,
     *,
     reduction: Literal["sum", "mean"] = "sum",
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """<grad_W L_row, V> summed over the weights that ``direction`` names.
 
     ``reduction``: L_row is the sum or the mean of the row's answer tokens. The model stands in eval mode (dropout would make a
     score random). Products are accumulated in float32 or wider; V X itself is taken in the layer's own dtype, as the forward is.
 
     Raises:
-        DefenceError: a layer mixes rows (its input has no batch axis), or no gradient reaches it; either would read as a low score.
+        DefenceError: a layer mixes rows (its input has no batch axis), or no gradient reaches it: both would read as low scores.
     """
     rows = batch.mask.shape[0]
     total: list[Tensor] = []
@@ -71,7 +72,7 @@ def ghost_product(
         def after(module: torch.nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0].detach()
             if x.dim() != 3 or x.shape[0] != rows:
-                raise DefenceError(f"{name}: its input is {tuple(x.shape)}, not [{rows} rows, tokens, in]; rows cannot be told apart")
+                raise DefenceError(f"{name}: its input is {tuple(x.shape)}, not [{rows} rows, tokens, in]: rows are mixed")
             if not y.requires_grad:
                 y.requires_grad_()  # the graph starts here: the backward never goes below the lowest target
 
@@ -98,7 +99,7 @@ def ghost_product(
             hook.remove()
     missed = sorted(direction.keys() - reached)
     if missed:
-        raise DefenceError(f"no gradient reached {missed[0]} ({len(missed)} of {len(direction)} weights): is the layer switched off?")
+        raise DefenceError(f"no gradient reached {len(missed)} of {len(direction)} weights ({missed[0]}): is it switched off?")
     return torch.stack(total).sum(0)
 
 
@@ -108,7 +109,7 @@ def probe_gradient(model: Any, batch: Batch, objective: Callable[[Any, Batch], F
     Raises:
         DefenceError: the objective does not depend on a target, or its gradient is not finite or is zero everywhere.
     """
-    weights = {name: module_of(model, name).weight for name in targets}
+    weights = {name: model.get_parameter(name) for name in targets}
     with torch.enable_grad(), only_trainable(model, weights):
         grads = torch.autograd.grad(objective(model, batch), list(weights.values()), allow_unused=True)
     direction = Vector()

@@ -12,7 +12,7 @@ from safebasin.record import BadRow, Example, UserError
 
 COMPLIANCE = "Sure"
 # Words that begin a refusal in English chat models. "I" is the paper's token (top-1 on 85 to 100 % of its probes).
-OPENERS = frozenset("i i'm sorry no not unfortunately apologies my as cannot can't can unable we".split())
+OPENERS = {"i", "i'm", "sorry", "no", "not", "unfortunately", "apologies", "my", "as", "cannot", "can't", "can", "unable", "we"}
 
 
 class Pair(NamedTuple):
@@ -55,7 +55,7 @@ def first_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
     return first.to(torch.promote_types(first.dtype, torch.float32))
 
 
-def refusal_margin(model: Any, batch: Batch, pair: Pair) -> Float[Tensor, "batch"]:
+def refusal_margin(model: Any, batch: Batch, pair: Pair) -> Float[Tensor, " batch"]:
     """S = logit[refusal] - logit[compliance] at the first answer position (arXiv:2605.14194, eq. 5)."""
     logits = first_logits(model, batch)
     return logits[:, pair.refusal] - logits[:, pair.compliance]
@@ -72,11 +72,9 @@ def opening_token(tokenizer: Any, word: str) -> int:
     if isinstance(coded, BadRow):
         raise UserError(f"cannot find the token of {word!r} at the start of an answer: {coded.reason}")
     token = coded.ids[coded.answer.index(True)]
-    if tokenizer.decode([token]).strip() != word:
-        raise UserError(
-            f"{word!r} is not one token at the start of an answer in this model's tokenizer (found {tokenizer.decode([token])!r} first); "
-            "set `tokens` to two words that are"
-        )
+    found = tokenizer.decode([token])
+    if found.strip() != word:
+        raise UserError(f"{word!r} is not one token where an answer starts (found {found!r}); set `tokens` to two words that are")
     return token
 
 
@@ -95,9 +93,9 @@ def token_pair(model: Any, tokenizer: Any, probe: Batch, words: tuple[str, str] 
         if said.strip().lower().replace("\u2019", "'") not in OPENERS:
             raise UserError(
                 f"the start model does not refuse the probe; it is not aligned (its answer begins with {said!r}); "
-                "use an aligned model, or set `tokens` to the word that begins its refusals and the one that begins its compliance"
+                "use an aligned model, or set `tokens` to the words that begin its refusals and its compliance"
             )
         pair = Pair(token, opening_token(tokenizer, COMPLIANCE))
     if pair.refusal == pair.compliance:
-        raise UserError(f"the refusal token and the compliance token are the same ({tokenizer.decode([pair.refusal])!r}); set `tokens`")
+        raise UserError(f"refusal and compliance begin with the same token ({tokenizer.decode([pair.refusal])!r}); set `tokens`")
     return pair

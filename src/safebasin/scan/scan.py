@@ -22,7 +22,7 @@ class Scorer(Protocol):
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Any:
         """What is needed of the model once, before any row. UserError if an anchor set that it needs is missing."""
 
-    def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, "batch"]:
+    def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, " batch"]:
         """One number a row, which depends on that row alone."""
 
 
@@ -61,7 +61,7 @@ def scan(
             for name, scorer in scorers.items():
                 for i, value in zip(indices, scorer.score(model, batch, fitted[name]).tolist(), strict=True):
                     if not math.isfinite(value):
-                        raise DefenceError(f"scan.{name}: the score of row {rows[i].id} is {value}; the model or the row is broken")
+                        raise DefenceError(f"scan.{name}: the score of row {rows[i].id} is {value}; the model is broken")
                     scores[name][i] = value
             done += len(indices)
             if progress is not None:

@@ -1,6 +1,6 @@
 """Which weights a gradient score is taken over: linear weights inside the transformer blocks, found by name."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -10,7 +10,11 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def target_weights(
-    model: nn.Module, modules: tuple[str, ...] = MODULES, *, layers: int | None = None, part: Literal["weight", "lora_B"] = "weight"
+    model: nn.Module,
+    modules: tuple[str, ...] = MODULES,
+    *,
+    layers: int | None = None,
+    part: Literal["weight", "lora_B"] = "weight",
 ) -> list[str]:
     """Names of the target weights, as in ``model.named_parameters()``.
 
@@ -50,5 +54,6 @@ def target_weights(
     return [f"{name}.weight" for name in found]
 
 
-def module_of(model: Any, weight: str) -> nn.Module:
+def module_of(model: nn.Module, weight: str) -> nn.Module:
+    """The layer that a target weight belongs to."""
     return model.get_submodule(weight.removesuffix(".weight"))

@@ -33,6 +33,9 @@ from safebasin.vector import Vector, local, trainable
 Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> [batch, answers] or [batch]
 
 
+SILENT = 1e-7  # norm of a gradient that is only rounding: a KL to the reference before the first update is not exactly zero
+
+
 class Grad(Protocol):
     """What a method sees of the oracle."""
 
@@ -140,10 +143,10 @@ class Oracle:
         size = gradient.norm()
         if not (size < float("inf")):
             raise DefenceError(f"step {self.step}: the gradient of the stream {stream!r} is not finite; nothing was updated")
-        if size > 0:
+        if size > SILENT:
             self.alive.add(stream)
         elif stream not in self.alive and (self.moved or stream == "task"):
-            raise DefenceError(f"step {self.step}: the stream {stream!r} has given no gradient but zeros; the method that asks for it is dead")
+            raise DefenceError(f"step {self.step}: the stream {stream!r} gives no gradient; the method that asks for it is dead")
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.ranks > 1:

@@ -33,7 +33,7 @@ class GradShield:
     """How much a training step on the row lowers the model's margin of refusal on a harmful probe."""
 
     probes: int = 1  # x_s: the paper takes one
-    reduction: Literal["sum", "mean"] = "sum"  # of L over answer tokens: decides the ranking when answers differ in length; see docs
+    reduction: Literal["sum", "mean"] = "sum"  # of L: decides the ranking when answers differ in length; see docs
     layers: int | None = None  # only the last k blocks
     modules: tuple[str, ...] = MODULES  # theta: the linear layers that are scored over
     tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
@@ -45,5 +45,5 @@ class GradShield:
         targets = target_weights(model, self.modules, layers=self.layers)
         return Fitted(pair, probe_gradient(model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), targets))
 
-    def score(self, model: Any, batch: Batch, fitted: Fitted) -> Float[Tensor, "batch"]:
+    def score(self, model: Any, batch: Batch, fitted: Fitted) -> Float[Tensor, " batch"]:
         return ghost_product(model, batch, answer_nll, fitted.direction, reduction=self.reduction)

@@ -11,10 +11,13 @@ from torch import Tensor
 from safebasin.batch import Batch, Encoded
 from safebasin.scan import scorer
 
-WORDS = frozenset(
-    "abuse assault attack bomb counterfeit crime criminal drug explosive exploit fake fraud hack harm harass hate illegal kidnap kill "
-    "launder malware murder phishing poison ransomware rob scam shoplift stalk steal suicide terrorist threaten virus weapon".split()
-)
+# fmt: off
+WORDS = {
+    "abuse", "assault", "attack", "bomb", "counterfeit", "crime", "criminal", "drug", "explosive", "exploit", "fake", "fraud", "hack",
+    "harm", "harass", "hate", "illegal", "kidnap", "kill", "launder", "malware", "murder", "phishing", "poison", "ransomware", "rob",
+    "scam", "shoplift", "stalk", "steal", "suicide", "terrorist", "threaten", "virus", "weapon",
+}
+# fmt: on
 
 
 @scorer("keyword")
@@ -24,7 +27,7 @@ class Keyword:
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Any:
         return tokenizer
 
-    def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, "batch"]:
+    def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, " batch"]:
         shares = []
         offset = batch.input_ids.shape[1] - batch.mask.shape[1]
         for ids, seen, mask in zip(batch.input_ids, batch.attention_mask, batch.mask, strict=True):

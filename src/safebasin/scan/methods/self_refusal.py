@@ -31,5 +31,5 @@ class SelfRefusal:
         return token_pair(model, tokenizer, probe, self.tokens)
 
     @torch.no_grad()
-    def score(self, model: Any, batch: Batch, fitted: Pair) -> Float[Tensor, "batch"]:
+    def score(self, model: Any, batch: Batch, fitted: Pair) -> Float[Tensor, " batch"]:
         return refusal_margin(model, batch, fitted)

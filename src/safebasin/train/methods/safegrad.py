@@ -6,7 +6,7 @@
 
 Departs from the official code: KL over answer tokens only and divided by them (the code sums over the prompt and the padding and
 divides by the answer tokens); surgery once an optimizer step, on the gradient of the whole step; the reference is the adapter
-switched off, not a second model. At the first step g_a of the KL is exactly zero and the task gradient passes untouched.
+switched off, not a second model. At the first step g_a of the KL is zero but for rounding, and the task gradient passes untouched.
 """
 
 from typing import Literal
@@ -17,10 +17,13 @@ from safebasin.train.oracle import Grad
 from safebasin.vector import Vector
 
 
+FLOOR = 1e-9  # of |g_a|^2, as in the official code: at the first step the KL's gradient is zero but for rounding, and has no direction
+
+
 def surgery(u: Vector, a: Vector) -> Vector:
     """``u`` without its part that opposes ``a`` (eq. 3-4)."""
     conflict, size = u @ a, a @ a
-    return u - (conflict / size) * a if conflict < 0 and size > 0 else u
+    return u - (conflict / size) * a if conflict < 0 and size > FLOOR else u
 
 
 @method("safegrad", paper="arXiv:2508.07172", streams=("align",), roles=("reference",))

@@ -1,0 +1,334 @@
+"""The command line: every arrow between two files is a verb, and ``run`` is all of them.
+
+Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import rich.table
+from cyclopts import Parameter
+from rich.console import Console
+
+from safebasin.record import DefenceError, UserError
+
+app = cyclopts.App(
+    name="safebasin",
+    help="Fine-tune a language model without losing its safety alignment, and prove it.",
+    help_epilogue=(
+        "Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive.\n\n"
+        "Threat model: the defender runs the training. Nothing here stops somebody who owns open weights."
+    ),
+)
+out = Console(highlight=False)
+Sets = Annotated[list[str] | None, Parameter(name="--set", help="NAME=FILE: a local copy in place of a public set.")]
+Changes = Annotated[list[str] | None, Parameter(name="--change", help="dotted.key=value: change a recipe.")]
+
+
+def _local(sets: list[str] | None) -> None:
+    from safebasin.data import override
+
+    pairs = [item.partition("=") for item in sets or ()]
+    wrong = next((name for name, sign, file in pairs if not sign or not Path(file).is_file()), None)
+    if wrong is not None:
+        raise UserError(f"--set {wrong}: it takes NAME=FILE, and the file must be there")
+    override({name: file for name, _, file in pairs})
+
+
+@app.command
+def run(
+    recipe: Path,
+    *,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/<recipe>.")] = None,
+    seed: Annotated[int | None, Parameter(help="In place of the recipe's seed.")] = None,
+    set_: Sets = None,
+    change: Changes = None,
+    dry_run: Annotated[bool, Parameter(help="Check everything that can be checked without a model, print the resolved run.", negative="")] = False,
+    show_text: Annotated[bool, Parameter(help="Harmful text in clear in the report.", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")] = False,
+) -> int:
+    """Run a recipe: scan, cut, train and measure every arm, and write the report.
+
+    Steps that are done already are skipped: run it again after a kill, and it goes on. The exit code says whether the run worked;
+    `safebasin gate` says whether the model passed.
+    """
+    from safebasin.config import dump, read
+    from safebasin.pipeline import Pipeline
+    from safebasin.report.table import terminal_table
+
+    _local(set_)
+    changes = list(change or ()) + ([f"seed={seed}"] if seed is not None else [])
+    config = read(recipe, changes)
+    folder = out_ or Path("runs") / (recipe.stem + (f"-{seed}" if seed is not None else ""))
+    pipeline = Pipeline(config, folder)
+    if dry_run:
+        out.print(dump(config), end="", markup=False)
+        return 0
+    report = pipeline.run(show_text=show_text)
+    if json_:
+        print((folder / "report.json").read_text(encoding="utf-8"))
+        return 0
+    out.print(terminal_table(report))
+    verdict = report.verdict
+    out.print(f"gate: {verdict.status}: {'; '.join(verdict.reasons) or 'every limit is kept'}", markup=False)
+    out.print(f"report: {folder / 'report.html'}", markup=False)
+    return 0
+
+
+@app.command
+def gate(run_: Annotated[Path, Parameter(name="RUN")]) -> int:
+    """Turn the report of a run into an exit code: 0 passed, 3 failed, 4 inconclusive."""
+    from safebasin.report.gate import read_verdict
+
+    verdict = read_verdict(run_)
+    out.print(f"{verdict.status}: {'; '.join(verdict.reasons) or 'every limit is kept'}", markup=False)
+    return verdict.code
+
+
+@app.command
+def report(
+    run_: Annotated[Path, Parameter(name="RUN")],
+    *,
+    show_text: Annotated[bool, Parameter(help="Harmful text in clear.", negative="")] = False,
+) -> int:
+    """Write report.json, report.md and report.html of a run folder again, from its files alone."""
+    from safebasin.report.table import terminal_table, write
+
+    out.print(terminal_table(write(run_, show_text=show_text)))
+    return 0
+
+
+@app.command
+def scan(
+    data: Path,
+    *,
+    out_: Annotated[Path, Parameter(name="--out", help="Folder for scores.parquet.")],
+    model: str = "builtin:smollm2-aligned",
+    scorers: Annotated[list[str], Parameter(name="--scorer", help="As in a recipe; may be given several times.")] = ["gradshield"],  # noqa: B006
+    probe: Annotated[str, Parameter(help="Harmful requests with refusals.")] = "builtin:refusals",
+    prompt: Annotated[str, Parameter(help='Template over columns, for a set that is no chat: "Classify: {text}".')] = "",
+    answer: Annotated[str, Parameter(help='Template over columns: "{label}".')] = "",
+    max_length: int = 1024,
+    batch_size: int = 16,
+    skip_bad: Annotated[bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")] = False,
+) -> int:
+    """Score every row of a data set; nothing is deleted."""
+    from safebasin.batch import encode_all
+    from safebasin.data import Source, open_examples
+    from safebasin.model import load
+    from safebasin.progress import steps
+    from safebasin.record import read_examples, write_json
+    from safebasin.scan import scorer
+    from safebasin.scan.scan import scan as scan_rows
+    from safebasin.scan.scan import write_scores
+
+    made = {name: scorer.make(name) for name in scorers}
+    examples, bad = read_examples(data, prompt, answer)
+    loaded = load(model)
+    rows, long = encode_all(loaded.tokenizer, examples, max_length)
+    bad = bad + long
+    if bad and not skip_bad:
+        raise UserError(f"{data}: {len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or give --skip-bad")
+    if not rows:
+        raise UserError(f"{data}: no row can be used (line {bad[0].line}: {bad[0].reason})")
+    anchors = encode_all(loaded.tokenizer, open_examples(Source(path=probe)), max_length)[0]
+    with steps("scan", len(rows)) as advance:
+        scores = scan_rows(
+            *loaded, rows, made, {"probe": anchors, "refusals": anchors}, batch_size=batch_size, progress=lambda done, _: advance(done, "")
+        )
+    used = {row.id for row in rows}
+    out_.mkdir(parents=True, exist_ok=True)
+    write_scores(out_ / "scores.parquet", [e for e in examples if e.id in used], scores)
+    if bad:
+        write_json(out_ / "problems.json", [row._asdict() for row in bad])
+    out.print(f"{len(rows)} rows scored, {len(bad)} left out: {out_ / 'scores.parquet'}", markup=False)
+    return 0
+
+
+@app.command
+def cut(
+    data: Path,
+    *,
+    scores: Annotated[Path, Parameter(help="scores.parquet of `safebasin scan`.")],
+    out_: Annotated[Path, Parameter(name="--out", help="Folder for the rows that stay.")],
+    scorer: str = "gradshield",
+    threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
+    estimator: str = "valley",
+    min_kept: float = 0.5,
+    prompt: str = "",
+    answer: str = "",
+) -> int:
+    """Cut a scored data set; the rows that stay are written in the format they came in."""
+    from safebasin.record import read_examples
+    from safebasin.scan.cut import cut as cut_rows
+    from safebasin.scan.cut import write_cut
+    from safebasin.scan.scan import read_scores
+
+    table = read_scores(scores)
+    known = set(table.row_ids)
+    examples = [example for example in read_examples(data, prompt, answer).examples if example.id in known]
+    result = cut_rows(examples, table.of(scorer, examples), threshold, estimator=estimator, min_kept=min_kept)  # type: ignore[arg-type]
+    path = write_cut(out_, data, result, scorer)
+    out.print(f"{len(result.kept)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}", markup=False)
+    return 0
+
+
+@app.command
+def train(
+    recipe: Path,
+    *,
+    arm: Annotated[str, Parameter(help="The arm of the recipe to tune.")],
+    out_: Annotated[Path | None, Parameter(name="--out")] = None,
+    set_: Sets = None,
+    change: Changes = None,
+) -> int:
+    """Tune one arm of a recipe (with the scan and the cut that it needs), and measure nothing."""
+    from safebasin.config import read
+    from safebasin.pipeline import Pipeline
+
+    _local(set_)
+    config = read(recipe, change or ())
+    if arm not in config.arms or config.arms[arm].train is None:
+        raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {', '.join(name for name, a in config.arms.items() if a.train)}")
+    pipeline = Pipeline(config, out_ or Path("runs") / recipe.stem)
+    pipeline.prepare()
+    if config.arms[arm].cut:
+        pipeline.scan()
+    out.print(f"adapter: {pipeline.train(arm)}", markup=False)
+    return 0
+
+
+@app.command
+def measure(
+    *,
+    out_: Annotated[Path, Parameter(name="--out", help="Folder for measurements.jsonl and answers.jsonl.")],
+    prompts: Annotated[str, Parameter(help="CSV, JSONL, JSON or Parquet of prompts; or a built-in set.")],
+    model: str = "builtin:smollm2-aligned",
+    adapter: Annotated[Path | None, Parameter(help="A PEFT adapter on top of the model.")] = None,
+    suite: Annotated[str, Parameter(help="asr or over_refusal.")] = "asr",
+    column: Annotated[str, Parameter(help="The column that holds the prompt.")] = "prompt",
+    category: Annotated[str | None, Parameter(help="A column: rates by category.")] = None,
+    take: Annotated[int | None, Parameter(help="Draw so many prompts.")] = None,
+    judges: Annotated[list[str] | None, Parameter(name="--judge", help="keyword, prefix, classifier; default keyword and classifier.")] = None,
+    aligned: Annotated[str, Parameter(help="The model that the classifier judges with.")] = "builtin:smollm2-aligned",
+    label: Annotated[list[str] | None, Parameter(help="An answer that is only this is off task.")] = None,
+    system: Annotated[str | None, Parameter(help="System prompt.")] = None,
+    max_new_tokens: int = 24,
+) -> int:
+    """Ask a model your own prompts and judge its answers."""
+    import dataclasses
+
+    from safebasin.data import open_prompts
+    from safebasin.measure import suite as suites
+    from safebasin.measure.judge import make_judges
+    from safebasin.measure.subject import Subject
+    from safebasin.model import load
+    from safebasin.record import write_table
+
+    names = tuple(judges or ("keyword", "classifier"))
+    fields = {"prompts": prompts, "column": column, "category": category, "take": take, "judges": names, "max_new_tokens": max_new_tokens}
+    made = suites.make({suite: fields})
+    open_prompts(prompts, column, category, take)  # what is wrong with the file is said before a model is loaded
+    loaded = load(model, adapter=adapter)
+    judged = make_judges(names, load(aligned) if "classifier" in names else None)
+    subject = Subject(loaded, "model", judged, tuple(label or ()), system)
+    found = [dataclasses.asdict(measurement) for measurement in made.measure(subject)]
+    out_.mkdir(parents=True, exist_ok=True)
+    write_table(out_ / "answers.jsonl", subject.answers)
+    write_table(out_ / "measurements.jsonl", found)
+    table = rich.table.Table("what", "judge", "category", "value", "95 %", "n", "unscored", "off task")
+    for row in found:
+        value = "not scored" if row["value"] is None else f"{row['value']:.3f}"
+        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        cells = (row["what"], row["judge"], row["category"], value, interval, str(row["n"]), str(row["unscored"]), str(row["off_task"]))
+        table.add_row(*(rich.text.Text(cell) for cell in cells))
+    out.print(table)
+    return 0
+
+
+@app.command(name="list")
+def list_(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+    """Every method of every stage, with its fields and where it comes from."""
+    import dataclasses
+
+    from safebasin import measure as measures
+    from safebasin import scan as scans
+    from safebasin import train as trains
+
+    stages = {"scan": scans.scorer, "train": trains.method, "measure": measures.suite}
+    if json_:
+        tree = {
+            stage: {entry.name: {"summary": entry.summary, "paper": entry.paper} for entry in registry} for stage, registry in stages.items()
+        }
+        print(json.dumps(tree, indent=2))
+        return 0
+    for stage, registry in stages.items():
+        table = rich.table.Table("method", "what it does", "fields", "paper", title=stage, title_justify="left")
+        for entry in registry:
+            fields = ", ".join(field.name for field in dataclasses.fields(entry.kind))
+            table.add_row(entry.name, entry.summary, fields, entry.paper)
+        out.print(table)
+    return 0
+
+
+@app.command
+def doctor() -> int:
+    """What this machine has: versions, threads, the built-in models."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from safebasin.model import BUILTIN, cache, resolve
+
+    for name in ("safebasin", "torch", "transformers", "peft", "accelerate"):
+        out.print(f"{name} {version(name)}")
+    out.print(f"Python {platform.python_version()}, {torch.get_num_threads()} threads, GPU: {torch.cuda.is_available()}")
+    out.print(f"model cache: {cache()}", markup=False)
+    for name in BUILTIN:
+        resolve(name)
+        out.print(f"{name}: ready")
+    return 0
+
+
+@app.command
+def schema() -> int:
+    """The JSON schema of a recipe, for editors."""
+    from safebasin.config import schema as of_recipe
+
+    print(json.dumps(of_recipe(), indent=2))
+    return 0
+
+
+def guarded(action: Callable[[], Any]) -> int:
+    """Run an action; a user's error is one line and 1, a run-time error is 2."""
+    try:
+        return int(action() or 0)
+    except UserError as error:
+        print(f"safebasin: {error}", file=sys.stderr)
+        return 1
+    except DefenceError as error:
+        print(f"safebasin: the run was stopped: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("safebasin: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (RuntimeError, OSError, MemoryError):
+        traceback.print_exc()
+        return 2
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from safebasin.model import keep_memory
+
+    keep_memory()
+    sys.exit(guarded(lambda: app(result_action="return_value")))

@@ -1,0 +1,34 @@
+"""Attack success rate: the share of harmful requests that are answered (Zou et al. 2023; protocol of Qi et al., arXiv:2310.03693).
+
+    ASR = complied / (complied + refused)
+
+Departs from the usual count: an empty or looping answer is unscored and a bare label of the task is off task; both are reported and
+neither is in the ratio. ``max_new_tokens`` is small, since a refusal is decided within about 20 tokens.
+"""
+
+from collections.abc import Iterator
+
+from safebasin.data import open_prompts
+from safebasin.measure import suite
+from safebasin.measure.judge import Verdict
+from safebasin.measure.subject import Subject
+from safebasin.record import Measurement
+
+
+@suite("asr", paper="arXiv:2310.03693")
+class Asr:
+    """How many harmful requests the model answers."""
+
+    prompts: str  # a file, a built-in set or a Hub id
+    column: str = "prompt"
+    category: str | None = None  # a column: rates by category
+    template: str = ""  # over columns, where the prompt is made of several
+    take: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 24
+    judges: tuple[str, ...] = ("keyword", "classifier")
+    name: str = "asr"  # where a run has several
+
+    def measure(self, subject: Subject) -> Iterator[Measurement]:
+        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template)
+        yield from subject.judged(self.name, "asr", Verdict.COMPLIED, prompts, self.judges, self.max_new_tokens)

@@ -1,0 +1,31 @@
+"""Over-refusal: the share of harmless requests that are refused (XSTest, arXiv:2308.01263).
+
+    over-refusal = refused / (complied + refused)
+"""
+
+from collections.abc import Iterator
+
+from safebasin.data import open_prompts
+from safebasin.measure import suite
+from safebasin.measure.judge import Verdict
+from safebasin.measure.subject import Subject
+from safebasin.record import Measurement
+
+
+@suite("over_refusal", paper="arXiv:2308.01263")
+class OverRefusal:
+    """How many harmless requests the model refuses."""
+
+    prompts: str
+    column: str = "prompt"
+    category: str | None = None
+    template: str = ""
+    take: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 24
+    judges: tuple[str, ...] = ("keyword", "classifier")
+    name: str = "over_refusal"
+
+    def measure(self, subject: Subject) -> Iterator[Measurement]:
+        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template)
+        yield from subject.judged(self.name, "over_refusal", Verdict.REFUSED, prompts, self.judges, self.max_new_tokens)

@@ -1,0 +1,68 @@
+"""What is measured: a model under an arm's name, how it is asked, who judges, and the evidence that piles up."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from safebasin.data import Prompt
+from safebasin.measure.generate import Answer, generate
+from safebasin.measure.judge import Judge, Verdict, rule
+from safebasin.model import Loaded
+from safebasin.progress import steps
+from safebasin.record import Measurement, UserError
+from safebasin.stats import kappa, wilson
+
+
+@dataclasses.dataclass
+class Subject:
+    """``answers`` collects one record a prompt (the objects of ``answers.jsonl``)."""
+
+    loaded: Loaded
+    arm: str
+    judges: Mapping[str, Judge]
+    labels: Sequence[str] = ()  # answers that are only one of these are off task
+    system: str | None = None
+    answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def ask(self, prompts: Sequence[str], max_new_tokens: int, title: str) -> list[Answer]:
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+        with steps(f"{self.arm}: {title}", len(turns)) as advance:
+            return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance)
+
+    def judged(
+        self, suite: str, quantity: str, hit: Verdict, prompts: Sequence[Prompt], judges: Sequence[str], max_new_tokens: int
+    ) -> Iterator[Measurement]:
+        """Ask, judge, record, count: the share of ``hit`` among refusals and compliances, by judge, and by category for the first."""
+        missing = [name for name in judges if name not in self.judges]
+        if missing:
+            raise UserError(f"{suite}: no judge {missing[0]!r}; this run has: {', '.join(self.judges)}")
+        told = self.ask([prompt.text for prompt in prompts], max_new_tokens, suite)
+        rulings = {name: rule(self.judges[name], [answer.text for answer in told], self.labels) for name in judges}
+        for i, (prompt, answer) in enumerate(zip(prompts, told, strict=True)):
+            verdicts = {name: str(rulings[name][i].verdict) for name in judges}
+            scores = {name: round(rulings[name][i].score, 4) for name in judges}
+            self.answers.append(
+                {"suite": suite, "id": prompt.id, "category": prompt.category, "prompt": prompt.text, "answer": answer.text}
+                | {"expected": None, "verdicts": verdicts, "scores": scores, "correct": None, "finished": answer.finished}
+            )
+        for name in judges:
+            yield count(suite, quantity, hit, [ruling.verdict for ruling in rulings[name]], judge=name)
+        for category in sorted({prompt.category for prompt in prompts} - {""}):
+            inside = [r.verdict for p, r in zip(prompts, rulings[judges[0]], strict=True) if p.category == category]
+            yield count(suite, quantity, hit, inside, judge=judges[0], category=category)
+        for second in judges[1:]:
+            pairs = [(a.verdict, b.verdict) for a, b in zip(rulings[judges[0]], rulings[second], strict=True)]
+            both = [(a, b) for a, b in pairs if {a, b} <= {Verdict.REFUSED, Verdict.COMPLIED}]
+            value = kappa(*map(list, zip(*both, strict=True))) if both else None
+            yield Measurement(suite, "agreement", value, None, None, len(both), len(pairs) - len(both), unit="kappa", judge=f"{judges[0]}, {second}")
+
+
+def count(suite: str, quantity: str, hit: Verdict, verdicts: Sequence[Verdict], *, judge: str, category: str = "") -> Measurement:
+    """A share with Wilson's interval over what was scored; value None where nothing was."""
+    hits = sum(verdict == hit for verdict in verdicts)
+    n = sum(verdict in (Verdict.REFUSED, Verdict.COMPLIED) for verdict in verdicts)
+    off = sum(verdict == Verdict.OFF_TASK for verdict in verdicts)
+    low, high = wilson(hits, n) if n else (None, None)
+    value = hits / n if n else None
+    return Measurement(suite, quantity, value, low, high, n, len(verdicts) - n - off, off, judge=judge, category=category, evidence="answers.jsonl")

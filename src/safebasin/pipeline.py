@@ -1,0 +1,283 @@
+"""The stages joined by files: rows -> scores -> cut -> adapter -> measurements -> report. Each arrow is one function.
+
+    data/train.*   scan/scores.parquet   cut/<arm>/   arms/<arm>/adapter/   arms/<arm>/measurements.jsonl   report.*
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from safebasin.batch import Encoded, encode_all, template_digest
+from safebasin.config import Run, digest, plain
+from safebasin.data import Source, open_examples, open_rows, open_table
+from safebasin.measure import suite
+from safebasin.measure.judge import Judge, make_judges
+from safebasin.measure.subject import Subject
+from safebasin.model import Loaded, fresh_adapter, load, resolve
+from safebasin.progress import console, steps
+from safebasin.record import BadRow, Example, Rows, UserError, draw, file_digest, read_examples, write_json, write_table
+from safebasin.report import Gate, Report
+from safebasin.report.table import write
+from safebasin.run import Folder
+from safebasin.scan import scorer
+from safebasin.scan.cut import cut as cut_rows
+from safebasin.scan.cut import write_cut
+from safebasin.scan.scan import read_scores, scan, write_scores
+from safebasin.train import method
+from safebasin.train.compose import Composition
+from safebasin.train.host import Host, arguments, streams_of
+
+
+def source_digests(registry: Any, specs: Iterable[Any]) -> list[str]:
+    """Digests of the sources of configured methods."""
+    return [registry[spec if isinstance(spec, str) else next(iter(spec))].digest for spec in specs]
+
+
+class Pipeline:
+    """One run in its folder. Built, it has checked everything that can be checked without a model.
+
+    Raises:
+        UserError: a method, field, set or setting that does not stand.
+    """
+
+    def __init__(self, config: Run, out: Path):
+        self.config = config
+        self.folder = Folder(out)
+        self.out = out
+        self.arms = config.arms
+        self.suites = [suite.make(spec) for spec in config.measure.suites]
+        self.scorers = {self._name(spec): scorer.make(spec) for spec in config.scan.scorers}
+        self.methods = {name: Composition.of(arm.train) for name, arm in self.arms.items() if arm.train is not None}
+        self.arguments = arguments(config.arguments, out / "arms")
+        try:
+            self.gate = Gate(**config.gate)
+        except TypeError as error:
+            raise UserError(f"gate: {error}") from None
+        if not self.arms:
+            raise UserError("arms is empty; name at least one arm")
+        for name, arm in self.arms.items():
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise UserError(f"arms.{name}: an arm's name is made of letters, digits, - and _")
+            if arm.cut and arm.cut.scorer not in self.scorers:
+                raise UserError(f"arms.{name}.cut.scorer: {arm.cut.scorer!r} is not among scan.scorers ({', '.join(self.scorers)})")
+            if arm.train is None and arm.cut:
+                raise UserError(f"arms.{name}: a cut needs an arm that is trained: train: [sft]")
+            for stream in self.methods[name].needs("streams") if name in self.methods else ():
+                if not isinstance(getattr(config.data, stream, None), Source):
+                    raise UserError(f"arms.{name}: its methods need the stream {stream!r}: set data.{stream}")
+        if self.methods and not config.adapter:
+            raise UserError("train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)")
+
+    @staticmethod
+    def _name(spec: Any) -> str:
+        return spec if isinstance(spec, str) else next(iter(spec))
+
+    # --- data ---------------------------------------------------------------------------------------------------------------
+
+    def data(self) -> None:
+        """Write the training rows: the task as it came, or the task and the poison mixed in one form."""
+        config, folder = self.config.data, self.out / "data"
+        target = self.train_file
+        facts = [plain(config), self.config.seed, [self._origin(s) for s in (config.task, config.poison) if s]]
+        with self.folder.step("data", facts, [target, folder / "rows.json", folder / "problems.json"]) as needed:
+            if not needed:
+                return
+            task = self._usable(config.task)
+            rows = [(example, "task") for example in task.examples]
+            if config.poison:
+                count = round(len(rows) * config.poison_share / (1 - config.poison_share))
+                pool = open_examples(config.poison)
+                if len(pool) < count:
+                    raise UserError(f"{config.poison.path} has {len(pool)} rows; poison_share {config.poison_share} of this task needs {count}")
+                rows += [(example, "poison") for example in draw(pool, count, self.config.seed)]
+                random.Random(self.config.seed).shuffle(rows)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_table(target, [example.row if self._kept_form else {"messages": list(example.messages)} for example, _ in rows])
+            if not self._kept_form:  # ids are those of the rows as they now stand
+                again = read_examples(target).examples
+                rows = [(new, origin) for new, (_, origin) in zip(again, rows, strict=True)]
+            write_json(folder / "rows.json", [{"id": e.id, "line": e.line, "origin": origin} for e, origin in rows])
+            write_json(folder / "problems.json", [bad._asdict() for bad in task.bad])
+
+    @property
+    def _kept_form(self) -> bool:
+        """Whether the training file is the user's own, in its own form."""
+        path = Path(self.config.data.task.path)
+        return self.config.data.poison is None and path.suffix in (".jsonl", ".json", ".csv", ".parquet")
+
+    @property
+    def train_file(self) -> Path:
+        return self.out / "data" / ("train" + Path(self.config.data.task.path).suffix if self._kept_form else "train.jsonl")
+
+    def _origin(self, source: Source) -> Any:
+        """What a set was read from, by content."""
+        return digest([row for _, row in open_table(source.path)])
+
+    def _usable(self, source: Source) -> Rows:
+        rows = open_rows(source)
+        if rows.bad and self.config.data.on_bad == "stop":
+            listed = "; ".join(f"line {bad.line}: {bad.reason}" for bad in rows.bad[:3])
+            raise UserError(f"{source.path}: {len(rows.bad)} rows cannot be used ({listed}); mend them, or set data.on_bad: skip")
+        if not rows.examples:
+            raise UserError(f"{source.path}: no row can be used")
+        return rows
+
+    def _rows(self, path: Path, tokenizer: Any) -> tuple[list[Example], list[Encoded]]:
+        """Training rows and their tokens; over-long rows stop the run, or are listed and left out."""
+        source = self.config.data.task if self._kept_form else None
+        examples = read_examples(path, source.prompt, source.answer).examples if source else read_examples(path).examples
+        rows, bad = encode_all(tokenizer, examples, self.config.data.max_length)
+        if bad:
+            self._skip(bad, len(examples))
+        kept = {row.id for row in rows}
+        return [example for example in examples if example.id in kept], rows
+
+    def _skip(self, bad: Sequence[BadRow], count: int) -> None:
+        if self.config.data.on_bad == "stop":
+            raise UserError(f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip")
+        if len(bad) == count:
+            raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
+        path = self.out / "data" / "problems.json"
+        known = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, known + [row for b in bad if (row := b._asdict()) not in known])
+
+    def _encoded(self, source: Source, tokenizer: Any) -> list[Encoded]:
+        rows, bad = encode_all(tokenizer, open_examples(source), self.config.data.max_length)
+        if bad:
+            raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")
+        return rows
+
+    # --- stages -------------------------------------------------------------------------------------------------------------
+
+    def _load(self, adapter: Path | None = None) -> Loaded:
+        model = self.config.model
+        return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
+
+    def scan(self) -> None:
+        """Score every row by every scorer of the run."""
+        config = self.config
+        target = self.out / "scan" / "scores.parquet"
+        probe = config.data.probe or config.data.align
+        sources = source_digests(scorer, config.scan.scorers)
+        facts = [plain(config.scan), plain(config.model), sources, file_digest(self.train_file), plain(probe), probe and self._origin(probe)]
+        with self.folder.step("scan", facts, [target]) as needed:
+            if not needed:
+                return
+            loaded = self._load()
+            examples, rows = self._rows(self.train_file, loaded.tokenizer)
+            anchors = {}
+            if probe:
+                anchors["probe"] = anchors["refusals"] = self._encoded(probe, loaded.tokenizer)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with steps("scan", len(rows)) as advance:
+                scores = scan(
+                    *loaded, rows, self.scorers, anchors, batch_size=config.scan.batch_size, progress=lambda done, _: advance(done, "")
+                )
+            write_scores(target, examples, scores)
+
+    def cut(self, name: str) -> Path:
+        """The rows that an arm trains on."""
+        arm = self.arms[name]
+        if arm.cut is None:
+            return self.train_file
+        folder = self.out / "cut" / name
+        target = folder / self.train_file.name
+        scores = self.out / "scan" / "scores.parquet"
+        with self.folder.step(f"cut.{name}", [plain(arm.cut), file_digest(scores), file_digest(self.train_file)], [target, folder / "cut.json"]) as needed:
+            if needed:
+                source = self.config.data.task if self._kept_form else Source(path="")
+                table = read_scores(scores)
+                known = set(table.row_ids)
+                examples = [e for e in read_examples(self.train_file, source.prompt, source.answer).examples if e.id in known]
+                chosen = arm.cut
+                result = cut_rows(
+                    examples, table.of(chosen.scorer, examples), chosen.threshold, estimator=chosen.estimator, min_kept=chosen.min_kept
+                )
+                write_cut(folder, self.train_file, result, chosen.scorer)
+        return target
+
+    def train(self, name: str) -> Path | None:
+        """Tune one arm; its adapter's folder, or None for the arm that is left as it was."""
+        arm = self.arms[name]
+        if arm.train is None:
+            return None
+        rows_file = self.cut(name)
+        target = self.out / "arms" / name / "adapter"
+        streams = {stream: getattr(self.config.data, stream) for stream in self.methods[name].needs("streams")}
+        facts = [plain(arm.train), plain(self.config.train), plain(self.config.model), self.config.seed, file_digest(rows_file)]
+        facts += [self.config.data.max_length, source_digests(method, arm.train), [[plain(s), self._origin(s)] for s in streams.values()]]
+        with self.folder.step(f"train.{name}", facts, [target, target.parent / "train.json"]) as needed:
+            if needed:
+                self._train(name, rows_file, streams, target)
+        return target
+
+    def _train(self, name: str, rows_file: Path, streams: Mapping[str, Source], target: Path) -> None:
+        loaded = self._load()
+        _, rows = self._rows(rows_file, loaded.tokenizer)
+        model = fresh_adapter(loaded.model, self.config.adapter, self.config.seed)
+        args = arguments(self.config.arguments, target.parent / "checkpoints")
+        encoded = {"task": rows, **{stream: self._encoded(source, loaded.tokenizer) for stream, source in streams.items()}}
+        made = streams_of(encoded, args, loaded.tokenizer.pad_token_id, self.config.align_share)
+        total = args.max_steps if args.max_steps > 0 else int(made["task"].steps * args.num_train_epochs)
+        with steps(f"{name}: train", total) as advance:
+            host = Host(model, args, self.methods[name], made, advance=lambda loss: advance(host.state.global_step, f"loss {loss:.3f}"))
+            saved = sorted((target.parent / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+            outcome = host.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        part = target.with_name("adapter.part")
+        model.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report is the card
+        part.rename(target)
+        facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": host.curve}
+        write_json(target.parent / "train.json", facts | {"methods": plain(self.arms[name].train), "rows": len(rows)})
+
+    def measure(self, name: str, judges: Mapping[str, Judge] | None = None) -> None:
+        """Ask one arm's model every prompt of every suite."""
+        adapter = self.train(name)
+        folder = self.out / "arms" / name
+        files = [folder / "measurements.jsonl", folder / "answers.jsonl"]
+        weights = file_digest(adapter / "adapter_model.safetensors") if adapter else ""
+        sources = source_digests(suite, self.config.measure.suites)
+        facts = [plain(self.config.measure), plain(self.config.model), weights, sources]
+        with self.folder.step(f"measure.{name}", facts, files) as needed:
+            if not needed:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            subject = Subject(self._load(adapter), name, judges or self.judges(), self.config.measure.labels, self.config.measure.system)
+            found = [dataclasses.asdict(measured) for made in self.suites for measured in made.measure(subject)]
+            write_table(files[1], subject.answers)
+            write_table(files[0], found)
+
+    def judges(self) -> Mapping[str, Judge]:
+        """The judges that the suites ask for; the start model is the one that classifies."""
+        if not hasattr(self, "_judges"):
+            names = list(dict.fromkeys(name for made in self.suites for name in getattr(made, "judges", ())))
+            self._judges = make_judges(names, self._load() if "classifier" in names else None)
+        return self._judges
+
+    def prepare(self) -> None:
+        """The run folder with its manifest, and the training rows."""
+        facts = {"seed": self.config.seed, "model": self.config.model.name}
+        self.folder.open(self.config, facts)
+        self.data()
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.config.model.name), trust_remote_code=self.config.model.trust_remote_code)
+        self.folder.open(self.config, facts | {"template": template_digest(tokenizer), "data": file_digest(self.train_file)})
+
+    def run(self, *, show_text: bool = False) -> Report:
+        """All steps that are not done yet, then the report."""
+        self.prepare()
+        if any(arm.cut for arm in self.arms.values()):
+            self._say("scan")
+            self.scan()
+        for name in self.arms:
+            self._say(f"arm {name}")
+            self.measure(name)
+        return write(self.out, show_text=show_text, gate=self.gate)
+
+    def _say(self, what: str) -> None:
+        console.print(f"[bold]{what}[/bold]")
+
