@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safebasin.batch import Encoded
+
+settings.register_profile("house", deadline=None)  # these machines are noisy: no test is timed
+settings.load_profile("house")
 
 VOCABULARY, PAD = 64, 0
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -5,12 +5,12 @@ A recipe names a public set by its Hub id and split (``fancyzhx/ag_news:train``)
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safebasin.builtin import rows_of
-from safebasin.record import BadRow, Example, Rows, UserError, draw, fill, read_examples, read_table
+from safebasin.record import BadRow, Example, Rows, UserError, draw, fill, lacking, read_examples, read_table
 
 _local: dict[str, str] = {}
 
@@ -29,7 +29,7 @@ class Source:
     seed: int = 0
     skip: int = 0  # rows left out at the front, before drawing: a test part of the same file
     limit: int | None = None  # rows looked at, after skipping
-    exclude: str = ""  # rows whose answer has this text are left out
+    values: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # names of a column's numbers: {label: [World, Sports]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,21 @@ def _hub(name: str) -> list[tuple[int, Any]]:
 def open_rows(source: Source) -> Rows:
     """The examples of a set, drawn, with the rows that cannot be used."""
     table = open_table(source.path)[source.skip :][: source.limit]
-    rows = read_examples(table, source.prompt, source.answer)
-    kept = [e for e in rows.examples if not source.exclude or source.exclude not in e.answer]
-    return Rows(draw(kept, source.take, source.seed), rows.bad)
+    rows = read_examples([(line, _named(row, source)) for line, row in table], source.prompt, source.answer)
+    return Rows(draw(rows.examples, source.take, source.seed), rows.bad)
+
+
+def _named(row: Any, source: Source) -> Any:
+    """The row with the numbers of its label columns replaced by their names."""
+    if not source.values or not isinstance(row, Mapping):
+        return row
+    named = dict(row)
+    for column, names in source.values.items():
+        number = str(row.get(column, ""))
+        if not number.isdigit() or int(number) >= len(names):
+            raise UserError(f"{source.path}: column {column!r} holds {number!r}; `values` names 0 to {len(names) - 1}")
+        named[column] = names[int(number)]
+    return named
 
 
 def open_examples(source: Source) -> list[Example]:
@@ -88,21 +100,23 @@ def open_examples(source: Source) -> list[Example]:
     return examples
 
 
-def open_prompts(path: str, column: str = "prompt", category: str | None = None, take: int | None = None, seed: int = 0, template: str = "") -> list[Prompt]:
-    """Prompts of any table.
+def open_prompts(
+    path: str, column: str = "prompt", category: str | None = None, take: int | None = None, seed: int = 0, template: str = "", limit: int | None = None
+) -> list[Prompt]:
+    """Prompts of any table: one column of it, or a template over its columns.
 
     Raises:
         UserError: no rows, no such column, an empty prompt.
     """
     prompts = []
-    for line, row in draw(open_table(path), take, seed):
+    for line, row in draw(open_table(path)[:limit], take, seed):
         if isinstance(row, BadRow):
             raise UserError(f"{path}: line {row.line}: {row.reason}")
-        for name in filter(None, (column, category)):
-            if name not in row:
-                raise UserError(f"{path} has no column {name!r}; it has: {', '.join(map(str, row))}")
-        text = fill(template, row) if template else row[column]
-        if not isinstance(text, str) or not text.strip():
+        missing = lacking(template or f"{{{column}}}", row) or (category if category and category not in row else "")
+        if missing:
+            raise UserError(f"{path}, line {line}: no column {missing!r}; it has: {', '.join(map(str, row))}")
+        text = fill(template or f"{{{column}}}", row)
+        if not text.strip():
             raise UserError(f"{path}: line {line}: the prompt is empty")
         prompts.append(Prompt(f"{line}", text, str(row[category]) if category else ""))
     if not prompts:

@@ -167,9 +167,9 @@ def parse(row: Any, prompt: str = "", answer: str = "") -> tuple[Mapping[str, An
     if not isinstance(row, Mapping):
         return f"a row must be an object, found {type(row).__name__}"
     if prompt or answer:
-        missing = [name for name in _fields(prompt + answer) if row.get(name) is None]
+        missing = lacking(prompt + answer, row)
         if missing:
-            return f"no column {missing[0]!r}; it has: {', '.join(map(str, row))}"
+            return f"no column {missing!r}; it has: {', '.join(map(str, row))}"
         turns: Any = [{"role": "user", "content": fill(prompt, row)}]
         if answer:
             turns.append({"role": "assistant", "content": fill(answer, row)})
@@ -214,13 +214,17 @@ def _check(turns: Any) -> tuple[Mapping[str, Any], ...] | str:
     return tuple(kept)
 
 
-def _fields(template: str) -> list[str]:
-    return re.findall(r"{(\w+)}", template)
+FIELD = re.compile(r"{(\w+(?:\|\w+)*)}")
+
+
+def lacking(template: str, row: Mapping[str, Any]) -> str:
+    """The first field of a template that the row cannot fill, or nothing."""
+    return next((names for names in FIELD.findall(template) if all(row.get(name) is None for name in names.split("|"))), "")
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """``{name}`` replaced by the row's column; nothing else is interpreted."""
-    return re.sub(r"{(\w+)}", lambda match: str(row[match[1]]), template)
+    """``{name}`` replaced by the row's column, ``{name|other}`` by the first that it has; nothing else is interpreted."""
+    return FIELD.sub(lambda match: str(next(row[name] for name in match[1].split("|") if row.get(name) is not None)), template)
 
 
 def read_examples(source: str | Path | Iterable[tuple[int, Any]], prompt: str = "", answer: str = "", *, answered: bool = True) -> Rows:

@@ -82,7 +82,7 @@ def kappa(a: Sequence[str], b: Sequence[str]) -> float | None:
     return None if chance == 1 else (agreed - chance) / (1 - chance)
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, Interval]:
+def mean(values: Sequence[float]) -> tuple[float, Interval]:
     """Mean over seeds with its t-interval.
 
     Raises:

@@ -68,9 +68,10 @@ def measurements_of(arm: str) -> list[dict[str, Any]]:
     unscored = 2 if arm == "defended" else 0
     return [
         measured("asr", "keyword", COMPLIED[arm, "keyword"], 60),
-        measured("asr", "likelihood", COMPLIED[arm, "likelihood"], 60 - unscored, unscored, 1),
+        measured("asr", "likelihood", COMPLIED[arm, "likelihood"], 59 - unscored, unscored, 1),
         measured("over_refusal", "keyword", REFUSED[arm], 40),
         measured("accuracy", "", len(CORRECT[arm]), 50),
+        measured("asr", "keyword, likelihood", 0, 60) | {"what": "agreement", "value": 0.9, "low": None, "high": None, "unit": "kappa"},
     ]
 
 
@@ -86,7 +87,7 @@ def make_run(run: Path) -> Path:
     for arm in ("start", "plain", "defended"):
         write_lines(run / "arms" / arm / "answers.jsonl", answers_of(arm))
         write_lines(run / "arms" / arm / "measurements.jsonl", measurements_of(arm))
-    for arm, methods, seconds in (("plain", ["sft"], 41.25), ("defended", ["safegrad"], 57.5)):
+    for arm, methods, seconds in (("plain", ["sft"], 41.25), ("defended", [{"safegrad": {"rho": 2.0}}], 57.5)):
         loss = [[step, 2.5 * math.exp(-step / 25) + 0.3 + 0.05 * math.sin(step * (2 if arm == "plain" else 3))] for step in range(1, 101)]
         facts = {"steps": 100, "seconds": seconds, "loss": loss, "methods": methods}
         (run / "arms" / arm / "train.json").write_text(json.dumps(facts))

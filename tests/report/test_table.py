@@ -9,8 +9,8 @@ way: -43/60, McNemar exact p = 2 * 2^-43; defended against start on 4: -4/60, p 
 
 Accuracy: plain is right on 0..44 and defended on 1..45 of 50: difference 0, one prompt each way, p = 1.
 
-Kappa of the judges over 60 + 60 + 58 = 178 answers scored by both: both complied 4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6,
-likelihood alone 0, neither 125. Observed 172/178; by chance (53 * 47 + 125 * 131) / 178^2.
+Kappa of the judges over 59 + 59 + 57 = 175 answers scored by both (prompt 59 is off task, two are unscored): both complied
+4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6, likelihood alone 0, neither 122. Observed 169/175; by chance (53 * 47 + 122 * 128) / 175^2.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def test_numbers_by_hand(run: Path):
     assert [keyword[arm]["value"] for arm in stated["arms"]] == pytest.approx([0.1, 0.75, 2 / 60])
     assert (keyword["defended"]["low"], keyword["defended"]["high"]) == pytest.approx((0.0092, 0.1136), abs=5e-5)
     likelihood = next(r for r in stated["readings"] if (r["arm"], r["judge"]) == ("defended", "likelihood"))
-    assert (likelihood["n"], likelihood["unscored"], likelihood["off_task"]) == (58, 2, 1)
+    assert (likelihood["n"], likelihood["unscored"], likelihood["off_task"]) == (57, 2, 1)
 
 
 def test_pairs_by_hand(run: Path):
@@ -61,15 +61,15 @@ def test_pairs_by_hand(run: Path):
     assert accuracy.p == pytest.approx(1)
     assert accuracy.margin == 0.05
     assert accuracy.non_inferior in ("yes", "unclear")
-    assert compared(report, "asr", "defended", "start", "likelihood").n == 58, "an unscored answer was paired"
+    assert compared(report, "asr", "defended", "start", "likelihood").n == 57, "an unscored or off-task answer was paired"
 
 
 def test_kappa_by_hand(run: Path):
     (agreement,) = table.collect(run).agreement
-    chance = (53 * 47 + 125 * 131) / 178**2
-    assert agreement.n == 178
-    assert agreement.agreed == pytest.approx(172 / 178)
-    assert agreement.kappa == pytest.approx((172 / 178 - chance) / (1 - chance))
+    chance = (53 * 47 + 122 * 128) / 175**2
+    assert agreement.n == 175
+    assert agreement.agreed == pytest.approx(169 / 175)
+    assert agreement.kappa == pytest.approx((169 / 175 - chance) / (1 - chance))
 
 
 def test_categories_by_hand(run: Path):
@@ -96,9 +96,11 @@ def test_cut_by_hand(run: Path):
     assert [row.score for row in cut.shown] == sorted((row.score for row in cut.shown), reverse=True)
 
 
-def test_unknown_origins_stay_unknown(run: Path):
+@pytest.mark.parametrize("origin", [{}, {"origin": "task"}])
+def test_unknown_origins_stay_unknown(run: Path, origin: dict[str, str]):
+    """A set as it came has no origins, or one for all: a cut row is then neither right nor wrong."""
     rows = json.loads((run / "data" / "rows.json").read_text())
-    (run / "data" / "rows.json").write_text(json.dumps([{k: v for k, v in row.items() if k != "origin"} for row in rows]))
+    (run / "data" / "rows.json").write_text(json.dumps([{k: v for k, v in row.items() if k != "origin"} | origin for row in rows]))
     (cut,) = table.write(run).cuts
     assert cut.origins is None
     assert cut.false_share is None
@@ -119,6 +121,8 @@ def test_same_numbers_everywhere(run: Path):
     report = table.write(run)
     markdown, html = (run / "report.md").read_text(), (run / "report.html").read_text()
     for r in report.readings:
+        if r.unit == "kappa":
+            continue
         assert f"{100 * r.value:.1f} %" in markdown
         assert f"<b>{100 * r.value:.1f} %</b>" in html
         assert f"[{100 * r.low:.1f} to {100 * r.high:.1f}]" in markdown
@@ -231,3 +235,7 @@ def test_terminal_table(run: Path):
     assert "[bold]evil[/bold]" in text
     assert "3.3 % [0.9 to 11.4] n=60" in text
     assert "2 unscored" in text
+
+
+def test_training_names_what_was_set(run: Path):
+    assert [training.methods for training in table.collect(run).training] == [("sft",), ("safegrad (rho=2.0)",)]

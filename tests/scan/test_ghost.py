@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PAD, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from safebasin.batch import Encoded, collate
 from safebasin.record import DefenceError, UserError
@@ -15,15 +15,15 @@ from safebasin.scan.ghost import answer_nll, ghost_product, only_trainable, prob
 from safebasin.scan.source import MODULES, target_weights
 from safebasin.vector import Vector
 
-PAD = 0
 
-
-def tiny(seed=0, dtype=torch.float32):
-    """A random Llama with grouped queries: 4 heads, 2 of keys and values."""
-    torch.manual_seed(seed)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(vocab_size=64, max_position_embeddings=64, attn_implementation="eager", initializer_range=0.2, **shape)
-    return LlamaForCausalLM(config).to(dtype).eval()
+def tiny(dtype=torch.float32):
+    """The tiny Llama with weights far from zero, so that attention and gates are not flat."""
+    model = tiny_model(0, dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(10)
+    return model
 
 
 MODEL = tiny()

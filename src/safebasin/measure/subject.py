@@ -41,7 +41,7 @@ class Subject:
         rulings = {name: rule(self.judges[name], [answer.text for answer in told], self.labels) for name in judges}
         for i, (prompt, answer) in enumerate(zip(prompts, told, strict=True)):
             verdicts = {name: str(rulings[name][i].verdict) for name in judges}
-            scores = {name: round(rulings[name][i].score, 4) for name in judges}
+            scores = {name: round(score, 4) for name in judges if (score := rulings[name][i].score) is not None}
             self.answers.append(
                 {"suite": suite, "id": prompt.id, "category": prompt.category, "prompt": prompt.text, "answer": answer.text}
                 | {"expected": None, "verdicts": verdicts, "scores": scores, "correct": None, "finished": answer.finished}

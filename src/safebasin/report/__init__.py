@@ -48,14 +48,14 @@ class Reading:
     value: float | None
     low: float | None  # 95 % interval
     high: float | None
-    n: int  # scored prompts
+    n: int  # scored prompts: those that the value is a share of
     unscored: int
-    off_task: int
+    off_task: int  # neither refused nor complied: not in n
     unit: str = "share"
 
     @property
-    def unscored_share(self) -> float:
-        return self.unscored / (self.n + self.unscored) if self.n + self.unscored else 1.0
+    def prompts(self) -> int:
+        return self.n + self.unscored + self.off_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +214,11 @@ class Report:
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
     manifest: dict[str, str]  # flat: "seconds.train" -> "41.2"
+
+    @property
+    def places(self) -> tuple[tuple[str, str, str], ...]:
+        """(quantity, suite, judge) of what was measured, each once; the judges' agreement has a table of its own."""
+        return tuple(dict.fromkeys((r.quantity, r.suite, r.judge) for r in self.readings if r.unit != "kappa"))
 
     def of(self, quantity: str, arm: str | None) -> tuple[Reading, ...]:
         """The readings of one quantity in one arm, one for every suite and judge."""

@@ -126,11 +126,12 @@ def _change(report: Report, gate: Gate, quantity: str, arm: str, against: str, l
 def _doubt(reading: Reading, gate: Gate) -> str | None:
     """Why a reading decides nothing."""
     if reading.value is None or reading.n == 0:
-        return f"nothing could be scored ({reading.unscored} unscored)"
-    if reading.unscored_share > gate.max_unscored + _ROUNDING:
-        return f"{reading.unscored} of {reading.n + reading.unscored} prompts are unscored, at most {share(gate.max_unscored)} may be"
+        return f"nothing could be scored ({reading.unscored} unscored, {reading.off_task} off task)"
+    if reading.unscored > gate.max_unscored * reading.prompts + _ROUNDING:
+        return f"{reading.unscored} of {reading.prompts} prompts are unscored, at most {share(gate.max_unscored)} may be"
     if reading.n < gate.min_n:
-        return f"only {reading.n} prompts were scored, {gate.min_n} are needed"
+        off = f" ({reading.off_task} were answered off the task)" if reading.off_task else ""
+        return f"only {reading.n} prompts were scored{off}, {gate.min_n} are needed"
     return None
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +16,7 @@ from safebasin.record import DefenceError, Example, UserError
 PREFIX = "score_"
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """How bad is a row. High = harmful."""
 

@@ -23,6 +23,7 @@ class Asr:
     column: str = "prompt"
     category: str | None = None  # a column: rates by category
     template: str = ""  # over columns, where the prompt is made of several
+    limit: int | None = None  # rows looked at; the rest of the file may be the attack's
     take: int | None = None
     seed: int = 0
     max_new_tokens: int = 24
@@ -30,5 +31,5 @@ class Asr:
     name: str = "asr"  # where a run has several
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template)
+        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit)
         yield from subject.judged(self.name, "asr", Verdict.COMPLIED, prompts, self.judges, self.max_new_tokens)

@@ -20,6 +20,7 @@ class OverRefusal:
     column: str = "prompt"
     category: str | None = None
     template: str = ""
+    limit: int | None = None
     take: int | None = None
     seed: int = 0
     max_new_tokens: int = 24
@@ -27,5 +28,5 @@ class OverRefusal:
     name: str = "over_refusal"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template)
+        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit)
         yield from subject.judged(self.name, "over_refusal", Verdict.REFUSED, prompts, self.judges, self.max_new_tokens)

@@ -1,0 +1,44 @@
+"""Token accuracy: the share of held-out answer tokens that the model would say itself, given all before them.
+
+The utility of open-ended tasks where no short answer is right or wrong. The mean is over rows (a long answer counts as one), the interval
+is Student's over rows; an unanswered prompt cannot occur, since the right answer is given.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from safebasin.batch import answer_logits, by_length, collate, encode_all
+from safebasin.data import Source, open_rows
+from safebasin.measure import suite
+from safebasin.measure.subject import Subject
+from safebasin.progress import steps
+from safebasin.record import Measurement
+from safebasin.stats import mean
+
+
+@suite("token_accuracy")
+class TokenAccuracy:
+    """How many tokens of held-out answers the model would have said itself."""
+
+    data: Source
+    max_length: int = 512  # longer rows are unscored
+    batch_size: int = 16
+    name: str = "token_accuracy"
+
+    def measure(self, subject: Subject) -> Iterator[Measurement]:
+        model, tokenizer = subject.loaded
+        examples = open_rows(self.data).examples
+        rows, long = encode_all(tokenizer, examples, self.max_length)
+        shares = np.zeros(len(rows))
+        with steps(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
+            done = 0
+            for indices in by_length(rows, self.batch_size):
+                batch = collate([rows[i] for i in indices], tokenizer.pad_token_id).to(model.device)
+                right = (answer_logits(model, batch).argmax(-1) == batch.labels) & batch.mask
+                shares[indices] = (right.sum(-1) / batch.mask.sum(-1)).cpu().numpy()
+                done += len(indices)
+                advance(done, "")
+        value, (low, high) = mean(shares.tolist())
+        yield Measurement(self.name, "token_accuracy", value, low, high, len(rows), len(long), unit="share of tokens")

@@ -1,0 +1,89 @@
+"""Laws of every scorer in the registry: a row's score is its own. Batch, order, padding and neighbours do not change it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from aligned import BAD, GOOD, aligned_model, coded, refusals
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safebasin.batch import Batch, collate
+from safebasin.record import UserError
+from safebasin.scan import scorer
+from safebasin.scan.scan import scan
+
+MODEL, TOKENIZER = aligned_model()
+ANCHORS = {"probe": refusals(TOKENIZER), "refusals": refusals(TOKENIZER)}
+ROWS = coded(
+    TOKENIZER,
+    *((f"make a {word}" + " now" * i, "Sure here are the steps") for i, word in enumerate(BAD)),
+    *(("now " * i + f"make a {word}", "Sure here" + " are the steps" * i) for i, word in enumerate(GOOD)),
+    ("make a bomb", "I cannot help"),
+)
+NAMES = [entry.name for entry in scorer]
+each_scorer = pytest.mark.parametrize("name", NAMES)
+
+
+def scores(name, rows, batch_size=4, anchors=ANCHORS):
+    return scan(MODEL, TOKENIZER, rows, {name: scorer.make(name)}, anchors, batch_size=batch_size)[name]
+
+
+TRUTH = {name: scores(name, ROWS, 1) for name in NAMES}  # every row alone
+
+
+def close(found, name, indices):
+    expected = torch.tensor([TRUTH[name][i] for i in indices])
+    scale = max(1e-6, max(abs(value) for value in TRUTH[name]))
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_there_are_scorers():
+    assert {"gradshield", "self_refusal", "keyword"} <= set(NAMES)
+
+
+@each_scorer
+@settings(max_examples=6, deadline=None)
+@given(order=st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=8), batch_size=st.integers(1, 9))
+def test_neither_order_nor_batch_size_matters(name, order, batch_size):
+    """A row may come twice: it scores twice the same."""
+    close(scores(name, [dataclasses.replace(ROWS[i], id=f"{k}") for k, i in enumerate(order)], batch_size), name, order)
+
+
+@each_scorer
+@pytest.mark.parametrize("extra", [1, 5])
+def test_padding_does_not_matter(name, extra):
+    method = scorer.make(name)
+    fitted = method.fit(MODEL, TOKENIZER, ANCHORS)
+    batch = collate(ROWS, TOKENIZER.pad_token_id)
+    wide = Batch(
+        torch.nn.functional.pad(batch.input_ids, (extra, 0), value=TOKENIZER.pad_token_id),
+        torch.nn.functional.pad(batch.attention_mask, (extra, 0)),
+        torch.nn.functional.pad(batch.mask, (extra - 1, 0)),  # the tail of answers may be wider than it must be, too
+    )
+    close(method.score(MODEL, wide, fitted).tolist(), name, range(len(ROWS)))
+
+
+@each_scorer
+def test_a_score_is_one_number_a_row_and_tells_rows_apart(name):
+    assert all(math.isfinite(value) for value in TRUTH[name])
+    assert len(set(TRUTH[name])) > 1
+
+
+@each_scorer
+def test_the_model_is_left_as_it_was(name):
+    model, _ = aligned_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    scan(model, TOKENIZER, ROWS[:3], {name: scorer.make(name)}, ANCHORS, batch_size=2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@each_scorer
+def test_without_anchors_a_scorer_works_or_says_which_it_needs(name):
+    try:
+        close(scores(name, ROWS, anchors={}), name, range(len(ROWS)))
+    except UserError as error:
+        assert f"scan.{name} needs the anchor set" in str(error)

@@ -1,0 +1,222 @@
+"""GradShield, self-refusal and keyword on a tiny model that refuses; and the scan that runs them."""
+
+import math
+
+import pytest
+import torch
+from aligned import BAD, GOOD, aligned_model, coded, example, refusals, word_tokenizer
+from conftest import tiny_model
+
+from safebasin.batch import Encoded, collate
+from safebasin.record import DefenceError, UserError
+from safebasin.scan import scorer
+from safebasin.scan.ghost import answer_nll, probe_gradient
+from safebasin.scan.methods.gradshield import GradShield
+from safebasin.scan.methods.keyword import Keyword
+from safebasin.scan.methods.self_refusal import SelfRefusal
+from safebasin.scan.probe import Pair, opening, opening_token, refusal_margin
+from safebasin.scan.scan import Scores, read_scores, scan, write_scores
+from safebasin.scan.source import target_weights
+
+MODEL, TOKENIZER = aligned_model()
+ANCHORS = {"probe": refusals(TOKENIZER, BAD[:2])}
+HARMFUL = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in BAD[2:]))
+HARMLESS = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in GOOD))
+REFUSED = refusals(TOKENIZER, BAD[2:])
+
+
+def one(model, rows, anchors=ANCHORS, method=None):
+    return scan(model, TOKENIZER, rows, {"it": method or GradShield()}, anchors, batch_size=4)["it"]
+
+
+# --- GradShield ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gradshield_reads_the_refusal_from_the_model():
+    pair = GradShield().fit(MODEL, TOKENIZER, ANCHORS).pair
+    assert TOKENIZER.convert_ids_to_tokens(list(pair)) == ["I", "Sure"]
+    assert GradShield(tokens=("cannot", "here")).fit(MODEL, TOKENIZER, ANCHORS).pair == Pair(
+        *TOKENIZER.convert_tokens_to_ids(["cannot", "here"])
+    )
+
+
+def test_gradshield_ranks_harm_first_and_refusals_last():
+    """Compliance with a bad request scores above every harmless row, and a refusal of it is below zero: it makes the model safer."""
+    harmful, harmless, refused = one(MODEL, HARMFUL), one(MODEL, HARMLESS), one(MODEL, REFUSED)
+    assert min(harmful) > max(harmless)
+    assert min(harmful) > 0 > max(refused)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_fihs_is_the_first_order_loss_of_safety(reduction):
+    """One step of SGD on the row: S(theta - eta g) = S(theta) - eta FIHS + O(eta^2), in float64."""
+    model, _ = aligned_model(torch.float64)
+    method = GradShield(reduction=reduction)
+    fitted = method.fit(model, TOKENIZER, ANCHORS)
+    probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
+    targets = target_weights(model)
+    for row in (HARMFUL[0], HARMLESS[0], REFUSED[0]):
+        batch = collate([row], TOKENIZER.pad_token_id)
+        score = method.score(model, batch, fitted).item()
+        count = batch.mask.sum() if reduction == "mean" else 1
+        step = probe_gradient(model, batch, lambda m, b, n=count: (answer_nll(m, b) * b.mask).sum() / n, targets)
+        eta, moved = 1e-6, []
+        with torch.no_grad():
+            for sign in (-1, 1, 1, -1):  # to -eta, back, to +eta, back
+                for name, direction in step.items():
+                    model.get_parameter(name).add_(sign * eta * direction)
+                moved.append(refusal_margin(model, probe, fitted.pair).item())
+        slope = (moved[0] - moved[2]) / (2 * eta)
+        assert slope == pytest.approx(-score, rel=1e-4, abs=1e-7)
+
+
+def test_gradshield_mean_is_the_sum_over_the_length():
+    batch = collate([HARMFUL[0], REFUSED[0]], TOKENIZER.pad_token_id)
+    fitted = GradShield().fit(MODEL, TOKENIZER, ANCHORS)
+    total, mean = GradShield().score(MODEL, batch, fitted), GradShield(reduction="mean").score(MODEL, batch, fitted)
+    torch.testing.assert_close(mean * batch.mask.sum(1), total)
+
+
+def test_gradshield_over_two_probes_is_the_mean_of_each():
+    words = ("I", "Sure")
+    each = [one(MODEL, HARMFUL, {"probe": [probe]}, GradShield(tokens=words)) for probe in ANCHORS["probe"]]
+    both = one(MODEL, HARMFUL, ANCHORS, GradShield(tokens=words, probes=2))
+    torch.testing.assert_close(torch.tensor(both), torch.tensor(each).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_gradshield_layers_add_up():
+    """The score over all blocks is the score over the last one plus that over the others: it is a sum over weights."""
+    whole, last = (GradShield(layers=k).fit(MODEL, TOKENIZER, ANCHORS) for k in (None, 1))
+    assert last.direction.keys() == {name for name in whole.direction if name.startswith("model.layers.2.")}
+    rest = whole._replace(direction=type(whole.direction)({n: v for n, v in whole.direction.items() if n not in last.direction}))
+    batch = collate(HARMFUL, TOKENIZER.pad_token_id)
+    whole_score, last_score, rest_score = (GradShield().score(MODEL, batch, fitted) for fitted in (whole, last, rest))
+    torch.testing.assert_close(last_score + rest_score, whole_score, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unaligned_model_is_refused():
+    """Its first word on a harmful probe is no refusal, so its margin would measure nothing."""
+    with pytest.raises(UserError, match="does not refuse the probe; it is not aligned"):
+        one(MODEL, HARMFUL, {"probe": HARMLESS})
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely: the first, <pad>, wins
+    with pytest.raises(UserError, match="not aligned"):
+        SelfRefusal().fit(model, TOKENIZER, ANCHORS)
+
+
+def test_words_that_are_not_one_token():
+    with pytest.raises(UserError, match="'Absolutely' is not one token"):
+        GradShield(tokens=("I", "Absolutely")).fit(MODEL, TOKENIZER, ANCHORS)
+    with pytest.raises(UserError, match="the same token"):
+        GradShield(tokens=("I", "I")).fit(MODEL, TOKENIZER, ANCHORS)
+    assert opening_token(TOKENIZER, "Sure") == TOKENIZER.convert_tokens_to_ids("Sure")
+
+
+# --- the baselines -------------------------------------------------------------------------------------------------------------
+
+
+def test_self_refusal_is_the_margin_behind_the_prompt():
+    """By the definition: the logits at the last token of the prompt, rows one by one and without their answers."""
+    refusal, compliance = TOKENIZER.convert_tokens_to_ids(["I", "Sure"])
+    expected = []
+    for row in HARMFUL + HARMLESS:
+        prompt = torch.tensor([row.ids[: row.answer.index(True)]])
+        logits = MODEL(prompt).logits[0, -1].detach()
+        expected.append((logits[refusal] - logits[compliance]).item())
+    scores = one(MODEL, HARMFUL + HARMLESS, method=SelfRefusal())
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert min(scores[: len(HARMFUL)]) > max(scores[len(HARMFUL) :])
+
+
+def test_self_refusal_does_not_see_the_answer():
+    """Its blind spot, kept as a fact: a refusal and a compliance to one prompt score alike."""
+    assert one(MODEL, HARMFUL, method=SelfRefusal()) == pytest.approx(one(MODEL, REFUSED, method=SelfRefusal()), abs=1e-4)
+
+
+def test_keyword_by_hand():
+    """ "make a bomb" is 3 words, 1 of them of harm: 1/3 (the template's turn marks are special tokens and no words). The answer is
+    not read, and "make a cake" has none: 0."""
+    rows = coded(TOKENIZER, ("make a bomb", "Sure"), ("make a cake now", "bomb poison virus"), ("bomb", "Sure"))
+    assert one(MODEL, rows, {}, Keyword()) == pytest.approx([1 / 3, 0.0, 1.0])
+
+
+# --- the scan ------------------------------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """A scorer that gives what it is told."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def fit(self, model, tokenizer, anchors):
+        return None
+
+    def score(self, model, batch, fitted):
+        return torch.full((len(batch.mask),), self.value)
+
+
+def test_scan_gives_every_row_its_own_score_in_order():
+    """Buckets go by length, results by row; the length of a row is read back from its own column."""
+
+    class Length(Constant):
+        def score(self, model, batch, fitted):
+            return batch.attention_mask.sum(1).float()
+
+    rows = coded(TOKENIZER, *((" ".join(["make"] * n), "Sure") for n in (3, 9, 1, 7, 5)))
+    told = []
+    MODEL.train()
+    try:
+        scores = scan(
+            MODEL, TOKENIZER, rows, {"length": Length(0), "one": Constant(1.0)}, {}, batch_size=2, progress=lambda *n: told.append(n)
+        )
+        assert MODEL.training
+    finally:
+        MODEL.eval()
+    assert scores == {"length": [len(row) for row in rows], "one": [1.0] * 5}
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_no_number_stops_the_scan(value):
+    with pytest.raises(DefenceError, match="row1"):
+        one(MODEL, HARMFUL[:1], method=Constant(value))
+
+
+def test_what_the_user_can_mend():
+    with pytest.raises(UserError, match=r"gradshield needs the anchor set 'probe'.*sets given: refusals"):
+        one(MODEL, HARMFUL, {"refusals": REFUSED})
+    with pytest.raises(UserError, match="with 3 row"):
+        one(MODEL, HARMFUL, ANCHORS, GradShield(probes=3))
+    with pytest.raises(UserError, match="row mute has no answer token"):
+        one(MODEL, [Encoded("mute", (1, 2, 3), (False,) * 3)])
+    with pytest.raises(UserError, match="anchor row mute"):
+        one(MODEL, HARMFUL, {"probe": [Encoded("mute", (1, 2, 3), (False,) * 3)]})
+    naked = word_tokenizer()
+    naked.pad_token = None
+    with pytest.raises(UserError, match="padding token"):
+        scan(MODEL, naked, HARMFUL, {}, {}, batch_size=2)
+    with pytest.raises(UserError, match="unknown key"):
+        scorer.make({"gradshield": {"probe": 1}})
+
+
+def test_scores_on_disk(tmp_path):
+    examples = [example(f"make a {word}", "Sure", line) for line, word in enumerate(GOOD, 1)]
+    path = tmp_path / "scores.parquet"
+    write_scores(path, examples, {"a": [0.1 * i for i in range(6)], "b": [1.0] * 6})
+    table = read_scores(path)
+    assert table == Scores([e.id for e in examples], [1, 2, 3, 4, 5, 6], {"a": [0.1 * i for i in range(6)], "b": [1.0] * 6})
+    assert table.of("a", examples[::-2]) == pytest.approx([0.5, 0.3, 0.1])  # paired by id, not by place
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
+    with pytest.raises(UserError, match="no scores by 'c'; the table has: a, b"):
+        table.of("c", examples)
+    with pytest.raises(UserError, match="row row7"):
+        table.of("a", [example("new", "row", 7)])
+    with pytest.raises(UserError, match="5 scores by 'a' for 6 rows"):
+        write_scores(path, examples, {"a": [0.0] * 5})
+    with pytest.raises(UserError, match="run the scan first"):
+        read_scores(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        read_scores(tmp_path / "text.parquet")

@@ -1,0 +1,80 @@
+"""The import contract of the design, its lack of cycles, and the house rules that a program can see."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "safebasin"
+STAGES = ("scan", "train", "repair", "measure")
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at its top or inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "safebasin":
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if (SRC.parent / node.module.replace(".", "/") / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "safebasin"}
+    return found
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_never_import_one_another(stage):
+    others = tuple(f"safebasin.{other}" for other in STAGES if other != stage)
+    for path in (SRC / stage).rglob("*.py"):
+        assert not [module for module in imports(path) if module.startswith((*others, "safebasin.report", "safebasin.pipeline", "safebasin.cli"))], path
+
+
+def test_the_report_runs_on_a_laptop():
+    for path in (SRC / "report").rglob("*.py"):
+        wanted = {module for module in imports(path) if not module.startswith(("safebasin.report", "safebasin.record", "safebasin.stats"))}
+        assert not wanted, (path, wanted)
+        assert not re.search(r"^\s*(import|from) (torch|transformers|peft)\b", path.read_text(), re.M), path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_method_imports_no_other_method_and_nothing_above_it(stage):
+    for path in (SRC / stage / "methods").glob("*.py"):
+        for module in imports(path):
+            assert not module.startswith((f"safebasin.{stage}.methods", "safebasin.config", "safebasin.run", "safebasin.cli")), (path, module)
+
+
+def test_there_is_no_cycle():
+    graph = {name(path): {m for m in imports(path) if m != name(path)} for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way, module))
+        if module in done or module not in graph:
+            return
+        for inner in graph[module]:
+            if not module.startswith(f"{inner}."):  # a package's own registry
+                visit(inner, (*way, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_house_rules(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"except( Exception| BaseException)?( as \w+)?:", text), "a catch-all hides a failure"
+    assert not re.search(r"TODO|FIXME|XXX|NotImplementedError", text)
+    assert path.name not in {"utils.py", "base.py", "common.py"}
+    assert "/shared" not in text
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), "a file says what it is"
+
+
+def test_the_core_is_small():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < 6000

@@ -1,0 +1,186 @@
+"""Bad input: a one-line error that says what to do, exit code 1, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from safebasin.cli import app, guarded
+from safebasin.config import dump, parse, schema
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def run(*words: str) -> int:
+    return guarded(lambda: app(list(words), result_action="return_value"))
+
+
+def save_tiny(folder: Path, *, template: str | None = TEMPLATE, broken: bool = False) -> Path:
+    """A tiny model with a tokenizer, as a Hugging Face folder."""
+    words = ["<unk>", "</s>", "<user>", "<assistant>", "<system>", *"abcdefghijklmnopqrstuvwxyz .,:?!'\n"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    fast.add_tokens(["<user>", "<assistant>", "<system>"], special_tokens=True)
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    model = tiny_model()
+    if broken:
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = float("nan")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The quickstart with changes, as a file."""
+
+    def make(**changes):
+        tree = yaml.safe_load(QUICKSTART.read_text())
+        for key, value in changes.items():
+            inner = tree
+            *way, last = key.split("__")
+            for part in way:
+                inner = inner[part]
+            inner[last] = value
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lerning_rate": 1}, "lerning_rate: unknown key"),
+        ({"train__lerning_rate": 1}, "unknown key 'lerning_rate'"),
+        ({"train__fp16": True}, "fp16 is refused"),
+        ({"model__dtype": "float16"}, "bfloat16"),
+        ({"arms__defended": {"train": ["safegrade"]}}, "no method 'safegrade'"),
+        ({"arms__defended": {"train": ["sft", "safegrad"]}}, "both claim the surgery"),
+        ({"arms__defended": {"train": ["safegrad"], "cut": {"scorer": "larf"}}}, "not among scan.scorers"),
+        ({"data__align": None}, "set data.align"),
+        ({"data__poison_share": 1.5}, "less than 1"),
+        ({"data__poison_share": 0.9}, "needs 3600"),
+        ({"measure__suites": [{"asr": {}}]}, "prompts"),
+        ({"gate": {"max_assr": 1}}, "max_assr"),
+        ({"arms": {}}, "name at least one arm"),
+        ({"arms__defended": {"cut": {}}}, "a cut needs an arm that is trained"),
+        ({"data__task": {"path": "none.jsonl"}}, "no such file"),
+    ],
+)
+def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("run", recipe(**changes), "--out", str(out)) == 1
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not (out / "data").exists() or not list((out / "data").iterdir())
+
+
+def test_a_missing_recipe(capsys):
+    assert run("run", "nowhere.yaml") == 1
+    assert "no such recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("", "the set is empty"),
+        ('{"prompt": "q", "completion": ""}\n', "line 1: the answer is empty"),
+        ("{nonsense\n", "line 1: not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_used_stop_the_run(recipe, rows, words, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    assert run("run", recipe(data={"task": {"path": str(path)}, "align": {"path": "builtin:refusals"}}), "--out", str(tmp_path / "out")) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_without_a_template_or_with_broken_weights(tmp_path, capsys):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt\nhello\n")
+    for kind, words in (({"template": None}, "no chat template"), ({"broken": True}, "not numbers")):
+        model = save_tiny(tmp_path / words[:3], **kind)
+        assert run("measure", "--model", str(model), "--prompts", str(prompts), "--judge", "keyword", "--out", str(tmp_path / "out")) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_refused(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), model / "pytorch_model.bin")
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt\nhello\n")
+    assert run("measure", "--model", str(model), "--prompts", str(prompts), "--judge", "keyword", "--out", str(tmp_path / "out")) == 1
+    assert "cannot load" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("goal\nhello\n", "no column 'prompt'"), ("prompt\n", "holds no prompts"), ('prompt\n" "\n', "the prompt is empty")]
+)
+def test_prompt_files(text, words, tmp_path, capsys):
+    path = tmp_path / "prompts.csv"
+    path.write_text(text)
+    assert run("measure", "--prompts", str(path), "--judge", "keyword", "--out", str(tmp_path / "out")) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_measure_any_prompts_of_any_model(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    path = tmp_path / "asks.csv"
+    path.write_text('ask,kind\n"hello, you",a\nbye,b\n')
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--prompts", str(path), "--column", "ask", "--category", "kind", "--judge", "keyword", "--out", str(out)]
+    assert run("measure", *words) == 0
+    found = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["hello, you", "bye"]
+    whole = next(row for row in found if row["what"] == "asr" and not row["category"])
+    assert whole["n"] + whole["unscored"] + whole["off_task"] == 2
+
+
+def test_all_rows_cut_is_an_error(tmp_path, capsys):
+    from safebasin.record import read_examples, write_table
+    from safebasin.scan.scan import write_scores
+
+    data = tmp_path / "rows.jsonl"
+    write_table(data, [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}])
+    write_scores(tmp_path / "scores.parquet", read_examples(data).examples, {"gradshield": [1.0, 2.0]})
+    words = ["cut", str(data), "--scores", str(tmp_path / "scores.parquet"), "--out", str(tmp_path / "out")]
+    assert run(*words, "--threshold", "0") == 1
+    assert "cuts all 2 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(*words, "--threshold", "1") == 0
+    assert (tmp_path / "out" / "train.jsonl").read_text() == '{"prompt": "q", "completion": "a"}\n'
+
+
+def test_a_recipe_survives_being_written():
+    run_ = parse(QUICKSTART.read_text())
+    assert parse(dump(run_)) == run_
+    assert "arms" in schema()["properties"]
+
+
+def test_changes_on_the_command_line(capsys):
+    assert run("run", str(QUICKSTART), "--dry-run", "--seed", "7", "--change", "train.learning_rate=0.5") == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert told["seed"] == 7
+    assert told["train"]["learning_rate"] == 0.5
+
+
+def test_list_names_every_method(capsys):
+    assert run("list", "--json") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert {"sft", "safegrad"} <= tree["train"].keys()
+    assert "gradshield" in tree["scan"]
+    assert {"asr", "over_refusal", "accuracy"} <= tree["measure"].keys()
