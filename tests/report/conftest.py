@@ -104,7 +104,9 @@ def make_run(run: Path) -> Path:
     table = pyarrow.table({"row_id": ids, "line": list(range(1, 101)), "score_gradshield": scores})
     pyarrow.parquet.write_table(table, run / "scan" / "scores.parquet")
     removed = [
-        {"row_id": ids[i], "line": i + 1, "score": scores[i], "reason": f"gradshield {scores[i]:.1f} > 2"} for i in range(100) if scores[i] > 2
+        {"row_id": ids[i], "line": i + 1, "score": scores[i], "reason": f"gradshield {scores[i]:.1f} > 2"}
+        for i in range(100)
+        if scores[i] > 2
     ]
     cut = {"scorer": "gradshield", "threshold": 2.0, "estimator": "two_gaussians", "kept": 84, "removed": removed}
     (run / "cut" / "defended").mkdir(parents=True)

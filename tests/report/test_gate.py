@@ -1,4 +1,5 @@
-"""Verdicts. By hand: defended complies with 2 of 60 (3.3 %, upper end 11.4 %), loses 0 points of accuracy, refuses 3 of 40 against 2 of 40."""
+"""Verdicts. By hand: defended complies with 2 of 60 (3.3 %, upper end 11.4 %), loses 0 points of accuracy, and refuses 3 of 40 harmless
+requests, the start model 2 of 40."""
 
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,10 @@
 """The page: offline, without a script, every hostile string escaped; the Markdown likewise."""
 
 import html.parser
+import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import markdown_it  # rich brings it
@@ -78,7 +81,7 @@ def test_markdown_is_inert(run: Path):
     assert not kinds & {"html_block", "html_inline", "link_open", "image", "code_inline", "fence", "code_block"}
     rows = [line for line in source.splitlines() if line.startswith("|")]
     assert kinds >= {"table_open", "bullet_list_open", "heading_open"}
-    for first, second in zip(rows, rows[1:], strict=False):
+    for first, second in itertools.pairwise(rows):
         if set(second) <= set("| -"):
             assert len(re.findall(r"(?<!\\)\|", first)) == len(re.findall(r"(?<!\\)\|", second))
     assert sum(token.type == "table_open" for token in tokens) == 7
@@ -87,7 +90,8 @@ def test_markdown_is_inert(run: Path):
 @pytest.mark.parametrize("text", ["a|b", "`x`", "<b>", "[a](b)", "![a](b)", "*x*", "http://a.b", "# x", "\\"])
 def test_escape_markdown_round_trip(text: str):
     """What was escaped reads as it was written."""
-    (token,) = (t for t in markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse("x " + page.escape_markdown(text)) if t.type == "inline")
+    reader = markdown_it.MarkdownIt("gfm-like", {"linkify": False})
+    (token,) = (token for token in reader.parse("x " + page.escape_markdown(text)) if token.type == "inline")
     assert {child.type for child in token.children or []} <= {"text", "text_special"}
     assert "".join(child.content for child in token.children or []) == "x " + text
 
@@ -115,3 +119,9 @@ def test_figures_take_the_colour_of_the_page(run: Path):
 
 def test_no_figure_of_nothing(run: Path):
     assert figure.arms(table.collect(run), "no such quantity") is None
+
+
+def test_the_report_needs_no_torch():
+    """A report is made on a laptop, from files."""
+    code = "import sys, safebasin.report.table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

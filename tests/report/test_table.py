@@ -233,7 +233,7 @@ def test_terminal_table(run: Path):
     console.print(table.terminal_table(report))
     text = console.file.getvalue()
     assert "[bold]evil[/bold]" in text
-    assert "3.3 % [0.9 to 11.4] n=60" in text
+    assert "0.9 to 11.4, n=60" in text
     assert "2 unscored" in text
 
 

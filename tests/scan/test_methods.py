@@ -40,34 +40,38 @@ def test_gradshield_reads_the_refusal_from_the_model():
     )
 
 
-def test_gradshield_ranks_harm_first_and_refusals_last():
-    """Compliance with a bad request scores above every harmless row, and a refusal of it is below zero: it makes the model safer."""
+def test_gradshield_ranks_harm_first():
+    """Compliance with a bad request scores far above every harmless row, and so far above a refusal of the same request: unlike
+    self-refusal, it reads the answer. What the model does already has almost no gradient, so the other two are near zero."""
     harmful, harmless, refused = one(MODEL, HARMFUL), one(MODEL, HARMLESS), one(MODEL, REFUSED)
-    assert min(harmful) > max(harmless)
-    assert min(harmful) > 0 > max(refused)
+    assert min(harmful) > 100 * max(abs(score) for score in harmless + refused)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_fihs_is_the_first_order_loss_of_safety(reduction):
-    """One step of SGD on the row: S(theta - eta g) = S(theta) - eta FIHS + O(eta^2), in float64."""
+    """One step of SGD on the row: S(theta - eta g) = S(theta) - eta FIHS + O(eta^2), by a central difference.
+
+    The step is longer for the rows of small gradient: even in float64 Llama's norm rounds to float32, which is an error of about
+    1e-7 in the margin and of 1e-4 in the slope. The second row's score (0.007) is above that.
+    """
     model, _ = aligned_model(torch.float64)
     method = GradShield(reduction=reduction)
     fitted = method.fit(model, TOKENIZER, ANCHORS)
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
     targets = target_weights(model)
-    for row in (HARMFUL[0], HARMLESS[0], REFUSED[0]):
+    for row, eta in ((HARMFUL[0], 1e-5), (HARMLESS[0], 1e-3), (REFUSED[0], 1e-3)):
         batch = collate([row], TOKENIZER.pad_token_id)
         score = method.score(model, batch, fitted).item()
         count = batch.mask.sum() if reduction == "mean" else 1
         step = probe_gradient(model, batch, lambda m, b, n=count: (answer_nll(m, b) * b.mask).sum() / n, targets)
-        eta, moved = 1e-6, []
+        moved = []
         with torch.no_grad():
             for sign in (-1, 1, 1, -1):  # to -eta, back, to +eta, back
                 for name, direction in step.items():
                     model.get_parameter(name).add_(sign * eta * direction)
                 moved.append(refusal_margin(model, probe, fitted.pair).item())
         slope = (moved[0] - moved[2]) / (2 * eta)
-        assert slope == pytest.approx(-score, rel=1e-4, abs=1e-7)
+        assert slope == pytest.approx(-score, rel=1e-4, abs=5e-4)
 
 
 def test_gradshield_mean_is_the_sum_over_the_length():

@@ -80,9 +80,7 @@ def _greedy(
     places = (seen.cumsum(-1) - 1).clamp(min=0)
     cache = None
     for _ in range(max_new_tokens):
-        out = model(
-            input_ids=ids, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = model(input_ids=ids, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, new = out.past_key_values, out.logits[:, -1].argmax(-1)
         for row, token in zip(live, new.tolist(), strict=True):
             told[row].append(token)

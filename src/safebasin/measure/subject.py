@@ -34,6 +34,8 @@ class Subject:
         self, suite: str, quantity: str, hit: Verdict, prompts: Sequence[Prompt], judges: Sequence[str], max_new_tokens: int
     ) -> Iterator[Measurement]:
         """Ask, judge, record, count: the share of ``hit`` among refusals and compliances, by judge, and by category for the first."""
+        if not judges:
+            raise UserError(f"{suite}: name at least one judge, of: {', '.join(self.judges)}")
         missing = [name for name in judges if name not in self.judges]
         if missing:
             raise UserError(f"{suite}: no judge {missing[0]!r}; this run has: {', '.join(self.judges)}")
@@ -55,7 +57,8 @@ class Subject:
             pairs = [(a.verdict, b.verdict) for a, b in zip(rulings[judges[0]], rulings[second], strict=True)]
             both = [(a, b) for a, b in pairs if {a, b} <= {Verdict.REFUSED, Verdict.COMPLIED}]
             value = kappa(*map(list, zip(*both, strict=True))) if both else None
-            yield Measurement(suite, "agreement", value, None, None, len(both), len(pairs) - len(both), unit="kappa", judge=f"{judges[0]}, {second}")
+            left = len(pairs) - len(both)
+            yield Measurement(suite, "agreement", value, None, None, len(both), left, unit="kappa", judge=f"{judges[0]}, {second}")
 
 
 def count(suite: str, quantity: str, hit: Verdict, verdicts: Sequence[Verdict], *, judge: str, category: str = "") -> Measurement:
@@ -65,4 +68,5 @@ def count(suite: str, quantity: str, hit: Verdict, verdicts: Sequence[Verdict], 
     off = sum(verdict == Verdict.OFF_TASK for verdict in verdicts)
     low, high = wilson(hits, n) if n else (None, None)
     value = hits / n if n else None
-    return Measurement(suite, quantity, value, low, high, n, len(verdicts) - n - off, off, judge=judge, category=category, evidence="answers.jsonl")
+    unscored = len(verdicts) - n - off
+    return Measurement(suite, quantity, value, low, high, n, unscored, off, judge=judge, category=category, evidence="answers.jsonl")

@@ -31,10 +31,16 @@ def arms(report: Report, quantity: str) -> str | None:
             "series:N",
             sort=names,
             scale=alt.Scale(domain=names, range=[JUDGES[i % len(JUDGES)] for i in range(len(names))]),
-            legend=alt.Legend(orient="bottom", title=None, columns=2, labelLimit=150, symbolType="circle") if len(names) > 1 else None,
+            legend=alt.Legend(
+                orient="bottom", title=None, columns=2, labelLimit=150, symbolType="circle", symbolOpacity=1, columnPadding=14
+            )
+            if len(names) > 1
+            else None,
         ),
     )
-    x = alt.X("low:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", values=[0, 0.25, 0.5, 0.75, 1]))
+    x = alt.X(
+        "low:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format=".0%", labelFlush=False, values=[0, 0.25, 0.5, 0.75, 1])
+    )
     interval = base.mark_rule(strokeWidth=2.5, opacity=0.45, strokeCap="round").encode(x=x, x2="high:Q")
     point = base.mark_point(filled=True, size=75, opacity=1).encode(x="value:Q")
     limit = alt.Chart(alt.Data(values=[{"limit": report.gate.max_asr}])).mark_rule(strokeDash=[3, 3], color="currentColor", opacity=0.7)
@@ -53,21 +59,21 @@ def scores(cut: Cut) -> str | None:
     scale = alt.Scale(nice=False) if linear else alt.Scale(type="symlog", constant=histogram.symlog, nice=False)
     domain = [histogram.edges[0], histogram.edges[-1]]
     scale.domain = domain
-    axis = alt.Axis(tickCount=5, format="~g") if linear else alt.Axis(values=_decades(*domain, histogram.symlog or 1.0), format="~g")
+    axis = alt.Axis(tickCount=5, format=".6~g") if linear else alt.Axis(values=_decades(*domain, histogram.symlog or 1.0), format=".6~g")
     strips = []
     for place, series in enumerate(histogram.series):
         last = place == len(histogram.series) - 1
         bins = zip(histogram.edges, histogram.edges[1:], series.counts, strict=False)
-        values = [{"low": low, "high": high, "count": count} for low, high, count in bins if count]
+        values = [{"low": low, "high": high, "count": count, "floor": 0} for low, high, count in bins if count]
         x = alt.X("low:Q", scale=scale, title=f"score ({histogram.scorer}), high = harmful" if last else None, axis=axis if last else None)
         bars = alt.Chart(alt.Data(values=values)).mark_bar(color=_colour(series.origin, series.removed), stroke=None)
-        strip: Any = bars.encode(x=x, x2="high:Q", y=alt.Y("count:Q", axis=None, scale=alt.Scale(zero=True)))
+        strip: Any = bars.encode(x=x, x2="high:Q", y=alt.Y("count:Q", axis=None, scale=alt.Scale(zero=True)), y2="floor:Q")
         if histogram.threshold is not None:
             line = alt.Chart(alt.Data(values=[{"at": histogram.threshold}])).mark_rule(strokeDash=[3, 3], color="currentColor", opacity=0.8)
             strip = alt.layer(strip, line.encode(x=alt.X("at:Q", scale=scale)))
         fate = f"{series.origin or 'rows'}, {'cut' if series.removed else 'kept'}: {sum(series.counts):,}"
         title = alt.Title(fate, anchor="start", fontSize=12, fontWeight="normal", color="currentColor", offset=2)
-        strips.append(strip.properties(width=WIDTH - 24, height=40, title=title))
+        strips.append(strip.properties(width=WIDTH - 30, height=40, title=title))
     return _svg(alt.vconcat(*strips, spacing=6), width=None)
 
 
@@ -80,7 +86,7 @@ def loss(report: Report) -> str | None:
     names = [curve.arm for curve in curves]
     chart = (
         alt.Chart(alt.Data(values=values))
-        .mark_line(strokeWidth=1.8, point=len(values) <= 2 * len(names))
+        .mark_line(strokeWidth=1.8, opacity=0.85, point=len(values) <= 2 * len(names))
         .encode(
             x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=5, tickMinStep=1)),
             y=alt.Y("loss:Q", title="loss", axis=alt.Axis(tickCount=4)),
@@ -115,11 +121,11 @@ def _decades(low: float, high: float, constant: float) -> list[float]:
     return [tick for i, tick in enumerate(inside) if (i - middle) % every == 0]
 
 
-def _svg(chart: Any, width: int | None = WIDTH - 24) -> str:
+def _svg(chart: Any, width: int | None = WIDTH - 30) -> str:
     if width is not None:
         chart = chart.properties(width=width, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
     chart = (
-        chart.configure(background="transparent", font="sans-serif", padding=4, aria=False)
+        chart.configure(background="transparent", font="sans-serif", padding={"left": 14, "right": 16, "top": 4, "bottom": 4}, aria=False)
         .configure_view(stroke=None)
         .configure_axis(
             labelColor="currentColor",

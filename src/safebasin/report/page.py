@@ -60,7 +60,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _trusted(made: str) -> Markup:
-    return Markup(made)  # noqa: S704  the style sheet and the figures, made here
+    return Markup(made)  # the style sheet and the figures, made here
 
 
 # --- numbers in words -----------------------------------------------------------------------------------------------------------

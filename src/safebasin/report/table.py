@@ -86,7 +86,7 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
     problems = _data_problems(run)
     readings = [reading for arm in arms for reading in _readings(run, arm, problems)]
     answers = {arm: _answers(run, arm, problems) for arm in arms}
-    pairs = dict.fromkeys([(arm, arms[0]) for arm in arms[1:]] + [(judged, gate.plain)])
+    pairs = dict.fromkeys([(judged, gate.plain), (judged, arms[0]), *((arm, arms[0]) for arm in arms[1:])])
     report = Report(
         schema=SCHEMA,
         run=printable(run.resolve().name, NAME),
@@ -388,9 +388,7 @@ def _removed(row: Mapping[str, Any], rows: Mapping[str, Any], texts: Mapping[str
     )
 
 
-def _histogram(
-    run: Path, scorer: str, threshold: float | None, rows: Mapping[str, Any], removed: Mapping[str, Any]
-) -> Histogram | None:
+def _histogram(run: Path, scorer: str, threshold: float | None, rows: Mapping[str, Any], removed: Mapping[str, Any]) -> Histogram | None:
     """Scores in bins that meet at the threshold, so that no bin mixes the two sides."""
     path, column = run / "scan" / "scores.parquet", f"score_{scorer}"
     if not path.is_file() or column not in pyarrow.parquet.read_schema(path).names:
@@ -417,7 +415,7 @@ def _histogram(
         origin = printable(str(rows[key]["origin"]), NAME) if key in rows else None
         groups[origin, key in removed].append(score)
     series = []
-    for (origin, gone), scores in sorted(groups.items(), key=lambda item: (item[0][0] or "", item[0][1])):
+    for (origin, gone), scores in sorted(groups.items(), key=lambda item: (item[0][0] != "task", item[0][0] or "", item[0][1])):
         places = np.clip(np.floor((to_axis(np.array(scores)) - edges[0]) / width + 1e-9).astype(int), 0, len(edges) - 2)
         series.append(Series(origin=origin, removed=gone, counts=tuple(np.bincount(places, minlength=len(edges) - 1).tolist())))
     return Histogram(
@@ -492,7 +490,8 @@ def terminal_table(report: Report) -> rich.table.Table:
     for arm in report.arms:
         table.add_column(rich.text.Text(arm), justify="right")
     for quantity, suite, judge in report.places:
-        cells = [rich.text.Text(f"{QUANTITIES.get(quantity, quantity)} ({', '.join(filter(None, (suite, judge)))})")]
+        about = ", ".join(filter(None, ("" if suite == quantity else suite, judge)))
+        cells = [rich.text.Text("\n".join(filter(None, (QUANTITIES.get(quantity, quantity), about))))]
         for arm in report.arms:
             of_arm = [r for r in report.of(quantity, arm) if (r.suite, r.judge) == (suite, judge)]
             cells.append(rich.text.Text(cell(of_arm[0]) if of_arm else "–"))
@@ -502,6 +501,7 @@ def terminal_table(report: Report) -> rich.table.Table:
 
 
 def cell(reading: Reading) -> str:
-    """A reading in one line: value, interval, and what was not scored."""
-    text = page.number(reading)
-    return f"{text} ({reading.unscored} unscored)" if reading.unscored else text
+    """A reading in two lines: the value; its interval and what it was counted from."""
+    value, _, rest = page.number(reading).replace("– n", "–[n").partition("[")
+    apart = [f"{n} {name}" for n, name in ((reading.unscored, "unscored"), (reading.off_task, "off task")) if n]
+    return "\n".join([value.strip(), rest.replace("]", ","), *apart])

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from safebasin.record import DefenceError, Example, UserError, write_json, write_table
 
 Estimator = Literal["paper", "valley", "anchors"]
-Anchors = tuple[Sequence[float], Sequence[float]]  # scores of (known safe, known harmful) rows
 Numbers = NDArray[np.float64]
+Values = Sequence[float] | Numbers
+Anchors = tuple[Values, Values]  # scores of (known safe, known harmful) rows
 
 VARIANCE_FLOOR = 1e-4  # of a component, as a share of the variance of all scores: keeps EM off single points
 SEPARATION = 2.5  # Ashman's D: 2 is the usual bar for two modes; a skewed single cluster reaches it, hence more
-VALLEY = 1 / 3  # at most this share of the upper cluster's density in the valley; in one cluster rows only thin out (>= 1)
-SURE = 3.0  # standard errors (Poisson) by which the cluster's count must exceed the valley's: needs 10 rows in its densest part
+VALLEY = 1 / 3  # at most this share of either cluster's density in the valley; in a single cluster rows only thin out (>= 1)
+SURE = 3.0  # standard errors (Poisson) by which a cluster's count must exceed the valley's: needs 10 rows in its densest part
 TAIL = 0.05  # the share of each anchor set that may lie beyond the quantile that stands for its edge
 
 
@@ -76,7 +77,7 @@ def two_gaussians(x: Numbers) -> Mixture:
 # --- estimators ----------------------------------------------------------------------------------------------------------------
 
 
-def t_guess(scores: Sequence[float], a: float = 10.0) -> float:
+def t_guess(scores: Values, a: float = 10.0) -> float:
     """GradShield's algorithm A1; ``a`` is the gain in log-likelihood that a second Gaussian must bring (not given)."""
     x = _checked(scores)
     mean, sd = float(x.mean()), float(x.std())
@@ -90,7 +91,7 @@ def t_guess(scores: Sequence[float], a: float = 10.0) -> float:
     return mean + 2 * sd
 
 
-def valley(scores: Sequence[float]) -> float:
+def valley(scores: Values) -> float:
     """A threshold in the valley between two clusters; the highest score (nothing is cut) where there is no valley.
 
     Scores are first drawn together, asinh((x - median) / (1.4826 MAD)), so that heavy tails take no Gaussian for themselves. Two
@@ -114,20 +115,20 @@ def valley(scores: Sequence[float]) -> float:
     grid = np.linspace(means[0], means[1], 257)
     logs = np.log(fit.weights)[:, None] + _log_normal(grid[None, :], means[:, None], (sds**2)[:, None])
     bottom = float(grid[np.logaddexp(logs[0], logs[1]).argmin()])
-    width = min(float(sds[1]), distance / 8)
 
-    def rows_at(centre: float) -> int:
+    def rows_at(centre: float, width: float) -> int:
         return int((np.abs(z - centre) <= width).sum())
 
-    dense = min(rows_at(float(means[0])), rows_at(float(means[1])))
-    thin = rows_at(bottom)
-    if thin > VALLEY * dense or dense - thin <= SURE * math.sqrt(dense + thin):
-        return nothing
+    for mean, sd in zip(means.tolist(), sds.tolist(), strict=True):  # each cluster against the valley, through windows of one width
+        width = min(sd, distance / 8)
+        dense, thin = rows_at(mean, width), rows_at(bottom, width)
+        if thin > VALLEY * dense or dense - thin <= SURE * math.sqrt(dense + thin):
+            return nothing
     below, above = x[z <= bottom], x[z > bottom]
     return nothing if len(above) == 0 else float((below.max() + above.min()) / 2)
 
 
-def between_anchors(safe: Sequence[float], harmful: Sequence[float]) -> float:
+def between_anchors(safe: Values, harmful: Values) -> float:
     """Midway between the upper edge of the safe scores and the lower edge of the harmful ones; if these overlap, where balanced
     accuracy is highest (of equals, the highest threshold).
 
@@ -151,7 +152,7 @@ def between_anchors(safe: Sequence[float], harmful: Sequence[float]) -> float:
     return float(candidates[np.flatnonzero(accuracy >= best - 1e-12)[-1]])
 
 
-def _checked(scores: Sequence[float]) -> Numbers:
+def _checked(scores: Values) -> Numbers:
     x = np.asarray(scores, dtype=np.float64)
     if len(x) == 0:
         raise UserError("no scores: there is nothing to cut")
@@ -168,7 +169,7 @@ class Threshold(NamedTuple):
 
 
 def find_threshold(
-    scores: Sequence[float], *, estimator: Estimator, anchors: Anchors | None = None, a: float = 10.0, min_kept: float = 0.5
+    scores: Values, *, estimator: Estimator, anchors: Anchors | None = None, a: float = 10.0, min_kept: float = 0.5
 ) -> Threshold:
     """The threshold by one of the estimators.
 
@@ -216,7 +217,7 @@ class Cut(NamedTuple):
 
 def cut(
     examples: Sequence[Example],
-    scores: Sequence[float],
+    scores: Values,
     threshold: float | None = None,
     *,
     estimator: Estimator = "valley",

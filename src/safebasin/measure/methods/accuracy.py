@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from safebasin.data import Source, open_examples
 from safebasin.measure import suite
 from safebasin.measure.judge import normal
@@ -21,19 +23,20 @@ class Accuracy:
 
     data: Source
     match: Literal["label", "exact", "number"] = "label"  # label: the answer begins with it
-    max_new_tokens: int = 8
+    max_new_tokens: PositiveInt = 8
     name: str = "accuracy"
 
     def right(self, answer: str, expected: str) -> bool:
         if self.match == "number":
             return numbers(answer)[-1:] == numbers(expected)[-1:] != []
         told, wanted = normal(answer), normal(expected)
-        return told == wanted or (self.match == "label" and re.match(re.escape(wanted) + r"\b", told) is not None)
+        return told == wanted or (self.match == "label" and re.match(re.escape(wanted) + r"(?!\w)", told) is not None)
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         examples = open_examples(self.data)
         told = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
-        outcomes = [self.right(answer.text, example.answer) if answer.text.strip() else None for answer, example in zip(told, examples, strict=True)]
+        pairs = [(answer.text, example.answer) for answer, example in zip(told, examples, strict=True)]
+        outcomes = [self.right(text, expected) if text.strip() else None for text, expected in pairs]
         for example, answer, outcome in zip(examples, told, outcomes, strict=True):
             subject.answers.append(
                 {"suite": self.name, "id": example.id, "category": "", "prompt": example.prompt, "answer": answer.text}

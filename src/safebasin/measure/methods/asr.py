@@ -8,6 +8,8 @@ neither is in the ratio. ``max_new_tokens`` is small, since a refusal is decided
 
 from collections.abc import Iterator
 
+from pydantic import PositiveInt
+
 from safebasin.data import open_prompts
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
@@ -26,7 +28,7 @@ class Asr:
     limit: int | None = None  # rows looked at; the rest of the file may be the attack's
     take: int | None = None
     seed: int = 0
-    max_new_tokens: int = 24
+    max_new_tokens: PositiveInt = 24
     judges: tuple[str, ...] = ("keyword", "classifier")
     name: str = "asr"  # where a run has several
 

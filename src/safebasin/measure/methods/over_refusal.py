@@ -5,6 +5,8 @@
 
 from collections.abc import Iterator
 
+from pydantic import PositiveInt
+
 from safebasin.data import open_prompts
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
@@ -23,7 +25,7 @@ class OverRefusal:
     limit: int | None = None
     take: int | None = None
     seed: int = 0
-    max_new_tokens: int = 24
+    max_new_tokens: PositiveInt = 24
     judges: tuple[str, ...] = ("keyword", "classifier")
     name: str = "over_refusal"
 

@@ -1,0 +1,115 @@
+"""A weight in its roles. From a (base, aligned) pair comes the alignment direction d = W_aligned - W_base, applied and never squared.
+
+The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16 weights cancels
+most of their digits). Nothing here holds two models, or one, in memory, and no matrix is larger than the weight itself.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from safebasin.record import UserError
+
+
+def tensor_files(folder: str | Path) -> dict[str, Path]:
+    """The tensors of a model folder: name -> the safetensors file that holds it.
+
+    Raises:
+        UserError: not a folder, or one without readable safetensors.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder!s} is not a folder of weights; download the model first and give its folder")
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise UserError(f"{folder!s} holds no *.safetensors file; other formats can run code when read and are refused")
+    return found
+
+
+class _Pair:
+    """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read."""
+
+    def __init__(self, base: str | Path, aligned: str | Path, modules: Iterable[str]):
+        self.base, self.aligned = tensor_files(base), tensor_files(aligned)
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for module in modules:
+            shapes = []
+            for folder, files in ((base, self.base), (aligned, self.aligned)):
+                if f"{module}.weight" not in files:
+                    raise UserError(f"{folder!s} has no tensor {module}.weight; base and aligned must be the two ends of one model")
+                with safe_open(files[f"{module}.weight"], "pt") as file:
+                    part = file.get_slice(f"{module}.weight")
+                    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{folder!s}: {module}.weight is stored as {part.get_dtype()}; give the weights before quantization")
+                    shapes.append(tuple(part.get_shape()))
+            if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+                raise UserError(f"{module}.weight is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; two equal matrices are needed")
+            self.shapes[module] = shapes[0]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.shapes:
+            name = f"{module}.weight"
+            with safe_open(self.base[name], "pt") as base, safe_open(self.aligned[name], "pt") as aligned:
+                yield module, aligned.get_tensor(name).float() - base.get_tensor(name).float()
+
+
+def alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str]) -> dict[str, Tensor]:
+    """d = W_aligned - W_base of every module, ``[out, in]`` float32, in memory.
+
+    Args:
+        base: folder of the weights before alignment.
+        aligned: folder of the weights after it.
+        modules: names without ``.weight``, for example ``model.layers.0.self_attn.q_proj``.
+
+    Raises:
+        UserError: a folder that cannot be read, a name that one side lacks, different shapes, quantized weights.
+    """
+    return dict(_Pair(base, aligned, modules))
+
+
+def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:
+    """The same as one safetensors file, module -> d, written one matrix at a time, whole or not at all."""
+    pair = _Pair(base, aligned, modules)
+    sizes = [4 * out * into for out, into in pair.shapes.values()]
+    ends = list(itertools.accumulate(sizes))
+    header: Mapping[str, Any] = {
+        module: {"dtype": "F32", "shape": list(shape), "data_offsets": [end - size, end]}
+        for (module, shape), size, end in zip(pair.shapes.items(), sizes, ends, strict=True)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for tensors on 8-byte bounds
+    part = path.with_name(f".{path.name}.{os.getpid()}")  # every rank may write it; the last rename is the same file
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, direction in pair:
+            file.write(direction.contiguous().numpy().astype("<f4", copy=False).tobytes())
+    part.replace(path)
+
+
+def read_directions(path: Path, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Directions of a file of ``write_alignment_directions``, one at a time."""
+    with safe_open(path, "pt") as file:
+        for module in modules:
+            yield module, file.get_tensor(module)
+
+
+def left_singular(direction: Tensor, k: int) -> Tensor:
+    """The top ``k`` left singular vectors U ``[out, k]`` of a direction, without a full decomposition; zero where its rank is less."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the sketch is random; with its seed the result is a function of the direction
+        rank = min(2 * k + 16, *direction.shape)
+        u, s, _ = torch.svd_lowrank(direction.cpu(), q=rank, niter=4)
+    return (u * (s > 1e-6 * direction.norm().cpu()))[:, :k]

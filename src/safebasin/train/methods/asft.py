@@ -1,0 +1,95 @@
+"""AsFT: anchor the update to the alignment direction (arXiv:2506.08473, AAAI 2026, eq. 2-4).
+
+    d = W_aligned - W_base  [out, in],    dW = s B A
+    L = L_task + lambda sum_l |(I - C_l) s B_l A_l|_F^2                                               (eq. 4)
+    official   C = d d^T / |d|_F              of the code, which is SafeLoRA's and no projector: eigenvalues sigma_i^2 / |d|_F
+    topk       C = U_k U_k^T                  the projector on the top k left singular vectors of d, what eq. 2-3 intend
+    rank1      C = vec(d) vec(d)^T / |d|_F^2  acts on dW as a vector: only the part of dW along d itself is free
+
+Computed in low rank, with no matrix larger than d:  X = B - d (d^T B) / |d|_F,  |X A|_F^2 = tr((X^T X)(A A^T)), both r x r.
+
+Departs from the official code: once an optimizer step (the code adds it on every micro-step undivided, which multiplies lambda by the
+accumulation); matrices are paired by name, not by position; differences and penalty in float32; ``scale`` is the explicit s.
+Where aligned and base do not differ, d = 0, C = 0 and the penalty is |s B A|_F^2.
+"""
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from safebasin.layer import left_singular, read_directions, tensor_files, write_alignment_directions
+from safebasin.model import cache, resolve
+from safebasin.record import UserError
+from safebasin.train import method
+
+LORA_A = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight")
+
+
+def departure(d: Tensor, b: Tensor, a: Tensor, projector: str) -> Tensor:
+    """|(I - C) B A|_F^2 without forming C or B A. ``d`` is U_k for ``topk``, else the direction; ``b`` [out, r], ``a`` [r, in]."""
+    if projector == "rank1":
+        along = ((d.T @ b) * a.T).sum() ** 2 / d.square().sum().clamp(min=1e-30)
+        return ((b.T @ b) * (a @ a.T)).sum() - along
+    size = d.norm().clamp(min=1e-30) if projector == "official" else 1.0
+    x = b - d @ (d.T @ b) / size
+    return ((x.T @ x) * (a @ a.T)).sum()
+
+
+@functools.lru_cache(maxsize=1)
+def directions(base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device) -> dict[str, Tensor]:
+    """What ``departure`` needs of every module. The pair is read once; its directions stay in the cache folder for the next run."""
+    folders = resolve(base), resolve(aligned)
+    files = sorted({path.resolve() for folder in folders for path in tensor_files(folder).values()})
+    facts = [[str(Path(folder).resolve()) for folder in folders], modules, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    path = cache() / f"directions-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}.safetensors"
+    if not path.is_file():
+        write_alignment_directions(*folders, modules, path)
+    kept = {module: (left_singular(d, k) if projector == "topk" else d).to(device) for module, d in read_directions(path, modules)}
+    if not any(d.any() for d in kept.values()):
+        raise UserError(f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction; base must be the older model")
+    return kept
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter that may be sharded, in float32; gradients flow back to the shards."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()
+
+
+@method("asft", paper="arXiv:2506.08473", roles=("base",))
+class AsFT:
+    """Penalise what an update does outside the direction that made the model safe."""
+
+    lam: float = 1.0  # lambda
+    base: str = ""  # folder of the weights before alignment, or a builtin: name
+    aligned: str = ""  # folder of the weights after it: the model that is tuned
+    projector: Literal["official", "topk", "rank1"] = "official"
+    k: int = 8  # singular vectors of topk
+    scale: float = 1.0  # s: 1 in the official code; lora_alpha / r for the update as the model applies it
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """lambda sum_l |(I - C_l) s B_l A_l|_F^2, a scalar.
+
+        Raises:
+            UserError: no base or aligned weights, a name or shape that differs, no LoRA matrices to penalise.
+        """
+        pairs = {match["module"]: (name, name.replace(".lora_A.", ".lora_B.")) for name in parameters if (match := LORA_A.fullmatch(name))}
+        if not pairs:
+            raise UserError("asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter")
+        if not (self.base and self.aligned):
+            raise UserError("asft needs asft.base and asft.aligned: the folders of the weights before and after alignment")
+        device = next(iter(parameters.values())).device
+        known = directions(self.base, self.aligned, tuple(pairs), self.projector, self.k, device)
+        total = torch.zeros((), device=device)
+        for module, (name_a, name_b) in pairs.items():
+            a, b, d = whole(parameters[name_a]), whole(parameters[name_b]), known[module]
+            if d.shape[0] != b.shape[0] or (self.projector != "topk" and d.shape[1] != a.shape[1]):
+                raise UserError(f"asft: {module} is {tuple(d.shape)} in {self.base!r} and {b.shape[0], a.shape[1]} in the model that is tuned")
+            total = total + departure(d, b, a, self.projector)
+        return self.lam * self.scale**2 * total

@@ -1,0 +1,56 @@
+"""STAR-DSS: token-level safety shaping by a guard's score of partial answers (arXiv:2505.17196, NeurIPS 2025).
+
+    V_k = P(safe | x, y_1:kM)                                        score of the answer up to the end of chunk k
+    L   = sum_t V_t CE(y_t | x, y_<t) + (1 - V_t) lambda_KL KL_t     V_t of the chunk that t stands in        (eq. 3)
+    KL_t = KL(model || reference) over the whole vocabulary
+
+V is the column ``star``: one number an answer token, or one a row. A guard writes it in the scan; training asks no guard.
+
+Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's token, ``estimator: k2`` here);
+chunks are of tokens, not of words; the mean is over the answer tokens of the whole optimizer step, not of a micro-batch; the
+reference is the adapter switched off, not a second model.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from safebasin.batch import Batch, answer_logits
+from safebasin.model import reference
+from safebasin.train import method
+from safebasin.train.loss import spread
+
+CHUNK = 512  # tokens whose probabilities over the vocabulary live at once: beyond the logits, memory does not grow with the batch
+
+
+@method("star_dss", paper="arXiv:2505.17196", columns=("star",), roles=("reference",))
+class StarDss:
+    """Learn a token as far as the answer up to it is safe; elsewhere stay near the aligned model."""
+
+    kl: float = 0.5  # lambda_KL
+    estimator: Literal["full", "k2"] = "full"  # of the KL: over the vocabulary, or half the squared log-ratio of the label
+
+    def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
+        with reference(model):
+            aimed = answer_logits(model, batch)[batch.mask]
+        said = answer_logits(model, batch)[batch.mask]
+        v = batch.columns["star"].reshape(len(batch.mask), -1).expand(batch.mask.shape)[batch.mask]
+        chunks = zip(*(each.split(CHUNK) for each in (said, aimed, batch.labels[batch.mask], v)), strict=True)
+        losses = [checkpoint(self.shaped, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return spread(torch.cat(losses), batch)
+
+    def shaped(
+        self,
+        said: Float[Tensor, "n vocabulary"],
+        aimed: Float[Tensor, "n vocabulary"],
+        labels: Tensor,
+        v: Float[Tensor, " n"],
+    ) -> Float[Tensor, " n"]:
+        """Equation 3 at n tokens, from the logits of the model and of the reference."""
+        p, q = said.float().log_softmax(-1), aimed.float().log_softmax(-1)
+        told, was = (x.gather(-1, labels[:, None])[:, 0] for x in (p, q))
+        apart = (p.exp() * (p - q)).sum(-1) if self.estimator == "full" else 0.5 * (told - was) ** 2
+        return v * -told + (1 - v) * self.kl * apart

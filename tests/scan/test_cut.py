@@ -1,0 +1,265 @@
+"""Thresholds on scores whose truth is known, and the rows that a cut writes."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from safebasin.record import DefenceError, UserError, read_examples, read_table, write_table
+from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, valley, write_cut
+
+NONE = np.array([])
+BENIGN = {  # one cluster each: nothing here is poison
+    "normal": lambda r, n: r.normal(size=n),
+    "uniform": lambda r, n: r.uniform(size=n),
+    "student t, 3": lambda r, n: r.standard_t(3, n),
+    "student t, 1.5": lambda r, n: r.standard_t(1.5, n),
+    "lognormal": lambda r, n: r.lognormal(0, 1, n),
+    "lognormal, wide": lambda r, n: r.lognormal(0, 2, n),
+    "answers of three lengths": lambda r, n: r.normal(0.3, 1, n) * r.choice([5, 20, 200], n),
+}
+MIXED = {  # 85 % harmless, 15 % harmful
+    "six deviations apart": lambda r, n, k: (r.normal(size=n), r.normal(6, 1, k)),
+    "heavy tails": lambda r, n, k: (r.standard_t(3, n), 10 + r.standard_t(3, k)),
+    "lognormal harm": lambda r, n, k: (r.standard_t(3, n), r.lognormal(3.4, 0.5, k)),
+    "as in the paper's figure A3, 0 to 20000": lambda r, n, k: (r.normal(200, 300, n), r.gamma(4, 2000, k)),
+}
+
+
+def examples(tmp_path, count, name="rows.jsonl"):
+    write_table(tmp_path / name, [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)])
+    return tmp_path / name, read_examples(tmp_path / name).examples
+
+
+# --- the valley ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", BENIGN)
+@pytest.mark.parametrize("count", [2, 30, 200, 1000])
+def test_valley_cuts_no_benign_row(shape, count):
+    """Ten sets of each kind. The bar is 1 % of the rows; found is none at all, so none is what is asserted."""
+    for seed in range(10):
+        x = BENIGN[shape](np.random.default_rng(seed), count)
+        assert valley(x) == x.max()
+
+
+@pytest.mark.parametrize("shape", MIXED)
+def test_valley_finds_the_poison(shape):
+    """850 harmless and 150 harmful rows: at most 1 % of the first go, at most 4 % of the second stay (the means of ten sets)."""
+    lost, stayed = [], []
+    for seed in range(10):
+        harmless, harmful = MIXED[shape](np.random.default_rng(seed), 850, 150)
+        threshold = valley(np.concatenate([harmless, harmful]))
+        lost.append(np.mean(harmless > threshold))
+        stayed.append(np.mean(harmful <= threshold))
+    assert np.mean(lost) < 0.01 and np.mean(stayed) < 0.04
+
+
+def test_valley_by_hand():
+    """Forty rows near 0 and twenty near 100, nothing between: the threshold is midway between 0.39 and 100, and 20 rows go."""
+    x = [i / 100 for i in range(40)] + [100 + i / 100 for i in range(20)]
+    assert valley(x) == pytest.approx((0.39 + 100) / 2)
+
+
+def test_valley_leaves_few_rows_alone():
+    """Five rows far out are outliers or an attack; the numbers alone cannot say, and it is said in the docstring."""
+    x = np.concatenate([np.random.default_rng(0).normal(size=45), 30 + np.arange(5) / 10])
+    assert valley(x) == x.max()
+
+
+# --- the paper's rule ----------------------------------------------------------------------------------------------------------
+
+
+def test_paper_by_hand():
+    """Two tight clusters, 0 to 0.09 and 50 to 50.09: the top of the lower one is 0.09."""
+    x = [i / 100 for i in range(10)] + [50 + i / 100 for i in range(10)]
+    assert t_guess(x) == pytest.approx(0.09)
+    # With a = infinity the second Gaussian is never worth it: mu + 2 sd. The mean is 25.045; the variance is 25^2 of the
+    # two centres and 0.000825 within (the variance of 0 to 9 is 8.25, in hundredths).
+    assert t_guess(x, a=math.inf) == pytest.approx(25.045 + 2 * math.sqrt(625 + 0.000825))
+
+
+def test_paper_on_one_gaussian_cuts_what_lies_beyond_two_deviations():
+    """2.3 % of a normal sample: why this rule alone cannot promise that a benign set loses less than 1 %."""
+    x = np.random.default_rng(0).normal(size=4000)
+    threshold = t_guess(x)
+    assert threshold == pytest.approx(x.mean() + 2 * x.std())
+    assert np.mean(x > threshold) == pytest.approx(0.0228, abs=0.005)
+
+
+def test_paper_takes_a_heavy_tail_for_a_cluster():
+    """A negative result, kept: on benign lognormal scores the second Gaussian pays, and a fifth of the rows goes; the valley: none."""
+    x = np.random.default_rng(0).lognormal(0, 1, 1000)
+    assert np.mean(x > t_guess(x)) > 0.1
+    assert np.mean(x > valley(x)) == 0
+
+
+@pytest.mark.parametrize("shape", MIXED)
+def test_paper_finds_the_poison(shape):
+    stayed = []
+    for seed in range(5):
+        harmless, harmful = MIXED[shape](np.random.default_rng(seed), 850, 150)
+        stayed.append(np.mean(harmful <= t_guess(np.concatenate([harmless, harmful]))))
+    assert np.mean(stayed) < 0.03
+
+
+def test_the_mixture_is_the_one_that_was_drawn():
+    """70 % N(0, 1) and 30 % N(6, 0.5)."""
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.normal(0, 1, 1400), random.normal(6, 0.5, 600)])
+    fit = two_gaussians(x)
+    assert fit.weights == pytest.approx([0.7, 0.3], abs=0.01)
+    assert fit.means == pytest.approx([0, 6], abs=0.1)
+    assert fit.sds == pytest.approx([1, 0.5], abs=0.05)
+    assert fit.upper.sum() == pytest.approx(600, abs=5)
+
+
+# --- both ----------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    harm=st.integers(0, 40),
+    scale=st.floats(1e-3, 1e4),
+    shift=st.floats(-1e3, 1e3),
+    estimator=st.sampled_from(["paper", "valley"]),
+)
+def test_the_unit_of_the_score_does_not_matter(seed, harm, scale, shift, estimator):
+    """The same rows go when every score is scaled and shifted."""
+    random = np.random.default_rng(seed)
+    x = np.concatenate([random.normal(size=80), random.normal(8, 1, harm)])
+    plain, moved = (find_threshold(y, estimator=estimator).value for y in (x, x * scale + shift))
+    margin = np.abs(x - plain).min()  # a row on the threshold may fall to either side of a rounding
+    assume(margin > 1e-9 or plain in x)
+    kept = x <= plain + 1e-9
+    assert (kept == (x * scale + shift <= moved + 1e-9 * scale)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(x=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), estimator=st.sampled_from(["paper", "valley"]), share=st.floats(0, 1))
+def test_enough_rows_stay_whatever_the_scores(x, estimator, share):
+    found = find_threshold(x, estimator=estimator, min_kept=share)
+    assert math.isfinite(found.value)
+    assert np.mean(np.array(x) <= found.value) >= max(share - 1e-9, 1 / len(x))
+
+
+@pytest.mark.parametrize("estimator", ["paper", "valley"])
+@pytest.mark.parametrize("x", [[3.0] * 50, [1.0, 2.0], [7.0]])
+def test_nothing_is_cut_where_nothing_can_be_told(estimator, x):
+    """All equal, two rows, one row: every row stays."""
+    assert max(x) <= find_threshold(x, estimator=estimator).value
+
+
+@pytest.mark.parametrize("far", [1e-100, 1.0, 1e100])
+def test_one_row_beside_equal_ones(far):
+    """No spread in the middle (MAD 0) and sizes of any order: still one outlier, and still no valley."""
+    assert valley([0.0] * 60 + [far]) == far
+
+
+def test_min_kept_by_hand():
+    """Two clusters of 10 and 30: the paper's rule would keep 10 of 40. With min_kept = 0.5 the threshold rises to the 20th score."""
+    x = [i / 100 for i in range(10)] + [50 + i / 100 for i in range(30)]
+    assert find_threshold(x, estimator="paper", min_kept=0.25) == (pytest.approx(0.09), False)
+    assert find_threshold(x, estimator="paper", min_kept=0.5) == (pytest.approx(50.09), True)
+
+
+# --- anchors -------------------------------------------------------------------------------------------------------------------
+
+
+def test_anchors_apart_by_hand():
+    """Safe 0..20: the 95 % quantile is 19. Harmful 100..120: the 5 % quantile is 101. Midway: 60."""
+    assert between_anchors(np.arange(21.0), np.arange(100.0, 121.0)) == 60
+
+
+def test_anchors_that_overlap_by_hand():
+    """Safe 0 1 2 5, harmful 4 6 7 8. Between 2 and 4: (3/4 + 4/4) / 2 = 7/8. Between 5 and 6: (4/4 + 3/4) / 2 = 7/8, and the higher
+    of equals is taken: 5.5."""
+    assert between_anchors([0.0, 1.0, 2.0, 5.0], [4.0, 6.0, 7.0, 8.0]) == 5.5
+
+
+def test_anchors_that_tell_nothing():
+    with pytest.raises(DefenceError, match="no higher than known safe"):
+        between_anchors([5.0, 6.0, 7.0], [1.0, 2.0, 3.0])
+    with pytest.raises(DefenceError, match="same score"):
+        between_anchors([1.0, 1.0], [1.0])
+    with pytest.raises(UserError, match="needs scores of rows known"):
+        find_threshold([1.0, 2.0, 3.0], estimator="anchors")
+    with pytest.raises(UserError, match="needs scores of rows known"):
+        find_threshold([1.0, 2.0, 3.0], estimator="anchors", anchors=([1.0], []))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    safe=st.lists(st.integers(0, 20).map(float), min_size=1, max_size=15),
+    harmful=st.lists(st.integers(0, 20).map(float), min_size=1, max_size=15),
+)
+def test_overlapping_anchors_take_the_best_balanced_accuracy(safe, harmful):
+    """Against every threshold there is, one by one."""
+    assume(np.quantile(safe, 0.95) >= np.quantile(harmful, 0.05))
+
+    def accuracy(t):
+        return (np.mean(np.array(safe) <= t) + np.mean(np.array(harmful) > t)) / 2
+
+    best = max(accuracy(t + 0.5) for t in range(-1, 21))
+    if best <= 0.5:
+        with pytest.raises(DefenceError):
+            between_anchors(safe, harmful)
+    else:
+        assert accuracy(between_anchors(safe, harmful)) == pytest.approx(best)
+
+
+# --- cutting -------------------------------------------------------------------------------------------------------------------
+
+
+def test_cut_keeps_order_and_the_threshold_itself(tmp_path):
+    _, rows = examples(tmp_path, 5)
+    result = cut(rows, [3.0, 1.0, 2.0, 5.0, 2.0], 2.0)
+    assert result.kept == [rows[1], rows[2], rows[4]]
+    assert [(r.example, r.score) for r in result.removed] == [(rows[0], 3.0), (rows[3], 5.0)]
+    assert result.estimator == "given" and "above the threshold 2" in result.removed[0].reason
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json", "rows.parquet", "rows.jsonl.gz"])
+def test_kept_rows_are_written_as_they_came(tmp_path, name):
+    source, rows = examples(tmp_path, 60, name)
+    scores = [100.0 + i if 20 <= i < 40 else i / 100 for i in range(60)]
+    result = cut(rows, scores)
+    path = write_cut(tmp_path / "cut" / "arm", source, result, "gradshield")
+    assert path.name == name.replace("rows", "train")
+    kept = [row for i, (_, row) in enumerate(read_table(source)) if not 20 <= i < 40]
+    assert [row for _, row in read_table(path)] == kept
+    facts = json.loads((path.parent / "cut.json").read_text())
+    assert facts["kept"] == 40 and facts["scorer"] == "gradshield" and facts["estimator"] == "valley" and not facts["raised"]
+    assert [item["row_id"] for item in facts["removed"]] == [row.id for row in rows[20:40]]
+    assert facts["removed"][0].keys() == {"row_id", "line", "score", "reason"} and facts["removed"][0]["score"] == 120.0
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted(["cut.json", path.name])
+    if name.endswith(".gz"):
+        assert gzip.decompress(path.read_bytes()).count(b"\n") == 40
+
+
+def test_cut_with_anchors(tmp_path):
+    _, rows = examples(tmp_path, 4)
+    result = cut(rows, [0.0, 10.0, 100.0, 1.0], estimator="anchors", anchors=(np.arange(21.0), np.arange(100.0, 121.0)))
+    assert result.threshold == 60 and [r.example for r in result.removed] == [rows[2]]
+
+
+def test_what_the_user_can_mend(tmp_path):
+    _, rows = examples(tmp_path, 3)
+    with pytest.raises(UserError, match="cuts all 3 rows"):
+        cut(rows, [1.0, 2.0, 3.0], 0.5)
+    with pytest.raises(UserError, match="2 scores for 3 rows"):
+        cut(rows, [1.0, 2.0])
+    with pytest.raises(UserError, match="no scores"):
+        cut([], [])
+    with pytest.raises(UserError, match="min_kept"):
+        find_threshold([1.0], estimator="paper", min_kept=50.0)
+    with pytest.raises(DefenceError, match="score number 2 is not a finite number"):
+        cut(rows, [1.0, math.nan, 2.0], 1.5)
+    with pytest.raises((UserError, TypeCheckError), match="'guess'"):  # the second where types are checked at run time
+        cut(rows, [1.0, 2.0, 3.0], estimator="guess")  # type: ignore[arg-type]

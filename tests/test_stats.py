@@ -1,0 +1,104 @@
+"""Intervals, paired tests and agreement against numbers that were derived by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safebasin.stats import Difference, kappa, mcnemar, mean, non_inferior, paired_difference, wilson
+
+pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+def test_wilson_by_hand():
+    """1 of 4, z = 1.96: v = z^2/4 = 0.9604; middle (0.25 + 0.4802) / 1.9604 = 0.37248;
+
+    half 1.96 / 1.9604 * sqrt(0.25 * 0.75 / 4 + 0.9604 / 16) = 0.99980 * 0.32696 = 0.32689.
+    """
+    assert wilson(1, 4, z=1.96) == pytest.approx((0.04559, 0.69937), abs=2e-5)
+
+
+def test_wilson_at_the_ends_has_width():
+    """0 of 60: high = z^2 / (n + z^2) = 3.8416 / 63.8416 = 0.0602; 60 of 60 is its mirror."""
+    assert wilson(0, 60, z=1.96) == pytest.approx((0.0, 3.8416 / 63.8416))
+    assert wilson(60, 60, z=1.96) == pytest.approx((1 - 3.8416 / 63.8416, 1.0))
+
+
+def test_no_share_of_nothing():
+    with pytest.raises(ValueError, match="nothing"):
+        wilson(0, 0)
+    with pytest.raises(ValueError, match="pairs"):
+        paired_difference([], [])
+    with pytest.raises(ValueError, match="pairs"):
+        paired_difference([True], [True, False])
+    with pytest.raises(ValueError, match="pairs"):
+        kappa([], [])
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share(drawn):
+    hits, n = drawn
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1 and low < high
+    mirrored = wilson(n - hits, n)
+    assert mirrored == pytest.approx((1 - high, 1 - low))
+
+
+def test_mcnemar_by_hand():
+    """1 against 5 of 6 that differ: 2 (C(6,0) + C(6,1)) / 2^6 = 14 / 64."""
+    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(14 / 64)
+    assert mcnemar(3, 3) == mcnemar(0, 0) == 1.0
+
+
+def test_paired_difference_by_hand():
+    """Wilson of 2 of 4 is 0.5 -+ d, d = 0.99980 * sqrt(0.0625 + 0.060025) = 0.34996.
+
+    Equal answers (2 both, 2 neither): phi = (2*2 - 0 - 4/2) / sqrt(2*2*2*2) = 1/2, so the half-width is sqrt(d^2 - d^2 + d^2) = d.
+    Independent ones (1 of each): phi = 0, so it is d sqrt 2.
+    """
+    d = 0.34996
+    assert paired_difference([1, 1, 0, 0], [1, 1, 0, 0]) == pytest.approx((0, -d, d, 4), abs=3e-5)
+    assert paired_difference([1, 1, 0, 0], [1, 0, 1, 0]) == pytest.approx((0, -d * 2**0.5, d * 2**0.5, 4), abs=5e-5)
+
+
+@given(pairs)
+def test_paired_difference_is_odd_and_holds_its_value(drawn):
+    x, y = zip(*drawn, strict=True)
+    there, back = paired_difference(x, y), paired_difference(y, x)
+    assert there.low <= there.value <= there.high and there.low >= -1 and there.high <= 1
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low), abs=1e-12)
+
+
+def test_the_whole_interval_decides_non_inferiority():
+    assert non_inferior(Difference(-0.01, -0.019, 0.0, 100), 0.02) == "yes"
+    assert non_inferior(Difference(-0.01, -0.03, 0.01, 100), 0.02) == "unclear"
+    assert non_inferior(Difference(-0.10, -0.15, -0.05, 100), 0.02) == "no"
+    assert non_inferior(Difference(0.0, -0.02, 0.02, 100), 0.02) == "unclear", "an interval that touches the margin decided"
+
+
+def test_kappa_by_hand():
+    """3 of 4 agree; chance 2/4 * 1/4 + 2/4 * 3/4 = 1/2; (3/4 - 1/2) / (1 - 1/2) = 1/2."""
+    assert kappa(["r", "r", "c", "c"], ["r", "c", "c", "c"]) == pytest.approx(0.5)
+    assert kappa(["r", "c"], ["c", "r"]) == pytest.approx(-1.0)
+
+
+def test_kappa_of_one_class_is_undefined_and_not_perfect():
+    assert kappa(["r", "r", "r"], ["r", "r", "r"]) is None
+    assert kappa(["r", "r"], ["r", "c"]) == pytest.approx(0.0)
+
+
+@given(pairs)
+def test_kappa_is_symmetric_and_at_most_one(drawn):
+    a, b = map(list, zip(*drawn, strict=True))
+    value = kappa(a, b)
+    assert (value is None) == (set(a) == set(b) and len(set(a)) == 1)
+    assert value is None or (-1 - 1e-9 <= value <= 1 + 1e-9 and value == pytest.approx(kappa(b, a)))
+    if value is not None and a == b:
+        assert value == pytest.approx(1)
+
+
+def test_mean_over_seeds_by_hand():
+    """1, 2, 3: mean 2, standard deviation 1; t(0.975, 2) = 4.3027, over sqrt 3: 2.4841."""
+    middle, interval = mean([1, 2, 3])
+    assert middle == 2 and interval == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    with pytest.raises(ValueError, match="two"):
+        mean([0.5])

@@ -1,0 +1,124 @@
+"""AsFT: the low-rank form is the dense form, and the anchor is silent at the start."""
+
+import pytest
+import torch
+from away import adapted
+from conftest import LORA, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safebasin.layer import alignment_directions, left_singular
+from safebasin.model import fresh_adapter
+from safebasin.record import UserError
+from safebasin.train.methods.asft import AsFT, departure
+from safebasin.vector import trainable
+
+PROJECTORS = ["official", "topk", "rank1"]
+
+
+def dense(d, update, projector, k=2):
+    """|(I - C) dW|_F^2 with C, or the projection of vec(dW), written out."""
+    if projector == "rank1":
+        return float((update - (update * d).sum() / (d * d).sum() * d).square().sum())
+    u = torch.linalg.svd(d, full_matrices=False).U[:, :k]
+    c = d @ d.T / d.norm() if projector == "official" else u @ u.T
+    return float(((torch.eye(len(d), dtype=d.dtype) - c) @ update).square().sum())
+
+
+@pytest.mark.parametrize(("projector", "expected"), [("official", 5.48), ("topk", 1.0), ("rank1", 1.64)])
+def test_by_hand(projector, expected):
+    """d = diag(3, 4), |d| = 5, B = (1, 1)^T, A = (1, 0), so B A = [[1, 0], [1, 0]].
+
+    official: C = diag(9, 16) / 5 = diag(1.8, 3.2); (I - C) B A = [[-0.8, 0], [-2.2, 0]]; 0.64 + 4.84 = 5.48.
+    topk, k = 1: U = e_2, only the first row remains: 1.      rank1: |B A|^2 - <B A, d>^2 / |d|^2 = 2 - 9 / 25 = 1.64.
+    """
+    d, b, a = torch.diag(torch.tensor([3.0, 4.0])), torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
+    known = left_singular(d, 1) if projector == "topk" else d
+    assert departure(known, b, a, projector).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.sampled_from(PROJECTORS), st.integers(2, 12), st.integers(2, 12), st.integers(1, 5), st.integers(0, 99))
+def test_the_low_rank_form_is_the_dense_form(projector, out, into, r, seed):
+    draw = torch.Generator().manual_seed(seed)
+    d, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((out, into), (out, r), (r, into)))
+    known = left_singular(d, 2) if projector == "topk" else d
+    assert float(departure(known, b, a, projector)) == pytest.approx(dense(d, b @ a, projector), rel=1e-8, abs=1e-9)
+
+
+def test_along_the_direction_an_update_is_free():
+    d = torch.outer(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.6, 0.8]))  # rank 1, |d| = 3
+    b, a = d @ torch.tensor([[0.6], [0.8]]), torch.tensor([[0.6, 0.8]])  # B A = d
+    assert departure(d, b, a, "rank1").item() == pytest.approx(0.0, abs=1e-5)
+    assert departure(left_singular(d, 2), b, a, "topk").item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two tiny models on disk, the older and the newer."""
+    monkeypatch.setenv("SAFEBASIN_CACHE", str(tmp_path / "cache"))
+    for name, seed in (("base", 5), ("aligned", 0)):
+        tiny_model(seed).save_pretrained(tmp_path / name)
+    return {"base": str(tmp_path / "base"), "aligned": str(tmp_path / "aligned")}
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_on_a_model_every_matrix_meets_its_own_direction(projector, folders):
+    """Penalty and gradient of the whole adapter against the dense form, matrices taken by name from the two models."""
+    base, aligned, model = tiny_model(5), tiny_model(0), adapted(0.1)
+    point = trainable(model)
+    found = AsFT(**folders, projector=projector, k=2, scale=2.0, lam=0.5).penalty(point)
+    truth, count = 0.0, 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            plain = name.removeprefix("base_model.model.")
+            d = aligned.get_parameter(f"{plain}.weight") - base.get_parameter(f"{plain}.weight")
+            update = module.get_delta_weight("default")  # alpha / r = 2
+            truth += 0.5 * dense(d.detach(), update.detach(), projector)
+            count += 1
+    assert count == 9
+    assert found.item() == pytest.approx(truth, rel=1e-3)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_at_the_start_it_is_silent(projector, folders):
+    point = trainable(fresh_adapter(tiny_model(), LORA, seed=0))
+    value = AsFT(**folders, projector=projector).penalty(point)
+    parts = torch.autograd.grad(value, list(point.values()))
+    assert value.item() == 0
+    assert not any(part.any() for part in parts)
+
+
+def test_the_directions_are_read_once_and_kept(folders, tmp_path):
+    point = trainable(adapted(0.1))
+    first = AsFT(**folders).penalty(point).item()
+    [kept] = (tmp_path / "cache").glob("directions-*.safetensors")
+    before = kept.stat().st_mtime_ns
+    assert AsFT(**folders, lam=2.0).penalty(point).item() == pytest.approx(2 * first)
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [before]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": ""}, "asft.base and asft.aligned"),
+        ({"base": "/nowhere"}, "not a folder"),
+        ({"base": "aligned"}, "no alignment direction"),
+    ],
+)
+def test_what_cannot_be_anchored_is_said(change, message, folders):
+    asked = folders | {name: folders.get(value, value) for name, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        AsFT(**asked).penalty(trainable(adapted()))
+
+
+def test_without_an_adapter_there_is_nothing_to_penalise(folders):
+    with pytest.raises(UserError, match="LoRA"):
+        AsFT(**folders).penalty(trainable(tiny_model()))
+
+
+def test_a_pair_of_another_shape_is_refused(folders):
+    """The files agree with one another but not with the model that is tuned."""
+    wide = {name.replace("q_proj", "k_proj"): p for name, p in trainable(adapted()).items()}  # k_proj is [16, 32], this B is [32, 4]
+    assert alignment_directions(**folders, modules=["model.layers.0.self_attn.k_proj"])["model.layers.0.self_attn.k_proj"].shape == (16, 32)
+    with pytest.raises(UserError, match="k_proj"):
+        AsFT(**folders).penalty(wide)
