@@ -1,7 +1,7 @@
-"""A weight in its roles. From a (base, aligned) pair comes the alignment direction d = W_aligned - W_base, applied and never squared.
+"""A weight in its roles. A (base, aligned) pair gives the alignment direction d = W_aligned - W_base, applied and never squared.
 
-The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16 weights cancels
-most of their digits). Nothing here holds two models, or one, in memory, and no matrix is larger than the weight itself.
+The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16 weights
+cancels most of their digits). Nothing here holds two models, or one, in memory, and no matrix is larger than the weight itself.
 """
 
 import itertools
@@ -45,17 +45,18 @@ class _Pair:
         self.base, self.aligned = tensor_files(base), tensor_files(aligned)
         self.shapes: dict[str, tuple[int, int]] = {}
         for module in modules:
-            shapes = []
+            name, shapes = f"{module}.weight", []
             for folder, files in ((base, self.base), (aligned, self.aligned)):
-                if f"{module}.weight" not in files:
-                    raise UserError(f"{folder!s} has no tensor {module}.weight; base and aligned must be the two ends of one model")
-                with safe_open(files[f"{module}.weight"], "pt") as file:
-                    part = file.get_slice(f"{module}.weight")
-                    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{folder!s}: {module}.weight is stored as {part.get_dtype()}; give the weights before quantization")
+                if name not in files:
+                    raise UserError(f"{folder!s} has no tensor {name}; base and aligned must be the two ends of one model")
+                with safe_open(files[name], "pt") as file:
+                    part = file.get_slice(name)
+                    kind = part.get_dtype()
+                    if kind not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{folder!s}: {name} is stored as {kind}; give the weights before quantization")
                     shapes.append(tuple(part.get_shape()))
             if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-                raise UserError(f"{module}.weight is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; two equal matrices are needed")
+                raise UserError(f"{name} is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; equal matrices are needed")
             self.shapes[module] = shapes[0]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +108,7 @@ def read_directions(path: Path, modules: Iterable[str]) -> Iterator[tuple[str, T
 
 
 def left_singular(direction: Tensor, k: int) -> Tensor:
-    """The top ``k`` left singular vectors U ``[out, k]`` of a direction, without a full decomposition; zero where its rank is less."""
+    """The top ``k`` left singular vectors U ``[out, k]`` of a direction, by a randomized sketch; zero where its rank is less."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the sketch is random; with its seed the result is a function of the direction
         rank = min(2 * k + 16, *direction.shape)

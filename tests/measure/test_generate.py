@@ -11,7 +11,18 @@ from safebasin.batch import render
 from safebasin.measure.generate import Answer, generate
 from safebasin.record import UserError
 
-WANDERS = tiny_model(), word_tokenizer()  # random weights: answers differ with every token of the prompt
+
+def sharp_model():
+    """Weights ten times the usual ones, so that attention looks somewhere and a wrong place or mask changes the answer."""
+    model = tiny_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(10)
+    return model
+
+
+WANDERS = sharp_model(), word_tokenizer()
 words = st.lists(st.sampled_from((*BAD, *GOOD, "make", "a", "now")), min_size=1, max_size=9).map(" ".join)
 
 

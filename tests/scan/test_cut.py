@@ -72,6 +72,23 @@ def test_valley_leaves_few_rows_alone():
     assert valley(x) == x.max()
 
 
+def test_a_shallow_valley_is_not_enough():
+    """60 % and 40 %, 3.5 deviations apart: rows in the valley are half as dense as at the upper mode. However many rows make that
+    sure, a cut there would take harmless rows by the dozen."""
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.normal(size=3000), random.normal(3.5, 1, 2000)])
+    assert valley(x) == x.max()
+
+
+def test_valley_cannot_know_what_a_cluster_is():
+    """A negative result, kept: two benign tasks of unlike scores have a valley too, and the upper one goes. Anchors are the remedy."""
+    random = np.random.default_rng(0)
+    x = np.concatenate([random.normal(size=120), random.normal(10, 1, 80)])
+    assert np.mean(x > valley(x)) == pytest.approx(0.4)
+    known = (x, random.normal(100, 5, 30))
+    assert find_threshold(x, estimator="anchors", anchors=known).value > x.max()
+
+
 # --- the paper's rule ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The ghost product against its slow truth, one backward a row; and one number derived by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,17 @@ def test_masked_answer_positions_carry_nothing():
     turns = Encoded("two", ids, (False,) * 3 + (True,) * 2 + (False,) * 4 + (True,) * 3)
     direction = random_direction(MODEL, target_weights(MODEL))
     close(ghost_product(MODEL, collate([turns, row((2, 3))], PAD), answer_nll, direction)[:1], one_by_one(MODEL, [turns], direction, "sum"))
+
+
+def test_a_loss_at_masked_positions_does_not_count():
+    """Masking is done here, not by the loss: one that speaks at every position of the tail changes nothing."""
+
+    def loud(model, batch):
+        return answer_nll(model, dataclasses.replace(batch, mask=torch.ones_like(batch.mask)))
+
+    direction = random_direction(MODEL, target_weights(MODEL))
+    batch = collate([row((3, 2), 1), row((5, 7), 2)], PAD)
+    close(ghost_product(MODEL, batch, loud, direction), ghost_product(MODEL, batch, answer_nll, direction))
 
 
 def test_lora_factors():

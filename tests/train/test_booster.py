@@ -35,7 +35,8 @@ def test_a_dead_harmful_stream_stops_the_run():
 
 def test_on_a_model_it_is_the_formula():
     """Three gradients by autograd on whole batches, the model moved by hand in between; three micro-batches on the other side."""
-    streams = {"task": Stream("task", random_rows(8, 1), 8, 3, 0, PAD), "harmful": Stream("harmful", random_rows(6, 2), 6, 2, 0, PAD)}
+    sizes = {"task": (8, 3), "harmful": (6, 2)}
+    streams = {name: Stream(name, random_rows(n, n), n, micro, 0, PAD) for name, (n, micro) in sizes.items()}
     model = adapted(0.1)
 
     def plain(stream):

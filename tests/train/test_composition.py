@@ -16,7 +16,7 @@ from safebasin.train.stream import Stream
 def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch):
     """u = grad[ V CE + (1 - V) kl KL ] + grad[ lambda sum |(I - C) dW|^2 ], a = grad KL(ref || model), then surgery and + rho a.
 
-    The truth is autograd on whole batches with dense matrices; V falls to zero on half of the rows, so that the parts conflict.
+    The truth is autograd on whole batches with dense matrices.
     """
     monkeypatch.setenv("SAFEBASIN_CACHE", str(tmp_path / "cache"))
     for name, seed in (("base", 5), ("aligned", 0)):
@@ -24,11 +24,11 @@ def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch
     methods = Composition.of(
         [
             {"star_dss": {"kl": 0.5}},
-            {"asft": {"lam": 0.02, "base": str(tmp_path / "base"), "aligned": str(tmp_path / "aligned"), "scale": 2.0}},
+            {"asft": {"lam": 0.002, "base": str(tmp_path / "base"), "aligned": str(tmp_path / "aligned"), "scale": 2.0}},
             {"safegrad": {"rho": 0.7}},
         ]
     )
-    rows = {"task": random_rows(8, 1, columns=methods.needs("columns")), "align": random_rows(6, 1)}
+    rows = {"task": random_rows(8, 2, columns=methods.needs("columns")), "align": random_rows(6, 0)}
     streams = {name: Stream(name, told, len(told), micro, 0, PAD) for name, told in rows.items()}
     found = methods.direction(Oracle(adapted(0.1), streams, seed=0, loss=methods.loss, penalty=methods.penalty))
 
@@ -43,14 +43,12 @@ def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch
             d = (aligned.get_parameter(f"{name}.weight") - base.get_parameter(f"{name}.weight")).detach()
             update = 2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight
             anchor = anchor + (update - d @ d.T / d.norm() @ update).square().sum()
-    pulled = gradient(0.02 * anchor, model)
+    pulled = gradient(0.002 * anchor, model)
     u = gradient(token, model) + pulled
     a = gradient((kl_from_reference(model, align) * align.mask).sum() / align.mask.sum(), model)
     assert pulled.norm() > 0.01 * u.norm()
-    print('conflict', u @ a, u.norm(), a.norm(), pulled.norm())
-    if u @ a < 0:
-        u = u - (u @ a) / (a @ a) * a
-    assert_same(found, u + 0.7 * a, 1e-4)
+    assert u @ a < -0.1 * u.norm() * a.norm()  # a conflict, so that the surgery is seen
+    assert_same(found, u - (u @ a) / (a @ a) * a + 0.7 * a, 1e-4)
 
 
 def test_two_token_losses_are_refused():

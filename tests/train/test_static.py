@@ -17,7 +17,7 @@ from safebasin.train.stream import Stream
 
 
 def test_by_hand():
-    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both answer tokens of the kept row, 0 in the dropped one."""
+    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both answer tokens of the kept row, 0 in the other."""
     rows = [Encoded(name, (1, 1, 1), (False, True, True), {"keep": keep}) for name, keep in (("a", 1), ("b", 0))]
     losses = Static().loss(Tilted(), collate(rows, PAD))
     assert torch.allclose(losses, torch.tensor([[math.log(2.0)] * 2, [0.0, 0.0]]))

@@ -8,8 +8,8 @@
 
 Computed in low rank, with no matrix larger than d:  X = B - d (d^T B) / |d|_F,  |X A|_F^2 = tr((X^T X)(A A^T)), both r x r.
 
-Departs from the official code: once an optimizer step (the code adds it on every micro-step undivided, which multiplies lambda by the
-accumulation); matrices are paired by name, not by position; differences and penalty in float32; ``scale`` is the explicit s.
+Departs from the official code: once an optimizer step (the code adds it on every micro-step undivided, which multiplies lambda by
+the accumulation); matrices are paired by name, not by position; differences and penalty in float32; ``scale`` is the explicit s.
 Where aligned and base do not differ, d = 0, C = 0 and the penalty is |s B A|_F^2.
 """
 
@@ -17,7 +17,6 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,7 +32,7 @@ LORA_A = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.(?P<adapte
 
 
 def departure(d: Tensor, b: Tensor, a: Tensor, projector: str) -> Tensor:
-    """|(I - C) B A|_F^2 without forming C or B A. ``d`` is U_k for ``topk``, else the direction; ``b`` [out, r], ``a`` [r, in]."""
+    """|(I - C) B A|_F^2 without forming C or B A: ``b`` [out, r], ``a`` [r, in], ``d`` the direction, or U_k for ``topk``."""
     if projector == "rank1":
         along = ((d.T @ b) * a.T).sum() ** 2 / d.square().sum().clamp(min=1e-30)
         return ((b.T @ b) * (a @ a.T)).sum() - along
@@ -43,17 +42,17 @@ def departure(d: Tensor, b: Tensor, a: Tensor, projector: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def directions(base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device) -> dict[str, Tensor]:
-    """What ``departure`` needs of every module. The pair is read once; its directions stay in the cache folder for the next run."""
+def directions(base: str, aligned: str, modules: tuple[str, ...], k: int | None, device: torch.device) -> dict[str, Tensor]:
+    """The direction of every module, or its top ``k`` singular vectors. The pair is read once and kept in the cache folder."""
     folders = resolve(base), resolve(aligned)
-    files = sorted({path.resolve() for folder in folders for path in tensor_files(folder).values()})
-    facts = [[str(Path(folder).resolve()) for folder in folders], modules, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
+    facts = (modules, [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     path = cache() / f"directions-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}.safetensors"
     if not path.is_file():
         write_alignment_directions(*folders, modules, path)
-    kept = {module: (left_singular(d, k) if projector == "topk" else d).to(device) for module, d in read_directions(path, modules)}
+    kept = {module: (d if k is None else left_singular(d, k)).to(device) for module, d in read_directions(path, modules)}
     if not any(d.any() for d in kept.values()):
-        raise UserError(f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction; base must be the older model")
+        raise UserError(f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them")
     return kept
 
 
@@ -79,17 +78,17 @@ class AsFT:
         Raises:
             UserError: no base or aligned weights, a name or shape that differs, no LoRA matrices to penalise.
         """
-        pairs = {match["module"]: (name, name.replace(".lora_A.", ".lora_B.")) for name in parameters if (match := LORA_A.fullmatch(name))}
+        pairs = {match["module"]: name for name in parameters if (match := LORA_A.fullmatch(name))}
         if not pairs:
             raise UserError("asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter")
         if not (self.base and self.aligned):
             raise UserError("asft needs asft.base and asft.aligned: the folders of the weights before and after alignment")
         device = next(iter(parameters.values())).device
-        known = directions(self.base, self.aligned, tuple(pairs), self.projector, self.k, device)
+        known = directions(self.base, self.aligned, tuple(pairs), self.k if self.projector == "topk" else None, device)
         total = torch.zeros((), device=device)
-        for module, (name_a, name_b) in pairs.items():
-            a, b, d = whole(parameters[name_a]), whole(parameters[name_b]), known[module]
+        for module, name in pairs.items():
+            a, b, d = whole(parameters[name]), whole(parameters[name.replace(".lora_A.", ".lora_B.")]), known[module]
             if d.shape[0] != b.shape[0] or (self.projector != "topk" and d.shape[1] != a.shape[1]):
-                raise UserError(f"asft: {module} is {tuple(d.shape)} in {self.base!r} and {b.shape[0], a.shape[1]} in the model that is tuned")
+                raise UserError(f"asft: {module} has the direction {tuple(d.shape)} but is tuned as {b.shape[0], a.shape[1]}")
             total = total + departure(d, b, a, self.projector)
         return self.lam * self.scale**2 * total

@@ -1,13 +1,13 @@
 """Constrained SFT: the first tokens of an answer may not leave the aligned model (arXiv:2406.05946, ICLR 2025, eq. 3-4).
 
-    L   = - sum_t (2 / beta_t) log sigmoid(beta_t D_t),    D_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)      (eq. 3)
-    grad L = sum_t w_t grad CE_t,    w_t = 2 (1 - sigmoid(beta_t D_t))                                                  (eq. 4)
+    L = - sum_t (2 / beta_t) log sigmoid(beta_t D_t),   D_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)       (eq. 3)
+    grad L = sum_t w_t grad CE_t,   w_t = 2 (1 - sigmoid(beta_t D_t))                                               (eq. 4)
 
 A token that has become likelier than it was (beta_t D_t >> 0) stops teaching; a large beta_t at the first tokens stops it early.
 
 Departs from the official code: the mean is over the answer tokens of the whole optimizer step; t starts anew in every answer of a
-conversation. As in that code the gradient's weight is applied to the CE, detached, and never falls under 1e-3; so the loss that is
-shown is w_t CE_t, not eq. 3.
+conversation. As in that code the gradient's weight is applied to the CE, detached, and never falls under 1e-3; so the loss that
+is shown is w_t CE_t, not eq. 3.
 """
 
 from typing import Any

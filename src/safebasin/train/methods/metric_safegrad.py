@@ -1,7 +1,8 @@
 """SafeGrad in the optimizer's metric: surgery that AdamW does not undo. A method of this project, after arXiv:2508.07172.
 
-AdamW moves along P g, P = 1 / (sqrt(v) + eps), v its running mean of squared gradients. Surgery makes <u', a> = 0, but the loss of
-alignment changes by -lr <P u', a>, which is zero for no reason: the preconditioner undoes the orthogonality. So ask for what is applied:
+AdamW moves along P g, P = 1 / (sqrt(v) + eps), v its running mean of squared gradients. Surgery makes <u', a> = 0, but the
+loss of alignment changes by -lr <P u', a>, which nothing makes zero: the preconditioner undoes the orthogonality. So ask for what
+is applied:
 
     u' = u - ( <P u, a> / <P a, a> ) a   if <P u, a> < 0, else u                   so that <P u', a> = 0              (1)
     g  = u' + rho a                                                              so that <P g, a> = rho <P a, a> > 0  (2)

@@ -6,10 +6,11 @@
 
 Here, as one direction for one optimizer step:  u + min( (l_safe - tau) / |g|^2, eta ) g   if l_safe > tau + tolerance.
 
-Departs from the paper: l_safe and g are taken at theta, not at theta+, and both parts go through the optimizer together, so the
-projection is measured in learning rates, and AdamW makes its length nominal: it is a rule of when and how much, not an exact
-projection (with SGD, lr 1 and u = 0 it is). Departs from the official code, which takes a second AdamW step at theta+ with g scaled
-by (l_safe - tau) / |g| per tensor: one norm over all tensors, squared as in the paper. The choice of safe rows (DPP) is the data's.
+Departs from the paper: l_safe and g are taken at theta, not at theta+, and both parts go through the optimizer together, so that
+the projection is measured in learning rates and AdamW makes its length nominal: a rule of when and how much, not an exact
+projection (with SGD, lr 1 and u = 0 it is one). Departs from the official code, which takes a second AdamW step at theta+ with g
+scaled by (l_safe - tau) / |g| per tensor: one norm over all tensors, squared as in the paper. The choice of safe rows (DPP) is
+the data's.
 """
 
 from typing import Protocol
@@ -41,5 +42,5 @@ class Spard:
         if over <= self.tolerance:
             return u
         if not size:
-            raise DefenceError("spard: the loss of the safe rows is above its bound and their gradient is zero; nothing can lower it")
+            raise DefenceError("spard: the safe rows' loss is above its bound and their gradient is zero; nothing can lower it")
         return u + min(over / size, self.eta) * g

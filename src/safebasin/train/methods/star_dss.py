@@ -6,11 +6,12 @@
 
 V is the column ``star``: one number an answer token, or one a row. A guard writes it in the scan; training asks no guard.
 
-Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's token, ``estimator: k2`` here);
-chunks are of tokens, not of words; the mean is over the answer tokens of the whole optimizer step, not of a micro-batch; the
-reference is the adapter switched off, not a second model.
+Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's token, ``estimator: k2``
+here); chunks are of tokens, not of words; the mean is over the answer tokens of the whole optimizer step, not of a micro-batch;
+the reference is the adapter switched off, not a second model.
 """
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -39,8 +40,9 @@ class StarDss:
         said = answer_logits(model, batch)[batch.mask]
         v = batch.columns["star"].reshape(len(batch.mask), -1).expand(batch.mask.shape)[batch.mask]
         chunks = zip(*(each.split(CHUNK) for each in (said, aimed, batch.labels[batch.mask], v)), strict=True)
-        losses = [checkpoint(self.shaped, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return spread(torch.cat(losses), batch)
+        again = functools.partial(checkpoint, self.shaped, use_reentrant=False, preserve_rng_state=False)
+        shaped = self.shaped if len(said) <= CHUNK else again  # one chunk is all there is: recomputing it saves nothing
+        return spread(torch.cat([shaped(*chunk) for chunk in chunks]), batch)
 
     def shaped(
         self,
