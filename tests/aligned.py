@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 

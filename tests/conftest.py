@@ -1,49 +1,6 @@
-"""Small things that every test builds on: a tiny Llama, rows of random tokens, one seed."""
+"""Settings of all tests."""
 
-import numpy as np
-import pytest
-import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from safebasin.batch import Encoded
 
 settings.register_profile("house", deadline=None)  # these machines are noisy: no test is timed
 settings.load_profile("house")
-
-VOCABULARY, PAD = 64, 0
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-
-
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Three layers, grouped attention, float32, eager: small enough for a brute-force truth."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def random_rows(count: int, seed: int = 0, longest: int = 14, columns: tuple[str, ...] = ()) -> list[Encoded]:
-    """Rows of uneven length; the answer is a tail of uneven length; columns are numbers in 0..1 per answer token."""
-    draw = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        n = int(draw.integers(4, longest))
-        told = int(draw.integers(1, n - 1))
-        ids = tuple(int(x) for x in draw.integers(1, VOCABULARY, n))
-        answer = tuple(k >= n - told for k in range(n))
-        rows.append(Encoded(f"row{i}", ids, answer, {name: draw.random(told).tolist() for name in columns}))
-    return rows
-
-
-@pytest.fixture
-def tiny() -> LlamaForCausalLM:
-    return tiny_model()

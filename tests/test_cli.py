@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +69,7 @@ def recipe(tmp_path):
         ({"arms__defended": {"train": ["safegrad"], "cut": {"scorer": "larf"}}}, "not among scan.scorers"),
         ({"data__align": None}, "set data.align"),
         ({"data__poison_share": 1.5}, "less than 1"),
-        ({"data__poison_share": 0.9}, "needs 3600"),
+        ({"data__poison_share": 0.9}, "needs 2880"),
         ({"measure__suites": [{"asr": {}}]}, "prompts"),
         ({"gate": {"max_assr": 1}}, "max_assr"),
         ({"arms": {}}, "name at least one arm"),

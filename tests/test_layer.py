@@ -3,9 +3,9 @@
 import pytest
 import safetensors.torch
 import torch
-from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 from safebasin.layer import alignment_directions, left_singular, read_directions, write_alignment_directions
 from safebasin.record import UserError

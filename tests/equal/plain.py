@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from conftest import LORA, PAD, random_rows, tiny_model
+from tiny import LORA, PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
 from safebasin.model import fresh_adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import LORA, tiny_model
+from tiny import LORA, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain import loop

@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import safetensors.torch
 import torch
-from conftest import LORA, PAD, random_rows, tiny_model
+import torch.distributed as dist
+from tiny import LORA, PAD, random_rows, tiny_model
 
 from safebasin.model import fresh_adapter
 from safebasin.train.compose import Composition
@@ -40,3 +41,5 @@ if __name__ == "__main__":
     found = tune(asked["methods"], Path(asked["folder"]), micro=asked["micro"], accumulation=asked["accumulation"])
     if int(os.environ["RANK"]) == asked["writer"]:
         safetensors.torch.save_file({name: p.contiguous() for name, p in found.items()}, asked["out"])
+    dist.barrier()
+    dist.destroy_process_group()  # leaving it to the interpreter's end aborts now and then

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import LORA, PAD, random_rows, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import LORA, PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
 from safebasin.model import fresh_adapter

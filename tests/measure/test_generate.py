@@ -3,9 +3,9 @@
 import pytest
 import torch
 from aligned import BAD, GOOD, aligned_model, word_tokenizer
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 from safebasin.batch import render
 from safebasin.measure.generate import Answer, generate

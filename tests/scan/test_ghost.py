@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAD, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PAD, tiny_model
 from torch import nn
 
 from safebasin.batch import Encoded, collate

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from aligned import BAD, GOOD, aligned_model, coded, example, refusals, word_tokenizer
-from conftest import tiny_model
+from tiny import tiny_model
 
 from safebasin.batch import Encoded, collate
 from safebasin.record import DefenceError, UserError

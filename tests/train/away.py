@@ -4,7 +4,7 @@ import contextlib
 import types
 
 import torch
-from conftest import LORA, tiny_model
+from tiny import LORA, tiny_model
 
 from safebasin.model import fresh_adapter
 from safebasin.vector import Vector, trainable

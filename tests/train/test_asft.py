@@ -3,9 +3,9 @@
 import pytest
 import torch
 from away import adapted
-from conftest import LORA, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import LORA, tiny_model
 
 from safebasin.layer import left_singular
 from safebasin.model import fresh_adapter

@@ -2,7 +2,7 @@
 
 import pytest
 from away import Plane, adapted, assert_same, constant, gradient
-from conftest import PAD, random_rows
+from tiny import PAD, random_rows
 
 from safebasin.batch import collate
 from safebasin.record import DefenceError

@@ -2,7 +2,7 @@
 
 import pytest
 from away import adapted, assert_same, gradient
-from conftest import PAD, random_rows, tiny_model
+from tiny import PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
 from safebasin.record import UserError

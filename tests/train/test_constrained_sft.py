@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from away import Tilted, adapted, assert_same, gradient
-from conftest import PAD, random_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import PAD, random_rows
 
 from safebasin.batch import Encoded, collate
 from safebasin.model import reference

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from away import Plane, adapted, assert_same, constant
-from conftest import PAD, random_rows
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny import PAD, random_rows
 
 from safebasin.record import DefenceError
 from safebasin.train.loss import nll

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from away import adapted, assert_same, gradient
-from conftest import PAD, random_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import PAD, random_rows
 
 from safebasin.batch import collate
 from safebasin.record import DefenceError

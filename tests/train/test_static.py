@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from away import Tilted, adapted, assert_same
-from conftest import PAD, random_rows
+from tiny import PAD, random_rows
 
 from safebasin.batch import Encoded, collate
 from safebasin.train.loss import nll

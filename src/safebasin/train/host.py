@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from safebasin.model import starts_fresh
 from safebasin.record import DefenceError, UserError
@@ -36,6 +36,7 @@ def arguments(settings: Mapping[str, Any], folder: Path) -> TrainingArguments:
     if settings.get("fp16") or settings.get("fp16_full_eval"):
         raise UserError("fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out for float32")
     ours: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_steps": 10, "use_cpu": not torch.cuda.is_available()}
+    ours["ddp_find_unused_parameters"] = False  # the oracle refuses a parameter without a gradient anyway
     fixed = {"output_dir": str(folder), "remove_unused_columns": False, "logging_nan_inf_filter": False, "disable_tqdm": True}
     try:
         return TrainingArguments(**{**ours, **settings, **fixed})
@@ -75,6 +76,7 @@ class Host(Trainer):
         # The oracle accumulates: for the Trainer, a step is a step.
         args = dataclasses.replace(args, gradient_accumulation_steps=1)
         super().__init__(model=model, args=args, train_dataset=range(streams["task"].steps), callbacks=[_Moved(self)])  # type: ignore[arg-type]
+        self.remove_callback(PrinterCallback)  # the bar says it
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[override]
         """Counts the steps of an epoch; it is not sharded over ranks, since streams shard their rows themselves."""
@@ -91,6 +93,7 @@ class Host(Trainer):
                 penalty=self.methods.penalty,
                 accelerator=self.accelerator,
             )
+            self._oracle.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
         step = self.state.global_step
         direction = self.methods.direction(self._oracle.at_step(step))
         if not math.isfinite(direction.norm()):
@@ -128,6 +131,9 @@ def check(model: Any, args: TrainingArguments, methods: Composition, streams: Ma
     for name in methods.needs("columns"):
         if any(name not in row.columns for row in streams["task"].rows):
             raise UserError(f"the methods need the column {name!r} on every row of the task; scan the rows first, or name a file")
+    if methods.penalty is not None:  # a missing base, wrong names or shapes are said before any time is spent
+        with torch.no_grad():
+            methods.penalty(trainable(model))
     if "reference" in methods.needs("roles"):
         if not hasattr(model, "disable_adapter"):
             raise UserError("a method needs the reference model, which is the adapter switched off: tune with train.adapter")

@@ -41,7 +41,11 @@ class Grad(Protocol):
 
     def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector: ...
 
+    losses: Mapping[str, float]  # of the streams asked at this step
+
     def task(self, at: Vector | None = None) -> Vector: ...
+
+    def metric(self) -> Vector: ...
 
 
 class Oracle:
@@ -71,6 +75,7 @@ class Oracle:
         self.loss = loss
         self.penalty = penalty
         self.accelerator = accelerator
+        self.optimizer: Any = None  # the host's, where a method asks for its metric
         self.ranks = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.device = next(model.parameters()).device
@@ -95,6 +100,25 @@ class Oracle:
                 found = {name: part for name, part in zip(point, parts, strict=True) if part is not None}
                 gradient = Vector({name: tensor + found[name] if name in found else tensor for name, tensor in gradient.items()})
         return gradient
+
+    def metric(self) -> Vector:
+        """The diagonal of the optimizer's next step: 1 / (sqrt(v) + eps) of Adam's bias-corrected v; ones before the first step.
+
+        Raises:
+            DefenceError: the optimizer keeps no second moment, so it has no such metric.
+        """
+        found = {}
+        for name, p in trainable(self.model).items():
+            state = self.optimizer.state.get(p, {}) if self.optimizer is not None else {}
+            if "exp_avg_sq" in state:
+                group = next(g for g in self.optimizer.param_groups if any(p is other for other in g["params"]))
+                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+                found[name] = 1 / (v.sqrt() + group["eps"])
+            elif state:
+                raise DefenceError("the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW")
+            else:
+                found[name] = torch.ones_like(p, requires_grad=False)
+        return Vector(found)
 
     def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector:
         """Exact gradient of the mean of ``loss`` over the answer tokens (or rows) of ``stream`` at this step.

@@ -5,6 +5,7 @@ So one process with 8 rows, four micro-batches of 2 and two ranks of 4 see the s
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ class Stream:
     @property
     def steps(self) -> int:
         """Optimizer steps an epoch; the last one may be smaller."""
-        return -(-len(self.rows) // self.batch)
+        return math.ceil(len(self.rows) / self.batch)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a stream lives as long as its run
     def _order(self, epoch: int) -> np.ndarray:
@@ -46,7 +47,7 @@ class Stream:
     def at(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """This rank's micro-batches. Every rank has as many; one without rows runs a silent batch."""
         rows = self.rows_at(step)
-        count = -(-(-(-len(rows) // ranks)) // self.micro)
+        count = math.ceil(math.ceil(len(rows) / ranks) / self.micro)
         batches = []
         for i in range(count):
             mine = rows[rank::ranks][i * self.micro : (i + 1) * self.micro]

@@ -13,7 +13,7 @@ Departs from SafeGrad in the inner product alone. P is of the step before (this 
 gradient), and the momentum keeps directions that were cut against earlier a: (1) holds for this step's share of the update.
 """
 
-from typing import Literal, Protocol
+from typing import Literal
 
 from safebasin.train import method
 from safebasin.train.loss import kl_from_reference, nll
@@ -21,14 +21,6 @@ from safebasin.train.oracle import Grad
 from safebasin.vector import Vector
 
 FLOOR = 1e-9  # of |a|^2, as in SafeGrad: at the first step the KL's gradient is rounding, and has no direction
-
-
-class Metric(Grad, Protocol):
-    """An oracle that also tells the optimizer's preconditioner."""
-
-    def metric(self) -> Vector:
-        """The diagonal P of the next update, positive, in the space of the gradients; ones before the first step."""
-        ...
 
 
 def surgery(u: Vector, a: Vector, p: Vector) -> Vector:
@@ -45,7 +37,7 @@ class MetricSafeGrad:
     rho: float = 1.0  # weight of alignment
     align: Literal["kl", "sft"] = "kl"  # L_align: KL to the reference, or likelihood of the alignment rows' answers
 
-    def direction(self, grad: Metric) -> Vector:
+    def direction(self, grad: Grad) -> Vector:
         u = grad.task()
         a = grad(kl_from_reference if self.align == "kl" else nll, "align")
         return surgery(u, a, grad.metric()) + self.rho * a

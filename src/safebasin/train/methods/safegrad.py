@@ -16,7 +16,6 @@ from safebasin.train.loss import kl_from_reference, nll
 from safebasin.train.oracle import Grad
 from safebasin.vector import Vector
 
-
 FLOOR = 1e-9  # of |g_a|^2, as in the official code: at the first step the KL's gradient is zero but for rounding, and has no direction
 
 
