@@ -34,7 +34,8 @@ class Data:
     poison: Source | None = None
     poison_share: float = Field(default=0.0, ge=0, lt=1)
     align: Source | None = None  # harmful requests with refusals: what defences are aligned by
-    probe: Source | None = None  # the same for scanning; None: the alignment rows
+    harmful: Source | None = None  # harmful requests with openers: what alignment-stage methods simulate an attack with
+    probe: Source | None = None  # the same as align, for scanning; None: the alignment rows
     max_length: int = 1024
     on_bad: Literal["stop", "skip"] = "stop"
 
@@ -48,7 +49,7 @@ class Scan:
 @_frozen
 class Cut:
     scorer: str = "gradshield"
-    estimator: Literal["paper", "valley", "anchors"] = "valley"
+    estimator: Literal["paper", "valley"] = "valley"
     threshold: float | None = None
     min_kept: float = 0.5
 

@@ -14,7 +14,7 @@ from safebasin.data import Source, open_rows
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
 from safebasin.progress import steps
-from safebasin.record import Measurement
+from safebasin.record import Measurement, UserError
 from safebasin.stats import mean
 
 
@@ -31,6 +31,8 @@ class TokenAccuracy:
         model, tokenizer = subject.loaded
         examples = open_rows(self.data).examples
         rows, long = encode_all(tokenizer, examples, self.max_length)
+        if len(rows) < 2:
+            raise UserError(f"{self.name}: {len(rows)} rows of {self.data.path} fit into max_length {self.max_length}; two are the least")
         shares = np.zeros(len(rows))
         with steps(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
             done = 0
