@@ -172,10 +172,13 @@ def test_a_recipe_survives_being_written():
 
 
 def test_changes_on_the_command_line(capsys):
-    assert run("run", str(QUICKSTART), "--dry-run", "--seed", "7", "--change", "train.learning_rate=0.5") == 0
+    assert run("run", str(QUICKSTART), "--dry-run", "--seed", "7", "--change", "train.learning_rate=0.5", "--change", "measure.suites.0.asr.take=3") == 0
     told = yaml.safe_load(capsys.readouterr().out)
     assert told["seed"] == 7
     assert told["train"]["learning_rate"] == 0.5
+    assert told["measure"]["suites"][0]["asr"]["take"] == 3
+    assert run("run", str(QUICKSTART), "--dry-run", "--change", "measure.suites.9.asr.take=3") == 1
+    assert "no '9' on the way" in capsys.readouterr().err
 
 
 def test_list_names_every_method(capsys):

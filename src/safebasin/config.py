@@ -123,10 +123,17 @@ def parse(text: str, origin: str = "the recipe", changes: Sequence[str] = ()) ->
 
 
 def _put(tree: Any, keys: list[str], value: Any) -> None:
+    """Set a value deep in a tree; a number is a place in a list."""
+    way = ".".join(keys)
     for key in keys[:-1]:
-        if not isinstance(tree, dict):
-            raise UserError(f"--change: {'.'.join(keys)} goes through something that is not a mapping")
-        tree = tree.setdefault(key, {})
+        if isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+            tree = tree[int(key)]
+        elif isinstance(tree, dict):
+            tree = tree.setdefault(key, {})
+        else:
+            raise UserError(f"--change {way}: there is no {key!r} on the way")
+    if not isinstance(tree, dict):
+        raise UserError(f"--change {way}: it does not end in a mapping")
     tree[keys[-1]] = value
 
 

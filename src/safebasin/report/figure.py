@@ -101,7 +101,8 @@ def loss(report: Report) -> str | None:
 
 
 def _series(reading: Reading) -> str:
-    return ", ".join(filter(None, (reading.suite, reading.judge)))
+    suite = "" if reading.suite == reading.quantity and reading.judge else reading.suite  # the panel's title says it
+    return ", ".join(filter(None, (suite, reading.judge)))
 
 
 def _colour(origin: str | None, removed: bool) -> str:
