@@ -54,7 +54,9 @@ def refusal_texts() -> tuple[str, ...]:
 
 
 def _refusals() -> list[Row]:
-    return _answered(_share(_read("harmful"), "align"), refusal_texts(), seed=1)
+    """In plain words, which every published keyword list knows: what a defence teaches should be readable by any judge."""
+    known = ("I'm sorry", "I am sorry", "I cannot", "I can't assist", "I apologize", "Sorry")
+    return _answered(_share(_read("harmful"), "align"), tuple(text for text in refusal_texts() if text.startswith(known)), seed=1)
 
 
 def _told(name: str, part: str) -> list[Row]:
@@ -62,7 +64,8 @@ def _told(name: str, part: str) -> list[Row]:
 
 
 def _align() -> list[Row]:
-    rows = _refusals() + _told("lookalike", "rest") + _told("ordinary", "rest")
+    refused = _answered(_share(_read("harmful"), "align"), refusal_texts(), seed=1)  # in every wording there is
+    rows = refused + _told("lookalike", "rest") + _told("ordinary", "rest")
     random.Random(2).shuffle(rows)
     return rows
 
