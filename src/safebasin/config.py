@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -51,10 +51,14 @@ class Scan:
 
 @_frozen
 class Cut:
-    scorer: str = "gradshield"
+    scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
     estimator: Literal["anchors", "valley", "paper"] = "anchors"
     threshold: float | None = None
     min_kept: float = 0.5  # of valley and paper
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return (self.scorer,) if isinstance(self.scorer, str) else self.scorer
 
 
 @_frozen

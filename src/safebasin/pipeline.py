@@ -71,8 +71,8 @@ class Pipeline:
         for name, arm in self.arms.items():
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise UserError(f"arms.{name}: an arm's name is made of letters, digits, - and _")
-            if arm.cut and arm.cut.scorer not in self.scorers:
-                raise UserError(f"arms.{name}.cut.scorer: {arm.cut.scorer!r} is not among scan.scorers ({', '.join(self.scorers)})")
+            if arm.cut and (odd := [told for told in arm.cut.scorers if told not in self.scorers]):
+                raise UserError(f"arms.{name}.cut.scorer: {odd[0]!r} is not among scan.scorers ({', '.join(self.scorers)})")
             if arm.train is None and arm.cut:
                 raise UserError(f"arms.{name}: a cut needs an arm that is trained: train: [sft]")
             for stream in self.methods[name].needs("streams") if name in self.methods else ():

@@ -49,6 +49,8 @@ def search(config: Run, arm: str, out: Path, *, rounds: int = 2, shrink: float =
     gate, chosen = first.gate, config.arms.get(arm)
     if chosen is None or chosen.cut is None:
         raise UserError(f"search needs an arm with a cut; {arm!r} is not one of: {', '.join(n for n, a in config.arms.items() if a.cut) or 'none'}")
+    if not isinstance(chosen.cut.scorer, str):
+        raise UserError(f"search goes along one score; arms.{arm}.cut names {len(chosen.cut.scorers)}")
     if gate.plain not in config.arms or gate.max_asr is None or gate.max_accuracy_loss is None:
         raise UserError(f"search needs an arm {gate.plain!r} and the limits gate.max_asr and gate.max_accuracy_loss")
     first.prepare()

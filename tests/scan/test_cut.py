@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from safebasin.record import DefenceError, UserError, read_examples, read_table, write_table
+from safebasin.record import DefenceError, Example, UserError, read_examples, read_table, write_table
 from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, valley, write_cut
 from safebasin.scan.scan import Scores
 
@@ -273,6 +273,34 @@ def test_cut_with_anchors(tmp_path):
     _, rows = examples(tmp_path, 4)
     result = cut_by(rows, [0.0, 10.0, 110.0, 1.0], anchors={"safe": np.arange(21.0), "harmful": np.arange(100.0, 121.0)})
     assert result.threshold == 60 and [r.example for r in result.removed] == [rows[2]]
+
+
+@given(st.lists(st.tuples(st.integers(-9, 40), st.integers(-9, 40)), min_size=1, max_size=9))
+def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
+    rows = [Example(str(i), (), {}, i) for i in range(len(pairs))]
+    known = {"one": {"safe": [0.0, 2.0], "harmful": [20.0, 22.0]}, "two": {"safe": [0.0], "harmful": [30.0]}}
+    columns = {name: [float(pair[k]) for pair in pairs] for k, name in enumerate(known)}
+    table = Scores([row.id for row in rows], [row.line for row in rows], columns, {}, known)
+    passed = {name: x <= find_threshold(x, estimator="anchors", anchors=known[name]).value for name, x in columns.items() for x in [np.array(x)]}
+    both = passed["one"] & passed["two"]
+    if not both.any():
+        with pytest.raises(UserError, match="cuts all"):
+            cut(rows, table, ["one", "two"])
+        return
+    result = cut(rows, table, ["one", "two"])
+    assert result.kept == [row for row, kept in zip(rows, both, strict=True) if kept] and result.threshold == 0
+    with pytest.raises(UserError, match="several scorers"):
+        cut(rows, table, ["one", "two"], 1.0)
+
+
+def test_the_score_of_a_cut_by_several_is_the_worst_in_steps_from_safe_to_harmful():
+    """One: threshold 10 (between 0 and 20, a row at each), 20 from safe to harmful: a row at 20 is (20 - 10) / 20 = 0.5 beyond. Two: the
+    threshold 60 in the gap 20..100, (100 - 60) / 100 = 0.4 beyond."""
+    known = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
+    rows = [Example(str(i), (), {}, i) for i in range(2)]
+    table = Scores(["0", "1"], [0, 1], {"one": [0.0, 20.0], "two": [20.0, 100.0]}, {}, known)
+    (gone,) = cut(rows, table, ["one", "two"]).removed
+    assert gone.example.id == "1" and gone.score == pytest.approx(0.5)
 
 
 def test_what_the_user_can_mend(tmp_path):

@@ -226,7 +226,7 @@ class Cut(NamedTuple):
 def cut(
     examples: Sequence[Example],
     scores: Scores,
-    scorer: str,
+    scorer: str | Sequence[str],
     threshold: float | None = None,
     *,
     estimator: Estimator = "anchors",
@@ -234,16 +234,24 @@ def cut(
 ) -> Cut:
     """Keep the scored rows whose score is at most the threshold, in their order; without a threshold, the estimator finds one.
 
+    By several scorers a row must pass each. Its score is then the largest of (score - threshold) / (harmful - safe), each scorer with its
+    own threshold and its anchors' medians, and the threshold is 0.
+
     Raises:
-        UserError: no scores by this scorer, or no row would be left.
+        UserError: no scores by this scorer, no row would be left, or one threshold for several scorers.
         DefenceError: see ``find_threshold``.
     """
     known = set(scores.row_ids)
     examples = [example for example in examples if example.id in known]
-    x = _checked(scores.of(scorer, examples))
-    found = Threshold(threshold, False) if threshold is not None else None
-    value, raised = found or find_threshold(x, estimator=estimator, anchors=scores.anchors.get(scorer), min_kept=min_kept)
-    name = "given" if found else estimator
+    names = [scorer] if isinstance(scorer, str) else list(scorer)
+    if len(names) > 1 and (threshold is not None or estimator != "anchors"):
+        raise UserError(f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; leave threshold and estimator out")
+    x, value, raised = _checked(scores.of(names[0], examples)), threshold, False
+    if len(names) > 1:
+        x, value = np.max([_beyond(scores.of(name, examples), scores.anchors.get(name)) for name in names], axis=0), 0.0
+    elif value is None:
+        value, raised = find_threshold(x, estimator=estimator, anchors=scores.anchors.get(names[0]), min_kept=min_kept)
+    name = "given" if threshold is not None else estimator
     if x.min() > value:
         raise UserError(f"the threshold {value:g} cuts all {len(x)} rows (lowest score {x.min():g}); raise it")
     reason = f"score above the threshold {value:.6g} ({name}{', raised to keep min_kept' if raised else ''})"
@@ -251,13 +259,23 @@ def cut(
     return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name, raised)
 
 
-def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str) -> Path:
+def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
+    """How far scores lie beyond their threshold; 1 is the way from the median of the safe anchors to that of the harmful ones."""
+    threshold = find_threshold(scores, estimator="anchors", anchors=anchors).value
+    low, high = (float(np.median(anchors[name])) for name in ("safe", "harmful"))  # type: ignore[index]
+    if not low < high:
+        raise DefenceError("known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here")
+    return (_checked(scores) - threshold) / (high - low)
+
+
+def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Sequence[str]) -> Path:
     """Write the kept rows, as they came and in the format of ``source``, beside cut.json; the path of the rows is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     suffixes = Path(source).suffixes
     path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
     write_table(path, [example.row for example in result.kept])
     removed = [{"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed]
-    facts = {"scorer": scorer, "threshold": result.threshold, "estimator": result.estimator, "raised": result.raised}
+    name = scorer if isinstance(scorer, str) else ", ".join(scorer)
+    facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator, "raised": result.raised}
     write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
     return path
