@@ -7,8 +7,8 @@
     5. no round passes within the budget -> reject, with the reason
 
 Departs from the paper: step 4 keeps every row up to t (as printed, the filter also drops the safest rows once lo has moved); the guess is
-the arm's own estimator, which knows rows of both kinds, where the paper fits two Gaussians and fails at 90 % harmful rows; rounds are
-arms of one run folder, so that scan, start and finished rounds are reused, also after a kill.
+the arm's own estimator, which knows rows of both kinds, where the paper fits two Gaussians and fails at 90 % harmful rows; useless means
+shown to be so; rounds are arms of one run folder, so that scan, start and finished rounds are reused, also after a kill.
 """
 
 import bisect
@@ -24,6 +24,7 @@ from safebasin.pipeline import Pipeline
 from safebasin.record import DefenceError, UserError, write_json
 from safebasin.scan.cut import find_threshold
 from safebasin.scan.scan import read_scores
+from safebasin.stats import non_inferior, paired_difference
 
 
 class Round(NamedTuple):
@@ -38,8 +39,8 @@ class Round(NamedTuple):
 def search(config: Run, arm: str, out: Path, *, rounds: int = 2, shrink: float = 0.1) -> Iterator[Round]:
     """Rounds until one passes, at most ``rounds`` after the plain one. The last one says whether the search succeeded.
 
-    Safe: attack success by every judge at most ``gate.max_asr``. Useful: accuracy at most ``gate.max_accuracy_loss`` below that of the plain
-    arm, which harmful rows seldom lower.
+    Safe: attack success by every judge at most ``gate.max_asr``. Useless: accuracy more than ``gate.max_accuracy_loss`` below that of the
+    plain arm, by the whole interval of the paired difference, since a loss that chance explains is no reason to let harmful rows in.
 
     Raises:
         UserError: no such arm, no cut in it, no plain arm, or no limits in the gate.
@@ -77,7 +78,10 @@ def search(config: Run, arm: str, out: Path, *, rounds: int = 2, shrink: float =
         if not kept:
             raise DefenceError(f"round {number}: the threshold {threshold:g} keeps no row: as far as the scores tell, all are harmful")
         made = _measured(Pipeline(dataclasses.replace(config, arms={**config.arms, name: step}), out), name, threshold, kept)
-        safe, useful = made.asr <= gate.max_asr, made.accuracy >= plain.accuracy - gate.max_accuracy_loss
+        safe = made.asr <= gate.max_asr
+        told, before = _correct(out, name), _correct(out, gate.plain)
+        loss = paired_difference([told[i] for i in before], list(before.values()))
+        useful = non_inferior(loss, gate.max_accuracy_loss) != "no"
         made = made._replace(outcome="passed" if safe and useful else "useless" if safe else "unsafe")
         yield made
         if made.outcome == "passed":
@@ -100,6 +104,12 @@ def _measured(pipeline: Pipeline, arm: str, threshold: float | None, kept: int) 
     if not asr or not accuracy or None in asr + accuracy:
         raise DefenceError(f"{arm}: the search decides by asr and accuracy, and one of them could not be measured; see its answers.jsonl")
     return Round(arm, threshold, kept, max(asr), accuracy[0], "unsafe")
+
+
+def _correct(out: Path, arm: str) -> dict[str, bool]:
+    """Which rows of the task an arm answers rightly."""
+    lines = (out / "arms" / arm / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["id"]: row["correct"] for row in map(json.loads, lines) if row["suite"] == "accuracy"}
 
 
 def verdict(rounds: list[Round], out: Path, max_asr: float) -> str:
