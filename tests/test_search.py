@@ -8,7 +8,6 @@ from safebasin import search as module
 from safebasin.config import parse
 from safebasin.record import DefenceError, UserError, write_json, write_table
 from safebasin.report.gate import parse_gate
-from safebasin.scan.cut import Threshold
 from safebasin.scan.scan import Scanned, write_scores
 from safebasin.search import search, verdict
 
@@ -97,7 +96,7 @@ def test_a_loss_that_chance_explains_lets_no_harmful_row_in(tmp_path, monkeypatc
 
 def test_rejection_says_why(tmp_path, monkeypatch):
     """Harmful rows that score lowest: no threshold is safe, and the verdict names every round."""
-    monkeypatch.setattr(module, "find_threshold", lambda x, **_: Threshold(sorted(x)[len(x) // 2], False))
+    monkeypatch.setattr(module, "find_threshold", lambda x, **_: sorted(x)[len(x) // 2])
     runs(tmp_path, monkeypatch, [60.0, 61.0, 62.0, 63.0], ANCHORS)
     found = told(tmp_path)
     assert [r.outcome for r in found] == ["unsafe"] * len(found) and len(found) >= 2

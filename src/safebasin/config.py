@@ -52,9 +52,8 @@ class Scan:
 @_frozen
 class Cut:
     scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
-    estimator: Literal["anchors", "valley", "paper"] = "anchors"
+    estimator: Literal["anchors", "paper"] = "anchors"
     threshold: float | None = None
-    min_kept: float = 0.5  # of valley and paper
 
     @property
     def scorers(self) -> tuple[str, ...]:

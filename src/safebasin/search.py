@@ -66,9 +66,7 @@ def search(config: Run, arm: str, out: Path, *, rounds: int = 2, shrink: float =
     lo, up = 0, len(x)
     for number in range(1, rounds + 1):
         within = x[lo:up]
-        guess = find_threshold(
-            within, estimator=chosen.cut.estimator, anchors=scores.anchors.get(chosen.cut.scorer), min_kept=chosen.cut.min_kept
-        ).value
+        guess = find_threshold(within, estimator=chosen.cut.estimator, anchors=scores.anchors.get(chosen.cut.scorer))
         lower, upper = math.floor(lo + shrink * (up - lo)), math.ceil(up - shrink * (up - lo)) - 1
         # the first guess stands as it is: a set without harmful rows, or full of them, is for the estimator to see
         threshold = guess if number == 1 else min(max(guess, x[lower]), x[max(upper, lower)])

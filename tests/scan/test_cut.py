@@ -8,22 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 
 from safebasin.record import DefenceError, Example, UserError, read_examples, read_table, write_table
-from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, valley, write_cut
+from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, write_cut
 from safebasin.scan.scan import Scores
 
 NONE = np.array([])
-BENIGN = {  # one cluster each: nothing here is poison
-    "normal": lambda r, n: r.normal(size=n),
-    "uniform": lambda r, n: r.uniform(size=n),
-    "student t, 3": lambda r, n: r.standard_t(3, n),
-    "student t, 1.5": lambda r, n: r.standard_t(1.5, n),
-    "lognormal": lambda r, n: r.lognormal(0, 1, n),
-    "lognormal, wide": lambda r, n: r.lognormal(0, 2, n),
-    "answers of three lengths": lambda r, n: r.normal(0.3, 1, n) * r.choice([5, 20, 200], n),
-}
 MIXED = {  # 85 % harmless, 15 % harmful
     "six deviations apart": lambda r, n, k: (r.normal(size=n), r.normal(6, 1, k)),
     "heavy tails": lambda r, n, k: (r.standard_t(3, n), 10 + r.standard_t(3, k)),
@@ -35,59 +25,6 @@ MIXED = {  # 85 % harmless, 15 % harmful
 def examples(tmp_path, count, name="rows.jsonl"):
     write_table(tmp_path / name, [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)])
     return tmp_path / name, read_examples(tmp_path / name).examples
-
-
-# --- the valley ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", BENIGN)
-@pytest.mark.parametrize("count", [2, 30, 200, 1000])
-def test_valley_cuts_no_benign_row(shape, count):
-    """Ten sets of each kind. The bar is 1 % of the rows; found is none at all, so none is what is asserted."""
-    for seed in range(10):
-        x = BENIGN[shape](np.random.default_rng(seed), count)
-        assert valley(x) == x.max()
-
-
-@pytest.mark.parametrize("shape", MIXED)
-def test_valley_finds_the_poison(shape):
-    """850 harmless and 150 harmful rows: at most 1 % of the first go, at most 4 % of the second stay (the means of ten sets)."""
-    lost, stayed = [], []
-    for seed in range(10):
-        harmless, harmful = MIXED[shape](np.random.default_rng(seed), 850, 150)
-        threshold = valley(np.concatenate([harmless, harmful]))
-        lost.append(np.mean(harmless > threshold))
-        stayed.append(np.mean(harmful <= threshold))
-    assert np.mean(lost) < 0.01 and np.mean(stayed) < 0.04
-
-
-def test_valley_by_hand():
-    """Forty rows near 0 and twenty near 100, nothing between: the threshold is midway between 0.39 and 100, and 20 rows go."""
-    x = [i / 100 for i in range(40)] + [100 + i / 100 for i in range(20)]
-    assert valley(x) == pytest.approx((0.39 + 100) / 2)
-
-
-def test_valley_leaves_few_rows_alone():
-    """Five rows far out are outliers or an attack; the numbers alone cannot say, and it is said in the docstring."""
-    x = np.concatenate([np.random.default_rng(0).normal(size=45), 30 + np.arange(5) / 10])
-    assert valley(x) == x.max()
-
-
-def test_a_shallow_valley_is_not_enough():
-    """60 % and 40 %, 3.5 deviations apart: rows in the valley are half as dense as at the upper mode. However many rows make that
-    sure, a cut there would take harmless rows by the dozen."""
-    random = np.random.default_rng(0)
-    x = np.concatenate([random.normal(size=3000), random.normal(3.5, 1, 2000)])
-    assert valley(x) == x.max()
-
-
-def test_valley_cannot_know_what_a_cluster_is():
-    """A negative result, kept: two benign tasks of unlike scores have a valley too, and the upper one goes. Anchors are the remedy."""
-    random = np.random.default_rng(0)
-    x = np.concatenate([random.normal(size=120), random.normal(10, 1, 80)])
-    assert np.mean(x > valley(x)) == pytest.approx(0.4)
-    known = {"safe": x, "harmful": random.normal(100, 5, 30)}
-    assert find_threshold(x, estimator="anchors", anchors=known).value > x.max()
 
 
 # --- the paper's rule ----------------------------------------------------------------------------------------------------------
@@ -111,10 +48,11 @@ def test_paper_on_one_gaussian_cuts_what_lies_beyond_two_deviations():
 
 
 def test_paper_takes_a_heavy_tail_for_a_cluster():
-    """A negative result, kept: on benign lognormal scores the second Gaussian pays, and a fifth of the rows goes; the valley: none."""
+    """A negative result, kept: on benign lognormal scores the second Gaussian pays, and a fifth of the rows goes. Anchors are the remedy."""
     x = np.random.default_rng(0).lognormal(0, 1, 1000)
     assert np.mean(x > t_guess(x)) > 0.1
-    assert np.mean(x > valley(x)) == 0
+    known = {"safe": x, "harmful": 100 + x}
+    assert find_threshold(x, estimator="anchors", anchors=known) >= x.max()
 
 
 @pytest.mark.parametrize("shape", MIXED)
@@ -137,54 +75,23 @@ def test_the_mixture_is_the_one_that_was_drawn():
     assert fit.upper.sum() == pytest.approx(600, abs=5)
 
 
-# --- both ----------------------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    harm=st.integers(0, 40),
-    scale=st.floats(1e-3, 1e4),
-    shift=st.floats(-1e3, 1e3),
-    estimator=st.sampled_from(["paper", "valley"]),
-)
-def test_the_unit_of_the_score_does_not_matter(seed, harm, scale, shift, estimator):
+@given(seed=st.integers(0, 10**6), harm=st.integers(0, 40), scale=st.floats(1e-3, 1e4), shift=st.floats(-1e3, 1e3))
+def test_the_unit_of_the_score_does_not_matter(seed, harm, scale, shift):
     """The same rows go when every score is scaled and shifted."""
     random = np.random.default_rng(seed)
     x = np.concatenate([random.normal(size=80), random.normal(8, 1, harm)])
-    plain, moved = (find_threshold(y, estimator=estimator).value for y in (x, x * scale + shift))
+    plain, moved = (t_guess(y) for y in (x, x * scale + shift))
     margin = np.abs(x - plain).min()  # a row on the threshold may fall to either side of a rounding
     assume(margin > 1e-9 or plain in x)
     kept = x <= plain + 1e-9
     assert (kept == (x * scale + shift <= moved + 1e-9 * scale)).all()
 
 
-@settings(max_examples=25, deadline=None)
-@given(x=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), estimator=st.sampled_from(["paper", "valley"]), share=st.floats(0, 1))
-def test_enough_rows_stay_whatever_the_scores(x, estimator, share):
-    found = find_threshold(x, estimator=estimator, min_kept=share)
-    assert math.isfinite(found.value)
-    assert np.mean(np.array(x) <= found.value) >= max(share - 1e-9, 1 / len(x))
-
-
-@pytest.mark.parametrize("estimator", ["paper", "valley"])
 @pytest.mark.parametrize("x", [[3.0] * 50, [1.0, 2.0], [7.0]])
-def test_nothing_is_cut_where_nothing_can_be_told(estimator, x):
+def test_nothing_is_cut_where_nothing_can_be_told(x):
     """All equal, two rows, one row: every row stays."""
-    assert max(x) <= find_threshold(x, estimator=estimator).value
-
-
-@pytest.mark.parametrize("far", [1e-100, 1.0, 1e100])
-def test_one_row_beside_equal_ones(far):
-    """No spread in the middle (MAD 0) and sizes of any order: still one outlier, and still no valley."""
-    assert valley([0.0] * 60 + [far]) == far
-
-
-def test_min_kept_by_hand():
-    """Two clusters of 10 and 30: the paper's rule would keep 10 of 40. With min_kept = 0.5 the threshold rises to the 20th score."""
-    x = [i / 100 for i in range(10)] + [50 + i / 100 for i in range(30)]
-    assert find_threshold(x, estimator="paper", min_kept=0.25) == (pytest.approx(0.09), False)
-    assert find_threshold(x, estimator="paper", min_kept=0.5) == (pytest.approx(50.09), True)
+    assert max(x) <= t_guess(x)
 
 
 # --- anchors -------------------------------------------------------------------------------------------------------------------
@@ -255,13 +162,13 @@ def test_cut_keeps_order_and_the_threshold_itself(tmp_path):
 def test_kept_rows_are_written_as_they_came(tmp_path, name):
     source, rows = examples(tmp_path, 60, name)
     scores = [100.0 + i if 20 <= i < 40 else i / 100 for i in range(60)]
-    result = cut_by(rows, scores, estimator="valley")
+    result = cut_by(rows, scores, threshold=50.0)
     path = write_cut(tmp_path / "cut" / "arm", source, result, "gradshield")
     assert path.name == name.replace("rows", "train")
     kept = [row for i, (_, row) in enumerate(read_table(source)) if not 20 <= i < 40]
     assert [row for _, row in read_table(path)] == kept
     facts = json.loads((path.parent / "cut.json").read_text())
-    assert facts["kept"] == 40 and facts["scorer"] == "gradshield" and facts["estimator"] == "valley" and not facts["raised"]
+    assert facts["kept"] == 40 and facts["scorer"] == "gradshield" and facts["estimator"] == "given"
     assert [item["row_id"] for item in facts["removed"]] == [row.id for row in rows[20:40]]
     assert facts["removed"][0].keys() == {"row_id", "line", "score", "reason"} and facts["removed"][0]["score"] == 120.0
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["cut.json", path.name])
@@ -281,7 +188,7 @@ def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
     known = {"one": {"safe": [0.0, 2.0], "harmful": [20.0, 22.0]}, "two": {"safe": [0.0], "harmful": [30.0]}}
     columns = {name: [float(pair[k]) for pair in pairs] for k, name in enumerate(known)}
     table = Scores([row.id for row in rows], [row.line for row in rows], columns, {}, known)
-    passed = {name: x <= find_threshold(x, estimator="anchors", anchors=known[name]).value for name, x in columns.items() for x in [np.array(x)]}
+    passed = {name: x <= find_threshold(x, estimator="anchors", anchors=known[name]) for name, x in columns.items() for x in [np.array(x)]}
     both = passed["one"] & passed["two"]
     if not both.any():
         with pytest.raises(UserError, match="cuts all"):
@@ -313,9 +220,5 @@ def test_what_the_user_can_mend(tmp_path):
         cut_by(rows, [1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="no scores"):
         cut_by([], [])
-    with pytest.raises(UserError, match="min_kept"):
-        find_threshold([1.0], estimator="paper", min_kept=50.0)
     with pytest.raises(DefenceError, match="score number 2 is not a finite number"):
         cut_by(rows, [1.0, math.nan, 2.0], 1.5)
-    with pytest.raises((UserError, TypeCheckError), match="'guess'"):  # the second where types are checked at run time
-        cut_by(rows, [1.0, 2.0, 3.0], estimator="guess")  # type: ignore[arg-type]

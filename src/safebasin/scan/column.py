@@ -24,7 +24,7 @@ Column = Mapping[str, float | Sequence[float]]  # row id -> one number, or one a
 def keep(scores: Scores, name: str, examples: Sequence[Example]) -> Column:
     """Equation 1, by the threshold that ``cut`` would take."""
     x = scores.of(name, examples)
-    threshold = find_threshold(x, estimator="anchors", anchors=scores.anchors.get(name)).value
+    threshold = find_threshold(x, estimator="anchors", anchors=scores.anchors.get(name))
     return {example.id: float(score <= threshold) for example, score in zip(examples, x, strict=True)}
 
 

@@ -1,11 +1,9 @@
 """Cut: from a column of scores to a threshold, and from a threshold to the rows that are kept (score <= threshold).
 
-Three estimators of the threshold:
+Two estimators of the threshold:
 
 ``paper``    GradShield's T_guess (arXiv:2605.14194, algorithm A1): one Gaussian against two; the top of the lower cluster, or
              mu + 2 sd. On benign, normally distributed scores it cuts 2.3 % of the rows, and more where tails are heavy.
-``valley``   cuts only between two clusters that a valley divides, and otherwise nothing. It needs no labels, but it cannot know
-             what the clusters are: a benign set of two tasks with unlike scores has a valley too.
 ``anchors``  in the widest gap of the scores between rows known to be safe and rows known to be harmful, which are scored along.
              It knows what the clusters are, so it holds at any share of harmful rows, and cuts little where there are none.
 """
@@ -21,15 +19,12 @@ from numpy.typing import NDArray
 from safebasin.record import DefenceError, Example, UserError, write_json, write_table
 from safebasin.scan.scan import Scores
 
-Estimator = Literal["paper", "valley", "anchors"]
+Estimator = Literal["anchors", "paper"]
 Numbers = NDArray[np.float64]
 Values = Sequence[float] | Numbers
 Anchors = Mapping[str, Values]  # scores of rows known to be "safe" and of rows known to be "harmful"
 
 VARIANCE_FLOOR = 1e-4  # of a component, as a share of the variance of all scores: keeps EM off single points
-SEPARATION = 2.5  # Ashman's D: 2 is the usual bar for two modes; a skewed single cluster reaches it, hence more
-VALLEY = 1 / 3  # at most this share of either cluster's density in the valley; in a single cluster rows only thin out (>= 1)
-SURE = 3.0  # standard errors (Poisson) by which a cluster's count must exceed the valley's: needs 10 rows in its densest part
 TAIL = 0.05  # the share of each anchor set that may lie beyond the quantile that stands for its edge
 
 
@@ -93,43 +88,6 @@ def t_guess(scores: Values, a: float = 10.0) -> float:
     return mean + 2 * sd
 
 
-def valley(scores: Values) -> float:
-    """A threshold in the valley between two clusters; the highest score (nothing is cut) where there is no valley.
-
-    Scores are first drawn together, asinh((x - median) / (1.4826 MAD)), so that heavy tails take no Gaussian for themselves. Two
-    Gaussians are accepted as clusters if Ashman's D = |mu1 - mu2| / sqrt((s1^2 + s2^2) / 2) exceeds ``SEPARATION`` and if rows are
-    dense again behind the valley: in a single cluster, however heavy its tail, they only thin out. Fewer than about 10 to 15
-    harmful rows cannot be told from outliers and are not cut.
-    """
-    x = _checked(scores)
-    nothing = float(x.max())
-    spread = 1.4826 * float(np.median(np.abs(x - np.median(x)))) or float(x.std())
-    if len(x) < 2 * SURE**2 or spread == 0:
-        return nothing
-    z = np.arcsinh((x - np.median(x)) / spread)
-    scale = float(z.std())
-    fit = two_gaussians((z - z.mean()) / scale)
-    means, sds = fit.means * scale + z.mean(), fit.sds * scale
-    distance = float(means[1] - means[0])
-    if distance <= SEPARATION * math.sqrt(float((sds**2).mean())):
-        return nothing
-    # The valley is where the fitted density is least between the means.
-    grid = np.linspace(means[0], means[1], 257)
-    logs = np.log(fit.weights)[:, None] + _log_normal(grid[None, :], means[:, None], (sds**2)[:, None])
-    bottom = float(grid[np.logaddexp(logs[0], logs[1]).argmin()])
-
-    def rows_at(centre: float, width: float) -> int:
-        return int((np.abs(z - centre) <= width).sum())
-
-    for mean, sd in zip(means.tolist(), sds.tolist(), strict=True):  # each cluster against the valley, through windows of one width
-        width = min(sd, distance / 8)
-        dense, thin = rows_at(mean, width), rows_at(bottom, width)
-        if thin > VALLEY * dense or dense - thin <= SURE * math.sqrt(dense + thin):
-            return nothing
-    below, above = x[z <= bottom], x[z > bottom]
-    return nothing if len(above) == 0 else float((below.max() + above.min()) / 2)
-
-
 def between_anchors(scores: Values, safe: Values, harmful: Values) -> float:
     """In the middle of the widest gap of the scores between the upper edge of the safe anchors and the lower edge of the harmful ones (at
     that lower edge where no score reaches it); if these overlap, where balanced accuracy over the anchors is highest (of equals, the highest threshold).
@@ -167,43 +125,18 @@ def _checked(scores: Values) -> Numbers:
     return x
 
 
-class Threshold(NamedTuple):
-    """``raised``: the estimator asked for less than ``min_kept`` of the rows, so the threshold was raised to keep that share."""
-
-    value: float
-    raised: bool
-
-
-def find_threshold(
-    scores: Values, *, estimator: Estimator, anchors: Anchors | None = None, a: float = 10.0, min_kept: float = 0.5
-) -> Threshold:
+def find_threshold(scores: Values, *, estimator: Estimator, anchors: Anchors | None = None) -> float:
     """The threshold by one of the estimators.
-
-    ``min_kept``: the share of rows that stays whatever ``paper`` or ``valley`` say. A wide Gaussian that straddles a narrow one makes
-    the paper's rule cut inside the benign rows; this bounds the harm. ``anchors`` needs no such bound.
 
     Raises:
         UserError: no scores, or the estimator ``anchors`` without anchors.
         DefenceError: a score that is not finite, or anchors that the scores cannot tell apart.
     """
-    if not 0 <= min_kept <= 1:
-        raise UserError(f"min_kept={min_kept}: it is a share of the rows, from 0 to 1")
     if estimator == "paper":
-        value = t_guess(scores, a)
-    elif estimator == "valley":
-        value = valley(scores)
-    elif estimator == "anchors":
-        if not anchors or not all(len(anchors.get(name, ())) for name in ("safe", "harmful")):
-            raise UserError(
-                "the estimator 'anchors' needs scores of known safe and known harmful rows; scan again, or use valley or a threshold"
-            )
-        return Threshold(between_anchors(scores, anchors["safe"], anchors["harmful"]), False)
-    else:
-        raise UserError(f"unknown estimator {estimator!r}; use paper, valley or anchors")
-    x = np.sort(_checked(scores))
-    least = max(1, math.ceil(min_kept * len(x) - 1e-9))
-    floor = float(x[least - 1])
-    return Threshold(max(value, floor), value < floor)
+        return t_guess(scores)
+    if not anchors or not all(len(anchors.get(name, ())) for name in ("safe", "harmful")):
+        raise UserError("the estimator 'anchors' needs scores of known safe and known harmful rows; scan again, or use paper or a threshold")
+    return between_anchors(scores, anchors["safe"], anchors["harmful"])
 
 
 # --- cutting -------------------------------------------------------------------------------------------------------------------
@@ -220,7 +153,6 @@ class Cut(NamedTuple):
     removed: list[Removed]
     threshold: float
     estimator: str  # "given" where the threshold was
-    raised: bool
 
 
 def cut(
@@ -230,7 +162,6 @@ def cut(
     threshold: float | None = None,
     *,
     estimator: Estimator = "anchors",
-    min_kept: float = 0.5,
 ) -> Cut:
     """Keep the scored rows whose score is at most the threshold, in their order; without a threshold, the estimator finds one.
 
@@ -246,22 +177,22 @@ def cut(
     names = [scorer] if isinstance(scorer, str) else list(scorer)
     if len(names) > 1 and (threshold is not None or estimator != "anchors"):
         raise UserError(f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; leave threshold and estimator out")
-    x, value, raised = _checked(scores.of(names[0], examples)), threshold, False
+    x, value = _checked(scores.of(names[0], examples)), threshold
     if len(names) > 1:
         x, value = np.max([_beyond(scores.of(name, examples), scores.anchors.get(name)) for name in names], axis=0), 0.0
     elif value is None:
-        value, raised = find_threshold(x, estimator=estimator, anchors=scores.anchors.get(names[0]), min_kept=min_kept)
+        value = find_threshold(x, estimator=estimator, anchors=scores.anchors.get(names[0]))
     name = "given" if threshold is not None else estimator
     if x.min() > value:
         raise UserError(f"the threshold {value:g} cuts all {len(x)} rows (lowest score {x.min():g}); raise it")
-    reason = f"score above the threshold {value:.6g} ({name}{', raised to keep min_kept' if raised else ''})"
+    reason = f"score above the threshold {value:.6g} ({name})"
     removed = [Removed(e, score, reason) for e, score in zip(examples, x.tolist(), strict=True) if score > value]
-    return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name, raised)
+    return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name)
 
 
 def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
     """How far scores lie beyond their threshold; 1 is the way from the median of the safe anchors to that of the harmful ones."""
-    threshold = find_threshold(scores, estimator="anchors", anchors=anchors).value
+    threshold = find_threshold(scores, estimator="anchors", anchors=anchors)
     low, high = (float(np.median(anchors[name])) for name in ("safe", "harmful"))  # type: ignore[index]
     if not low < high:
         raise DefenceError("known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here")
@@ -276,6 +207,6 @@ def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Seque
     write_table(path, [example.row for example in result.kept])
     removed = [{"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
-    facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator, "raised": result.raised}
+    facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
     write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
     return path
