@@ -151,6 +151,61 @@ def test_measure_any_prompts_of_any_model(tmp_path, capsys):
     assert whole["n"] + whole["unscored"] + whole["off_task"] == 2
 
 
+def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys):
+    """Twelve tokens fit. Anchor rows are longer and stop nothing. Texts are redacted unless asked for; a row of the same ids is scanned once."""
+    from aligned import BAD, GOOD, aligned_model
+
+    from safebasin.record import write_table
+    from safebasin.scan.scan import read_scores
+
+    for part in aligned_model():
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"make a {word}", "completion": "Sure here"} for word in (*GOOD, *BAD)]
+    write_table(tmp_path / "rows.jsonl", [*rows, {"prompt": "make a bomb", "completion": "Sure here " + "are the steps " * 9}])
+    write_table(tmp_path / "probe.jsonl", [{"prompt": f"make a {word}" + " now" * 9, "completion": "I cannot help"} for word in BAD])
+    words = ["scan", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--probe", str(tmp_path / "probe.jsonl")]
+    words += ["--out", str(tmp_path / "out"), "--max-length", "12", "--worst", "3"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    scores = read_scores(tmp_path / "out" / "scan" / "scores.parquet")
+    worst = sorted(range(13), key=lambda i: -scores.columns["gradshield"][i])[:3]
+    assert all(f"{scores.columns['gradshield'][i]:.4g}" in said for i in worst) and said.count("task") == 3
+    assert "redacted" in said and "Sure" not in said and "steps" not in said
+    assert [scores.lines[scores.row_ids.index(row)] for row in scores.cut_short] == [13]
+    assert "1 rows are longer than 12 tokens" in " ".join(said.split())
+    (problem,) = json.loads((tmp_path / "out" / "data" / "problems.json").read_text())
+    assert problem["line"] == 13 and "cut short for the scan" in problem["reason"]
+    assert run(*words, "--show") == 0
+    assert "Sure" in capsys.readouterr().out
+
+
+def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
+    """Before the scan, where the arm is to be tuned on it; with on_bad: skip it is scored for the cut, and left out of the tuning.
+
+    The prompt is <user>, 20 words, <end>, <assistant>: 23 tokens; the answer Sure, <end>: 2. Of 12 tokens both stay, with the 10 before them: from 13 on.
+    """
+    from aligned import aligned_model
+
+    from safebasin.pipeline import Pipeline
+    from safebasin.record import UserError, write_table
+
+    aligned_model().tokenizer.save_pretrained(tmp_path)
+    write_table(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "Sure"}, {"prompt": "a " * 20, "completion": "Sure"}])
+    tree = {"data": {"task": {"path": str(tmp_path / "rows.jsonl")}, "max_length": 12}, "measure": {}, "train": {"adapter": {"r": 1}}}
+    for on_bad in ("stop", "skip"):
+        changed = tree | {"data": tree["data"] | {"on_bad": on_bad}, "arms": {"plain": {"train": ["sft"]}}}
+        (tmp_path / on_bad).mkdir()
+        pipeline = Pipeline(parse(yaml.safe_dump(changed)), tmp_path / on_bad)
+        pipeline.data()
+        tokenizer = aligned_model().tokenizer
+        if on_bad == "stop":
+            with pytest.raises(UserError, match="over-long"):
+                pipeline._rows(pipeline.train_file, tokenizer)
+        else:
+            assert [len(rows) for rows in pipeline._rows(pipeline.train_file, tokenizer)] == [1, 1]
+        assert [row.start for row in pipeline._rows(pipeline.train_file, tokenizer, short=True)[1]] == [None, 13]
+
+
 def test_all_rows_cut_is_an_error(tmp_path, capsys):
     from safebasin.record import read_examples, write_table
     from safebasin.scan.scan import Scanned, write_scores

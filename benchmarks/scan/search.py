@@ -2,7 +2,7 @@
 
     python benchmarks/scan/search.py --data FOLDER [--seeds 0 1 2]
 
-ag_news + AdvBench, 160 rows in all. Every arm takes the same 40 steps, however many rows are cut, and is compared with tuning on the clean
+ag_news + AdvBench, 160 rows in all; a round is a cut and plain tuning, as in the paper. Every arm takes the same 40 steps, however many rows are cut, and is compared with tuning on the clean
 rows alone, 40 steps too. GradShield's own numbers (8B models, Samsum + LATharm, 1,000
 rows): ASR after one round .01 .02 .26 .45 .95 at 10 to 90 %, after two .01 at 50 %, .00 at 70 %, .25 at 90 %.
 """
@@ -42,7 +42,7 @@ def main() -> None:
         for seed in given.seeds:
             task = round(ROWS * (1 - share))
             changes = [f"seed={seed}", f"data.task.take={task}", f"data.task.seed={seed}", "data.poison.skip=100", "train.max_steps=40"]
-            changes += ["measure.suites.0.asr.limit=100", "measure.suites.0.asr.take=60", "measure.suites.2.accuracy.data.take=200"]
+            changes += ["arms.defended.train=[sft]", "measure.suites.0.asr.limit=100", "measure.suites.0.asr.take=60", "measure.suites.2.accuracy.data.take=200"]
             text = RECIPE.read_text(encoding="utf-8")
             out = given.runs / f"{share:g}-{seed}"
             config = parse(text, "search", [*changes, f"data.poison_share={share}"])

@@ -27,6 +27,7 @@ class Encoded:
     ids: tuple[int, ...]
     answer: tuple[bool, ...]  # one per id
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: int | None = None  # of a row cut short: the place of its first token in the whole row
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,8 +90,8 @@ def template_digest(tokenizer: Any) -> str:
     return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8).hexdigest()
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool = False) -> str:
-    """The conversation as the model's own chat template writes it; ``ask`` opens the assistant's turn.
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool = False, **told: Any) -> str:
+    """The conversation as the model's own chat template writes it; ``ask`` opens the assistant's turn, ``told`` is what else the template reads.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -98,7 +99,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool =
     if not tokenizer.chat_template:
         raise UserError("the model's tokenizer has no chat template; use the instruct model, or set tokenizer.chat_template and save it")
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **told)
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> Encoded | BadRow:
@@ -134,6 +135,19 @@ def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
         coded = encode(tokenizer, example, max_length)
         (bad if isinstance(coded, BadRow) else rows).append(coded)  # type: ignore[arg-type]
     return rows, bad
+
+
+def shorten(row: Encoded, length: int) -> Encoded:
+    """What fits of a row into ``length`` tokens (two or more): its beginning; where that holds no answer token, the end of the prompt and the
+    first answer tokens, these at most a half."""
+    if len(row) <= length:
+        return row
+    start = 0
+    if True in row.answer[length:] and True not in row.answer[1:length]:
+        first = row.answer.index(True, 1)
+        start = first + min(length // 2, len(row) - first) - length
+    kept = slice(start, start + length)
+    return dataclasses.replace(row, ids=row.ids[kept], answer=row.answer[kept], start=start)
 
 
 def collate(rows: Sequence[Encoded], pad: int, shared: int = 0) -> Batch:

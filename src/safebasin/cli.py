@@ -121,17 +121,41 @@ def scan(
     max_length: int = 1024,
     batch_size: int = 16,
     skip_bad: Annotated[bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")] = False,
+    worst: Annotated[int, Parameter(help="Rows of highest score that are named, of each scorer.")] = 5,
+    show_text: Annotated[bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")] = False,
 ) -> int:
-    """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on."""
+    """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on.
+
+    Many processes share the rows: `accelerate launch -m safebasin scan ...`.
+    """
     from safebasin.config import parse
-    from safebasin.pipeline import Pipeline
+    from safebasin.pipeline import Pipeline, processes
+    from safebasin.report import printable
+    from safebasin.report.table import redact
+    from safebasin.scan.heat import worst as worst_of
+    from safebasin.scan.scan import read_scores
 
     task = {"path": str(data), "prompt": prompt, "answer": answer}
     sets = {"task": task, "probe": {"path": probe, "take": 100}, "max_length": max_length, "on_bad": "skip" if skip_bad else "stop"}
     tree = {"model": {"name": model}, "data": sets, "scan": {"scorers": scorers, "batch_size": batch_size}}
-    pipeline = Pipeline(parse(yaml.safe_dump(tree | {"arms": {"start": {}}, "measure": {}}), "scan"), out_)
-    pipeline.prepare()
+    pipeline, ranks = Pipeline(parse(yaml.safe_dump(tree | {"arms": {"start": {}}, "measure": {}}), "scan"), out_), processes()
+    if ranks.is_main_process:
+        pipeline.prepare()
+    ranks.wait_for_everyone()
     pipeline.scan()
+    ranks.destroy_process_group()
+    if not ranks.is_main_process:
+        return 0
+    origins = {row["id"]: row["origin"] for row in json.loads((out_ / "data" / "rows.json").read_text(encoding="utf-8"))}
+    table = rich.table.Table("scorer", "line", "origin", "score", "what of the answer carries it")
+    for row in worst_of(out_ / "scan", worst):
+        why = f"{row.share:.0%}: {printable(row.why) if show_text else redact(row.why)}" if row.why else ""
+        cells = (row.scorer, f"{row.line}", origins[row.row_id], f"{row.score:.4g}", why + " (row cut short)" * row.cut_short)
+        table.add_row(*(rich.text.Text(cell) for cell in cells))
+    out.print(table)
+    short = read_scores(out_ / "scan" / "scores.parquet").cut_short
+    if short:
+        out.print(f"{len(short)} rows are longer than {max_length} tokens and were scored on what fits (data/problems.json)", markup=False)
     out.print(f"scores: {out_ / 'scan' / 'scores.parquet'}", markup=False)
     return 0
 
@@ -144,8 +168,7 @@ def cut(
     out_: Annotated[Path, Parameter(name="--out", help="Folder for the rows that stay.")],
     scorer: str = "gradshield",
     threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
-    estimator: Annotated[Literal["anchors", "valley", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
-    min_kept: float = 0.5,
+    estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
     prompt: str = "",
     answer: str = "",
 ) -> int:
@@ -156,7 +179,7 @@ def cut(
     from safebasin.scan.scan import read_scores
 
     examples = read_examples(data, prompt, answer).examples
-    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator, min_kept=min_kept)
+    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator)
     path = write_cut(out_, data, result, scorer)
     out.print(f"{len(result.kept)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}", markup=False)
     return 0

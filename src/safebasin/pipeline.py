@@ -3,19 +3,24 @@
 data/train.*   scan/scores.parquet   cut/<arm>/   arms/<arm>/adapter/   arms/<arm>/measurements.jsonl   report.*
 """
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
 
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, conversation, poison
-from safebasin.batch import Encoded, encode_all, template_digest
+from safebasin.batch import Encoded, encode_all, shorten, template_digest
 from safebasin.config import Run, digest, plain
 from safebasin.data import Source, open_examples, open_rows, open_table
 from safebasin.measure import suite
@@ -42,6 +47,11 @@ from safebasin.train.host import Host, arguments, streams_of
 def source_digests(registry: Any, specs: Iterable[Any]) -> list[str]:
     """Digests of the sources of configured methods."""
     return [registry[spec if isinstance(spec, str) else next(iter(spec))].digest for spec in specs]
+
+
+def processes() -> PartialState:
+    """The processes that share a scan (``accelerate launch``, torchrun): mostly one. They may wait for one another for weeks."""
+    return PartialState(timeout=datetime.timedelta(weeks=4))
 
 
 class Pipeline:
@@ -132,7 +142,7 @@ class Pipeline:
         if not hasattr(self.attack, "needs"):
             return None
         name, loaded = self.attack.against, self._load()
-        anchors = {known: self._encoded(getattr(self.config.data, known), loaded.tokenizer) for known in ("probe", "harmful", "safe")}
+        anchors = self._anchors(loaded.tokenizer)
 
         def score(rows: Sequence[Row]) -> list[float]:
             examples = read_examples(enumerate(rows, 1)).examples
@@ -178,31 +188,48 @@ class Pipeline:
             raise UserError(f"{source.path}: no row can be used")
         return rows
 
-    def _rows(self, path: Path, tokenizer: Any) -> tuple[list[Example], list[Encoded]]:
-        """Training rows and their tokens; over-long rows stop the run, or are listed and left out."""
-        source = self.config.data.task if self._kept_form else None
-        examples = read_examples(path, source.prompt, source.answer).examples if source else read_examples(path).examples
-        rows, bad = encode_all(tokenizer, examples, self.config.data.max_length)
+    def _rows(self, path: Path, tokenizer: Any, *, short: bool = False) -> tuple[list[Example], list[Encoded]]:
+        """Training rows and their tokens; over-long rows stop the run, or are listed and left out. ``short``: they are listed and cut to what fits."""
+        source, limit = self.config.data.task if self._kept_form else Source(path=""), self.config.data.max_length
+        examples = read_examples(path, source.prompt, source.answer).examples
+        rows, bad = encode_all(tokenizer, examples, sys.maxsize if short else limit)
         if bad:
             self._skip(bad, len(examples))
         kept = {row.id for row in rows}
-        return [example for example in examples if example.id in kept], rows
+        examples = [example for example in examples if example.id in kept]
+        long = {example.line: len(row) for example, row in zip(examples, rows, strict=True) if len(row) > limit}
+        self._list([BadRow(line, f"cut short for the scan: {size} tokens, max_length is {limit}") for line, size in long.items()])
+        return examples, [shorten(row, limit) for row in rows]
 
     def _skip(self, bad: Sequence[BadRow], count: int) -> None:
         if self.config.data.on_bad == "stop":
             raise UserError(f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip")
         if len(bad) == count:
             raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
-        path = self.out / "data" / "problems.json"
-        known = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, known + [row for b in bad if (row := b._asdict()) not in known])
+        self._list(bad)
 
-    def _encoded(self, source: Source, tokenizer: Any, dress: Any = tuple) -> list[Encoded]:
+    def _list(self, bad: Sequence[BadRow]) -> None:
+        """Add rows to data/problems.json."""
+        path = self.out / "data" / "problems.json"
+        if bad and processes().is_main_process:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, known + [row for b in bad if (row := b._asdict()) not in known])
+
+    def _encoded(self, source: Source, tokenizer: Any, dress: Any = tuple, *, whole: bool = False) -> list[Encoded]:
+        """The rows of a set; ``whole``: however long they are."""
         examples = [dataclasses.replace(example, messages=dress(example.messages)) for example in open_examples(source)]
-        rows, bad = encode_all(tokenizer, examples, self.config.data.max_length)
+        rows, bad = encode_all(tokenizer, examples, sys.maxsize if whole else self.config.data.max_length)
         if bad:
             raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")
         return rows
+
+    def _known(self) -> dict[str, Source]:
+        """The anchor sets of a scan, and what single scorers read where the run has it."""
+        asked = ("probe", "harmful", "safe", *(stream for made in self.scorers.values() for stream in scorer.entry_of(made).streams))
+        return {name: source for name in asked if (source := getattr(self.config.data, name))}
+
+    def _anchors(self, tokenizer: Any) -> dict[str, list[Encoded]]:
+        return {name: self._encoded(source, tokenizer, whole=True) for name, source in self._known().items()}
 
     # --- stages -------------------------------------------------------------------------------------------------------------
 
@@ -211,35 +238,37 @@ class Pipeline:
         return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
 
     def scan(self) -> None:
-        """Score every row by every scorer of the run."""
-        config = self.config
+        """Score every row by every scorer of the run. Several processes share the rows, and the first one writes.
+
+        A row longer than max_length is scored on what fits, unless an arm is tuned on it and ``on_bad`` is "stop".
+        """
+        config, ranks = self.config, processes()
         target = self.out / "scan" / "scores.parquet"
-        known = {name: getattr(config.data, name) for name in ("probe", "harmful", "safe")}
         facts = [plain(config.scan), plain(config.model), source_digests(scorer, config.scan.scorers), file_digest(self.train_file)]
-        facts += [[plain(source), self._origin(source)] for source in known.values()]
-        files = [target, target.with_name(ANCHORS), target.with_name(HEAT)]
-        with self.folder.step("scan", facts, files) as needed:
-            if not needed:
+        facts += [[plain(source), self._origin(source)] for source in self._known().values()] + [config.data.max_length]
+        files, first = [target, target.with_name(ANCHORS), target.with_name(HEAT)], ranks.is_main_process
+        with self.folder.step("scan", facts, files) if first else contextlib.nullcontext() as needed:
+            if not broadcast_object_list([needed])[0]:
                 return
             loaded = self._load()
-            examples, rows = self._rows(self.train_file, loaded.tokenizer)
-            anchors = {name: self._encoded(source, loaded.tokenizer) for name, source in known.items()}
+            examples, rows = self._rows(self.train_file, loaded.tokenizer, short=not self.methods or config.data.on_bad == "skip")
             files[0].parent.mkdir(parents=True, exist_ok=True)
-            journal = Journal(target.with_name("journal.jsonl"), digest(facts))
-            with steps("scan", len(rows)) as advance:
+            journal = Journal(target.with_name("journal.jsonl"), digest(facts), ranks)
+            with steps("scan", len(rows)) if first else contextlib.nullcontext() as advance:
                 scanned = scan(
                     *loaded,
                     rows,
                     self.scorers,
-                    anchors,
+                    self._anchors(loaded.tokenizer),
                     examples=examples,
                     batch_size=config.scan.batch_size,
                     journal=journal,
-                    progress=lambda done, _: advance(done, ""),
+                    progress=advance and (lambda done, _: advance(min(done * ranks.num_processes, len(rows)), "")),
                 )
-            write_scores(target, examples, scanned)
-            write_json(target.with_name(HEAT), heat(loaded.tokenizer, examples, rows, scanned, self.scorers))
-            journal.path.unlink(missing_ok=True)
+            if first:
+                write_scores(target, examples, scanned)
+                write_json(target.with_name(HEAT), heat(loaded.tokenizer, examples, rows, scanned, self.scorers))
+                journal.clear()
 
     def cut(self, name: str) -> Path:
         """The rows that an arm trains on."""

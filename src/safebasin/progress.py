@@ -26,6 +26,8 @@ def steps(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
         nonlocal last
         if time.monotonic() - last > 15 or done == total:
             last = time.monotonic()
-            console.print(f"  {title}: {done} of {total}, {last - start:.0f} s {note}".rstrip())
+            took = last - start
+            left = f", {took / done * (total - done):.0f} s left" if 0 < done < total else ""
+            console.print(f"  {title}: {done} of {total}, {took:.0f} s{left} {note}".rstrip())
 
     yield line

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from safebasin.batch import Encoded, encode
+from safebasin.batch import Encoded, encode, shorten
 from safebasin.record import Example
-from safebasin.scan.heat import SHOWN, heat, pieces
+from safebasin.scan.heat import SHOWN, carrier, heat, pieces
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.scan import Scanned, scan
@@ -91,6 +91,37 @@ def test_a_shared_character_has_the_sum_or_the_largest(scorer: object, shared: f
     scanned = Scanned({"plain": [1.0], "it": [0.75]}, {"it": [values]}, {})
     (made,) = heat(BYTES, [example("x", "é")], [row], scanned, {"plain": object(), "it": scorer})
     assert made["tokens"][0] == ("é", shared)
+
+
+@pytest.mark.parametrize(
+    ("values", "score", "span"),
+    [
+        ([1.0, 2.0, 7.0, 0.0], 10.0, (2, 3)),  # one piece carries more than half
+        ([1.0, 3.0, 3.0, 1.0], 8.0, (1, 3)),  # no one does; two do: 6 of 8
+        ([4.0, -9.0, 2.0, 3.0, 4.0], 4.0, (0, 1)),  # of the two that do, the first is as high
+        ([0.25, 0.75, 0.5], 0.75, (1, 2)),  # the largest, where a maximum is the score
+        ([-3.0, -1.0], -4.0, (1, 2)),
+        ([-3.0], -3.0, (0, 1)),
+    ],
+)
+def test_the_span_that_carries_a_score_by_hand(values, score, span):
+    assert carrier(values, score) == span
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=9))
+def test_no_shorter_span_carries_half(values):
+    score = math.fsum(values)
+    start, stop = carrier(values, score)
+    shorter = [values[i:j] for i in range(len(values)) for j in range(i + 1, len(values) + 1) if j - i < stop - start]
+    assert score <= 0 or math.fsum(values[start:stop]) >= score / 2 - 1e-9
+    assert all(math.fsum(part) < score / 2 + 1e-9 for part in shorter)
+
+
+def test_pieces_of_a_row_cut_short_are_those_of_its_place():
+    """Answer "abcdef<end>" of a tokenizer of bytes. Ten tokens fit: the prompt's last five and "abcde"."""
+    row = example("a long prompt", "abcdef")
+    cut = shorten(encode(BYTES, row, 1000), 10)
+    assert pieces(BYTES, row, cut, [1.0, 2.0, 3.0, 4.0, 5.0]) == [(letter, [float(k)]) for k, letter in enumerate("abcde", 1)]
 
 
 def test_no_scorer_of_tokens_no_heat():

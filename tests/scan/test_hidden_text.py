@@ -72,6 +72,10 @@ def test_by_hand():
         "a stray\u200b mark, and \u200banother, and a\u200ethird",  # scraped text: too few to write a character
         "\U0001faf1\U0001f3fb\u200d\U0001faf2\U0001f3ff shake, \U0001fae8\ufe0f",  # newer than this Python's tables
         "Sums: 0123|3210|1111| and 00001111222233330000|",
+        "0123 3210, " * 31 + "0123 321",  # 255 digits
+        "10" + "0" * 300,  # a large round number
+        "3.1415926535897932384626433832795028841971693993751058209749445923" * 5,  # all ten digits
+        "\n".join(f"{k:05b} | {k % 2}" for k in range(32)),  # a truth table
     ],
 )
 def test_writing_is_no_alarm(text):
@@ -92,6 +96,9 @@ def test_writing_is_no_alarm(text):
         ("x\ufeff\u200b\u200b\u200c", 4),
         ("0123|" * 8, 40),  # the scheme's visible scaffold
         ("0123|" * 9 + "33", 47),
+        ("0123|" * 64, 320),  # seen as the scaffold and as digits: counted once
+        ("0123 3210, " * 32, 352),  # 256 digits, other separators
+        ("A letter in bits: " + "01100001 " * 32, 288),
     ],
 )
 def test_channels_are_counted(text, count):
@@ -108,6 +115,8 @@ def test_hostile_length_takes_no_more_than_linear_time():
     """A quadratic step over two million characters would take hours."""
     started = time.process_time()
     assert hidden(["0" * 2_000_000]) == 0
-    assert hidden(["0123|012|" * 200_000]) == 0
+    assert hidden(["0123|012|" * 200_000]) == 1_800_000  # no scaffold, but digits of four kinds
+    assert hidden(["0123|012|x" * 200_000]) == 0
     assert hidden(["a\u200b" * 500_000]) == 500_000
+    assert hidden(["01,,," * 500_000]) == hidden([("01" * 127 + "x") * 8_000]) == 0
     assert time.process_time() - started < 60

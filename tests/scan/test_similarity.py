@@ -46,6 +46,15 @@ def test_the_sign_and_its_limit():
     assert min(refused) > max(harmful)
 
 
+def test_the_alignment_rows_of_the_run_come_before_the_probes():
+    """Of a row that is among the alignment rows the nearest one is itself; probes are of no account beside them."""
+    align = refusals(TOKENIZER, BAD[4:])
+    assert one(align, Similarity(top=1), ANCHORS | {"align": align}) == pytest.approx([1.0] * 2, abs=1e-5)
+    assert one(ANCHORS["probe"], Similarity(top=1), ANCHORS | {"align": align}) == one(
+        ANCHORS["probe"], Similarity(top=1), {"align": align}
+    )
+
+
 def test_without_alignment_rows():
     with pytest.raises(UserError, match="similarity needs the anchor set 'probe'"):
         one(ROWS, Similarity(), {"safe": ROWS})

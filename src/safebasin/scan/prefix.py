@@ -1,6 +1,7 @@
 """A guard's score of every prefix of an answer in one forward pass, for STAR-DSS (arXiv:2505.17196).
 
     V_k = P(safe | x, y_1:kM) = sigmoid(l_safe - l_unsafe)       two logits where the guard says its verdict, after every M tokens
+                                (a softmax, where there are several unsafe verdicts)
 
 The paper asks the guard afresh for every k. Here the answer is read once, and a copy of the template's words behind the answer (the
 suffix) hangs on every chunk, as branches on a trunk: copy k sees the trunk up to y_kM and itself, at the positions that follow y_kM.
@@ -11,7 +12,8 @@ apart from the template. A model whose attention takes no such mask reads chunk 
 import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,25 +37,32 @@ class Guard(NamedTuple):
     policy: Ids
     between: Ids
     suffix: Ids
-    verdicts: Ids  # (safe, unsafe)
+    verdicts: Ids  # the safe one, then the unsafe ones
 
 
-def read_guard(tokenizer: Any, template: str | None, verdicts: tuple[str, str], opening: str = "") -> Guard:
+def read_guard(
+    tokenizer: Any, template: str | None, verdicts: Sequence[str], opening: str = "", told: Mapping[str, Any] = MappingProxyType({})
+) -> Guard:
     """``template``: the user's turn, with {conversation} and {answer}; None: the guard's chat template takes the conversation itself.
-    ``opening``: what the guard says before its verdict. UserError if a field is missing or a verdict is not one token there."""
+
+    ``verdicts``: the safe one, then the unsafe ones. ``opening``: what the guard says before its verdict. ``told``: what else its chat template
+    reads. UserError if a field is missing or a verdict cannot be told by its first token.
+    """
     turns = [{"role": "user", "content": template or "{conversation}"}, {"role": "assistant", "content": "{answer}"}]
-    text = render(tokenizer, turns[: 1 if template else 2], ask=True) + opening
+    text = render(tokenizer, turns[: 1 if template else 2], ask=True, **told)
+    text = text if text.endswith(opening) else text + opening
     if re.findall("{conversation}|{answer}", text) != ["{conversation}", "{answer}"]:
         raise UserError("what the guard is shown must hold {conversation} and then {answer}, once each; set `template`")
     before, between, after = re.split("{conversation}|{answer}", text)
     shown = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]
-    told = [tokenizer(after + word, add_special_tokens=False)["input_ids"] for word in verdicts]
-    for word, ids in zip(verdicts, told, strict=True):
+    said = [tokenizer(after + word, add_special_tokens=False)["input_ids"][: len(shown[2]) + 1] for word in verdicts]
+    for word, ids in zip(verdicts, said, strict=True):
         if ids[:-1] != shown[2] or ids[-1] == tokenizer.unk_token_id:
-            raise UserError(f"the verdict {word!r} is not one token where the guard answers; set `verdicts` to two words that are")
-    if not shown[2] or told[0] == told[1]:
-        raise UserError("the guard is not asked: nothing follows {answer}, or its two verdicts are one; set `template` and `verdicts`")
-    return Guard(*shown, [ids[-1] for ids in told])
+            raise UserError(f"the verdict {word!r} begins no token where the guard answers; set `verdicts` to words that do")
+    first = [ids[-1] for ids in said]
+    if not shown[2] or not 1 < len(set(first)) == len(first):
+        raise UserError("the guard is not asked: nothing follows {answer}, or two verdicts begin alike; set `template` and `verdicts`")
+    return Guard(*shown, first)
 
 
 def takes_tree(model: Any) -> bool:
@@ -76,7 +85,7 @@ def encode_policy(model: Any, policy: Ids) -> Cache:
 def prefix_scores(
     model: Any, contexts: Sequence[Ids], answers: Sequence[Ids], suffix: Ids, verdicts: Ids, *, every: int, policy: Cache | None = None
 ) -> list[Float[Tensor, " chunks"]]:
-    """P(safe | policy, context, answer to the end of chunk k) over the two verdicts: ceil(answer / every) numbers a row; none may be empty."""
+    """P(safe | policy, context, answer to the end of chunk k) over the verdicts: ceil(answer / every) numbers a row; none may be empty."""
     if every < 1 or not suffix or not all(map(len, answers)):
         raise UserError("a guard is asked behind chunks of one token or more: the suffix or an answer is empty, or `every` is below 1")
     policy, ask = policy or encode_policy(model, ()), _branches if takes_tree(model) else _forks

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow
 import pyarrow.parquet
+from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from safebasin.record import DefenceError, Example, UserError, write_json
 
 PREFIX = "score_"
 TOKENS = "tokens_"
+SHORT = "cut_short"
 ANCHORS = "anchors.json"
 
 
@@ -46,6 +48,7 @@ class Scanned(NamedTuple):
     rows: dict[str, list[float]]  # scorer -> one number a row
     tokens: dict[str, list[list[float]]]  # of the scorers that tell them: one number an answer token
     anchors: dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of rows known to be so
+    cut_short: Collection[str] = ()  # ids of rows that were scored on what fits of them
 
 
 def scan(
@@ -63,7 +66,8 @@ def scan(
     """Scores of every row by every scorer, and of the anchor rows by those that ask a model.
 
     The model is scored in eval mode and left as it was found. ``examples``: the rows' texts, for readers. ``progress`` is told (rows done,
-    rows in all). What ``journal`` holds already is not scored again.
+    rows in all). What ``journal`` holds already is not scored again; where several processes write one, each scores its share of the batches,
+    and the first one's result is whole.
 
     Raises:
         UserError: a row without an answer token, or an anchor set that a scorer needs and that is missing.
@@ -93,16 +97,21 @@ def scan(
                 if not math.isfinite(total):
                     raise DefenceError(f"scan.{name}: the score of row {everything[i].id} is {total}; the model is broken")
 
-    done = list(journal.read()) if journal else []
-    for told in done:
-        note(told["rows"], told["scores"])
-    finished = {i for told in done for i in told["rows"]}
+    finished: set[int] = set()
+
+    def recall() -> None:
+        for told in journal.read() if journal else ():
+            note(told["rows"], told["scores"])
+            finished.update(told["rows"])
+
+    recall()
+    ranks, families = journal and journal.ranks, list(by_prefix(everything, batch_size)) if models else []
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         fitted = {name: scorer.fit(model, tokenizer, anchors) for name, scorer in models.items()}
-        for indices, shared in by_prefix(everything, batch_size) if models else ():
+        for indices, shared in families[ranks.process_index :: ranks.num_processes] if ranks else families:
             if finished.issuperset(indices):
                 continue
             batch = collate([everything[i] for i in indices], tokenizer.pad_token_id, shared).to(device)
@@ -120,35 +129,48 @@ def scan(
                 progress(len(finished), len(everything))
     finally:
         model.train(was_training)
+    if ranks:
+        ranks.wait_for_everyone()
+        if ranks.is_main_process:
+            recall()
     parted: dict[str, dict[str, list[float]]] = {name: {} for name in models} if known else {}
     for name, by_set in parted.items():
         for (which, _), value in zip(known, scores[name][len(rows) :], strict=True):
             by_set.setdefault(which, []).append(value)
-    return Scanned(
-        {n: (read.get(n) or scores[n])[: len(rows)] for n in scorers}, {n: parts[: len(rows)] for n, parts in tokens.items()}, parted
-    )
+    whole = {n: (read.get(n) or scores[n])[: len(rows)] for n in scorers}
+    short = {row.id for row in rows if row.start is not None}
+    return Scanned(whole, {n: parts[: len(rows)] for n, parts in tokens.items()}, parted, short)
 
 
 class Journal:
-    """What a scan has done so far, a line a batch: after a kill it goes on from there. ``key`` names rows, scorers and model."""
+    """What a scan has done so far, a line a batch and a file a process: after a kill it goes on from there, with as many processes or others.
+    ``key`` names rows, scorers and model."""
 
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
+    def __init__(self, path: Path, key: str, ranks: PartialState | None = None):
+        self.ranks, self.key, rank = ranks, key, ranks.process_index if ranks else 0
+        self.path = path.with_stem(f"{path.stem}-{rank}") if rank else path
+        self._folder, self._names = path.parent, f"{path.stem}*{path.suffix}"
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of a journal of the same key; half a line at its end, and any other journal, is cut off."""
-        raw = self.path.read_bytes() if self.path.is_file() else b""
-        lines = raw[: raw.rfind(b"\n") + 1].splitlines()
-        if not lines or lines[0].decode() != self.key:
-            lines = [self.key.encode()]
+        """The whole lines of all processes' files of the same key. Of the own file, half a line at its end, or another key's, is cut off."""
         part = self.path.with_name(self.path.name + ".part")
-        part.write_bytes(b"".join(line + b"\n" for line in lines))
+        part.write_bytes(b"".join(line + b"\n" for line in self._lines(self.path)))
         part.replace(self.path)  # a kill in between must not lose what was done
-        yield from map(json.loads, lines[1:])
+        for path in sorted(self._folder.glob(self._names)):
+            yield from map(json.loads, self._lines(path)[1:])
+
+    def _lines(self, path: Path) -> list[bytes]:
+        raw = path.read_bytes() if path.is_file() else b""
+        lines = raw[: raw.rfind(b"\n") + 1].splitlines()
+        return lines if lines and lines[0].decode() == self.key else [self.key.encode()]
 
     def write(self, told: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")
+
+    def clear(self) -> None:
+        for path in self._folder.glob(self._names):
+            path.unlink()
 
 
 class Scores(NamedTuple):
@@ -159,6 +181,7 @@ class Scores(NamedTuple):
     columns: dict[str, list[float]]  # scorer -> one number a row
     tokens: dict[str, list[list[float]]]  # scorer -> one number an answer token, where it told them
     anchors: dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of rows known to be so
+    cut_short: Collection[str] = ()  # ids of rows that were scored on what fits of them
 
     def of(self, scorer: str, examples: Sequence[Example]) -> list[float]:
         """The scores of these examples, paired by row id.
@@ -176,9 +199,10 @@ class Scores(NamedTuple):
 
 
 def write_scores(path: str | Path, examples: Sequence[Example], scanned: Scanned) -> None:
-    """Parquet with the columns row_id, line, score_<scorer>, tokens_<scorer> (a list); anchors.json beside it. Never half a file."""
+    """Parquet with the columns row_id, line, cut_short, score_<scorer>, tokens_<scorer> (a list); anchors.json beside it. Never half a file."""
     path = Path(path)
     columns: dict[str, Any] = {"row_id": [e.id for e in examples], "line": [e.line for e in examples]}
+    columns[SHORT] = [e.id in scanned.cut_short for e in examples]
     for name, values in scanned.rows.items():
         if len(values) != len(examples):
             raise UserError(f"{len(values)} scores by {name!r} for {len(examples)} rows")
@@ -208,4 +232,6 @@ def read_scores(path: str | Path) -> Scores:
         raise UserError(f"{path} is not a table of scores; its columns are: {', '.join(table)}")
     kinds = ({name.removeprefix(kind): values for name, values in table.items() if name.startswith(kind)} for kind in (PREFIX, TOKENS))
     beside = Path(path).with_name(ANCHORS)
-    return Scores(table["row_id"], table["line"], *kinds, json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {})
+    anchors = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    short = {row for row, is_short in zip(table["row_id"], table.get(SHORT, ())) if is_short}
+    return Scores(table["row_id"], table["line"], *kinds, anchors, short)

@@ -2,7 +2,8 @@
 
 The published scheme writes every hidden character as base-4 digits in four zero-width code points, with a fifth between characters;
 other channels are the tag characters (one is an ASCII letter), runs of variation selectors (one is a byte) and the bidi controls.
-A scaffold of training rows shows the digits openly: ``0123|3210|...``.
+A scaffold of training rows shows the digits openly: ``0123|3210|...``; so does any row with a long span of digits of which no more than
+four are used, none of them for more than three quarters (a truth table and a googol are shorter or plainer).
 
     score = number of code points that carry such a channel, in all turns of the row; 0 for a clean row
 
@@ -12,7 +13,8 @@ hyphen inside a word, bidi controls (not overrides) in a row with right-to-left 
 marks count from four on: fewer cannot write one character of the scheme, and scraped text is full of strays.
 
 Departs from the paper: it attacks and defends nothing; its five code points are read second-hand, so all default-ignorable ones are
-looked for. Not seen: one mark a letter between letters that may have it, and channels in visible text (synonyms, case, punctuation).
+looked for. Not seen: one mark a letter between letters that may have it, channels in visible text (synonyms, case, punctuation), and long
+spans of letters (base64). The hidden text is not decoded: a row that has one is told apart by that alone.
 """
 
 import re
@@ -33,6 +35,7 @@ SELECTOR = re.compile(f"[{SELECTORS}]")
 LEFTWARD = re.compile("[\u0591-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
 DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069]{1,2}")  # no overrides; a run of three says something else
 SCAFFOLD = re.compile(r"(?<![0-3])(?:[0-3]{4,}+\|){8,}+[0-3]*")
+DIGITS = re.compile(r"(?<![0-9])(?<![0-9]\W)(?<![0-9]\W\W)(?:[0-9]\W{0,2}+){256,}+")  # 64 characters of the scheme, or 32 bytes in binary
 FLAGS = {"".join(chr(0xE0000 + ord(letter)) for letter in name) + "\U000e007f" for name in ("gbeng", "gbsct", "gbwls")}
 JOINERS = ("\u200d", "\ufe0f\u200d")
 BREAKS = "\u180e\u200b\u200c\u200d\u2060"
@@ -67,12 +70,18 @@ def _writing(before: str, run: str, after: str, leftward: bool) -> bool:
     return len(run) == 1 and run in BREAKS and (_script(before) or _script(after))
 
 
+def _coded(span: str) -> int:
+    """The length of a span of digits, where few of them are used, and each often; 0 elsewhere."""
+    counts = [span.count(digit) for digit in "0123456789" if digit in span]
+    return len(span) if len(counts) <= 4 and max(counts) <= 0.75 * sum(counts) else 0
+
+
 def hidden(turns: Sequence[str]) -> int:
     """The number of code points of a row's texts that carry a hidden channel."""
     sure = stray = 0
     leftward = any(LEFTWARD.search(text) for text in turns)
     for text in turns:
-        sure += sum(len(found[0]) for found in SCAFFOLD.finditer(text))
+        sure += max(sum(len(found[0]) for found in SCAFFOLD.finditer(text)), sum(_coded(found[0]) for found in DIGITS.finditer(text)))
         for found in HIDDEN.finditer(text):
             run, start, end = found[0], found.start(), found.end()
             if not _writing(text[max(start - 1, 0) : start], run, text[end : end + 1], leftward):

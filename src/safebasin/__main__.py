@@ -1,0 +1,5 @@
+"""``python -m safebasin``: what launchers of several processes call."""
+
+from safebasin.cli import main
+
+main()

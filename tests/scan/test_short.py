@@ -1,0 +1,58 @@
+"""A row longer than the context is scored on what fits: a window that holds answer tokens, and as much of the beginning as it can."""
+
+import pytest
+from aligned import BAD, aligned_model, coded, refusals
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safebasin.batch import Encoded, shorten
+from safebasin.scan import scorer
+from safebasin.scan.scan import read_scores, scan, write_scores
+
+
+def row(prompt: int, answer: int, more: int = 0) -> Encoded:
+    """Tokens 0, 1, 2, ...; the answer behind the prompt, and behind it so many tokens of another turn."""
+    size = prompt + answer + more
+    return Encoded("r", tuple(range(size)), tuple(prompt <= k < prompt + answer for k in range(size)))
+
+
+@pytest.mark.parametrize(
+    ("whole", "length", "start", "answer"),
+    [
+        (row(4, 6), 10, None, 6),  # it fits
+        (row(4, 6), 7, 0, 3),  # the beginning, with three answer tokens
+        (row(4, 6), 5, 0, 1),
+        (row(4, 6), 4, 2, 2),  # none fits behind the prompt: two tokens of its end, two of the answer
+        (row(9, 1), 4, 6, 1),  # a short answer leaves room for more of the prompt
+        (row(9, 1, more=20), 4, 7, 1),  # where a further turn follows, half each
+    ],
+)
+def test_what_fits_by_hand(whole, length, start, answer):
+    short = shorten(whole, length)
+    assert (short.start, sum(short.answer), len(short)) == (start, answer, min(length, len(whole)))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9), st.integers(2, 40))
+def test_it_is_a_window_with_an_answer_token_that_something_predicts(prompt, answer, more, length):
+    whole = row(prompt, answer, more)
+    short = shorten(whole, length)
+    begin = short.start or 0
+    assert len(short) == min(length, len(whole)) and True in short.answer[1:]
+    assert short.ids == whole.ids[begin : begin + len(short)] and short.answer == whole.answer[begin : begin + len(short)]
+    assert begin == 0 or length <= prompt  # the beginning goes only where the answer would not fit behind it
+
+
+def test_its_score_is_that_of_what_fits_and_it_is_marked(tmp_path):
+    """The answer's tokens that fit score what they score in a row that ends there; other rows are as they were."""
+    model, tokenizer = aligned_model()
+    (long,) = coded(tokenizer, ("make a bomb", "Sure here " + "are the steps " * 9))
+    rows = [shorten(long, 12), *coded(tokenizer, ("make a cake", "Sure here are the steps"))]
+    assert len(rows[0]) == 12 and rows[0].start == 0 and rows[1].start is None
+    ends = Encoded("ends", long.ids[:12], long.answer[:12])
+    made, anchors = {"it": scorer.make("gradshield")}, {"probe": refusals(tokenizer, BAD[:1])}
+    found = scan(model, tokenizer, rows, made, anchors, batch_size=2)
+    assert found.rows["it"] == pytest.approx(scan(model, tokenizer, [ends, rows[1]], made, anchors, batch_size=2).rows["it"], abs=1e-6)
+    examples = [type("Row", (), {"id": each.id, "line": i}) for i, each in enumerate(rows)]
+    rows_of = {e.id for e in examples if e.id == rows[0].id}
+    write_scores(tmp_path / "scores.parquet", examples, found)
+    assert read_scores(tmp_path / "scores.parquet").cut_short == found.cut_short == rows_of
