@@ -36,25 +36,28 @@ def shape(rows: int, width: int, tail: int) -> Batch:
 
 
 def test_floors_by_hand():
-    """Layers 100, head 50, adapted 80 of rank 2. The task, 4 rows of 10 tokens and 1 answer: F = 4 (10 * 100 + 2 * 50) = 4400.
+    """Layers 100, head 50, 320 numbers of AsFT's penalty by 2 columns. The task, 4 rows of 10 tokens and 1 answer: F = 4 (10 * 100 + 2 * 50) = 4400.
 
-    Alignment, 1 row of 18 tokens and 7 answers: 1800 + 8 * 50 = 2200 = F / 2, so w = 1/2. AsFT's penalty: 4 * 2 * 80 = 640.
-    safegrad 1 + 3/2 * 1/2 = 1.75; spard 1.5; star_dss 1.5; asft 1 + 640 / 8800 = 1.0727; composition 1.5 + 0.75 + 0.0727 = 2.3227.
+    Alignment, 1 row of 18 tokens and 7 answers: 1800 + 8 * 50 = 2200 = F / 2, so w = 1/2. AsFT's penalty: 2 * 320 = 640.
+    The head at answer tokens: 4 * 50 = 200 of the task, 7 * 50 = 350 of alignment. safegrad 1.5 + 350 / 8800, first 1 + 3/2 * 1/2 = 1.75;
+    spard 1.5; star_dss 1 + 200 / 8800, first 1.5; asft 1 + 640 / 8800; composition 1.5 + (200 + 350 + 640) / 8800, first 2.25 + 640 / 8800.
     """
-    work, chosen = bench.Work(100, 50, 80, 2), bench.ways("base", "aligned")
+    work, chosen = bench.Work(100, 50, 320, 2), bench.ways("base", "aligned")
     floors = {name: work.floor(way, [shape(4, 10, 1)], [shape(1, 18, 7)]) for name, way in chosen.items()}
-    expected = {"sft": 1, "safegrad": 1.75, "metric_safegrad": 1.75, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5, "star_dss": 1.5}
-    expected |= {"constrained_sft": 1.5, "lisa": 1, "asft": 1 + 640 / 8800, "composition": 2.25 + 640 / 8800}
+    expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5, "safegrad_first": 1.75, "star_dss_first": 1.5}
+    expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800) | dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
+    expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
     assert floors == pytest.approx(expected)
 
 
 def test_work_and_ratios_by_hand(folders, monkeypatch):
     """Tiny: 3 layers of q, o 32 x 32, k, v 32 x 16, gate, up, down 32 x 48, all adapted; the head 64 x 32.
 
-    Two steps of warm-up are left out; then 3 / 2, 6 / 4 and 5 / 2 seconds: the median is 1.5, the ratio of the medians would be 2.5.
+    AsFT's penalty: 2 * 32^2 + 2 * 16^2 of q, o, k, v, 2 (2 * 48 * 32 + 32^2) of gate and up, 32^2 of down, three times. Two steps of warm-up are left out; then 3 / 2, 6 / 4 and 5 / 2 seconds: the median is 1.5, the ratio of the medians would be 2.5.
     """
+    anchor = 3 * (2 * 32 * 32 + 2 * 16 * 16 + 2 * (2 * 48 * 32 + 32 * 32) + 32 * 32)
     layers, shared = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), bench.setting(folders["aligned"])
-    assert bench.Work.of(shared.model) == (layers, 64 * 32, layers, 8)
+    assert bench.Work.of(shared.model) == (layers, 64 * 32, anchor, 8)
     monkeypatch.setattr(bench, "turns", lambda *_: {})
     monkeypatch.setattr(bench, "run", lambda *_: {"sft": [9, 1, 2, 4, 2], "spard": [99, 99, 3, 6, 5]})
     chosen = {name: way for name, way in bench.ways("", "").items() if name in ("sft", "spard")}
@@ -86,7 +89,7 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
         assert record["n"] == 3
         assert record["interval"][0] <= record["value"] <= record["interval"][1]
     assert records["sft.step_ratio"]["value"] == 1
-    assert len(capsys.readouterr().out.splitlines()[-13:]) == 13  # a line a method under two of heading
+    assert len(capsys.readouterr().out.splitlines()[-16:]) == 16  # a line a method under two of heading
 
 
 def test_memory_is_of_a_process_of_its_own(folders, monkeypatch):

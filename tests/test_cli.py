@@ -87,6 +87,39 @@ def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, wo
     assert not (out / "data").exists() or not list((out / "data").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms__defended": {"train": ["asft"]}}, "needs asft.base and asft.aligned"),
+        ({"arms__defended": {"train": [{"asft": {"base": "/nowhere", "aligned": "/nowhere"}}]}}, "not a folder of weights"),
+        ({"train__fp16": True}, "fp16 is refused"),
+        ({"train__deepspeed": "zero.json"}, "DeepSpeed steps inside backward"),
+        ({"arms__defended": {"train": ["safegrad"]}, "train__adapter__init_lora_weights": False}, "does not start fresh"),
+        ({"arms__defended": {"train": ["star_dss"], "columns": {"star": "star.jsonl"}}}, "neither among scan.scorers"),
+    ],
+)
+def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_path, capsys):
+    assert run("run", recipe(**changes), "--out", str(tmp_path / "out"), "--dry-run") == 1
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_counts_the_numbers_of_a_column(recipe, tmp_path, capsys):
+    """The answer "abc" is three tokens and the mark of its end."""
+    (rows := tmp_path / "rows.jsonl").write_text('{"id": "r", "prompt": "q", "completion": "abc"}\n')
+    told, arm = tmp_path / "star.jsonl", {"train": [{"star_dss": {"kl": 0.0}}], "columns": {"star": str(tmp_path / "star.jsonl")}}
+    changes = {"model": {"name": str(save_tiny(tmp_path / "model"))}, "data": {"task": {"path": str(rows)}}, "arms__defended": arm}
+    from safebasin.record import read_examples
+
+    [example] = read_examples(rows).examples
+    for numbers, code in ((4, 0), (3, 1)):
+        told.write_text(json.dumps({"row_id": example.id, "star": [0.5] * numbers}) + "\n")
+        assert run("run", recipe(**changes), "--out", str(tmp_path / "out"), "--dry-run") == code
+    assert "the column 'star' holds 3 numbers for 4 answer tokens" in capsys.readouterr().err
+
+
 def test_a_missing_recipe(capsys):
     assert run("run", "nowhere.yaml") == 1
     assert "no such recipe" in capsys.readouterr().err

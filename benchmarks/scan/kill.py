@@ -4,6 +4,9 @@
 """
 
 import argparse
+import datetime
+import os
+import platform
 import random
 import subprocess
 import sys
@@ -16,6 +19,7 @@ JOURNAL = Path("scan") / "journal.jsonl"
 sys.path.insert(0, str(ROOT / "tests"))
 
 from aligned import BAD, GOOD, aligned_model  # noqa: E402
+from hidden_text import merge  # noqa: E402
 
 from safebasin.record import file_digest, write_table  # noqa: E402
 
@@ -87,7 +91,11 @@ def main() -> None:
     ask.add_argument("--kills", type=int, default=10)
     given = ask.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print("equal to the undisturbed scan:", trial(Path(folder), given.rows, given.kills))
+        told = trial(Path(folder), given.rows, given.kills)
+    print("equal to the undisturbed scan:", told)
+    what = {"what": "kill.equal", "value": told["kills"], "interval": None, "n": told["rows"], "goal": ">= 10"}
+    what |= {"unit": "kills after which the files were those of an undisturbed scan; n: rows", "date": datetime.date.today().isoformat()}
+    merge(Path(__file__).parent / "results.json", [what | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU"}])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """What a step of every training method costs beside a step of plain tuning, and what memory. One command: ``python benchmarks/train/run.py``.
 
 Floor, in forwards F of the task's batch. The weights are frozen and an adapter is tuned, so a backward goes to the activations alone and
-costs one forward. w F is a forward of the alignment batch; with one alignment row to four of the task w is about 1/4. P are the weights
-that an adapter of rank r stands on: AsFT multiplies each by r columns twice, and twice in its backward, whatever the batch.
+costs one forward. w F is a forward of the alignment batch; with one alignment row to four of the task w is about 1/4. What the reference says
+of a row is kept: from the second time on it is h F, the head at the row's answer tokens. The steps that are timed are such, but for ``_first``, where
+the reference runs a forward. P are the numbers that AsFT's penalty multiplies by r columns, whatever the batch (``train/anchor.py``).
 
     method                          passes over the task                  over alignment rows                   over 2 F        w = 1/4
     sft                             forward, backward                                                           1                  1
-    safegrad, metric_safegrad (kl)  forward, backward                     forward, reference, backward  3 w     1 + 3 w / 2        1.375
+    safegrad, metric_safegrad (kl)  forward, backward                     forward, backward, head   2 w + h     1 + w + h / 2      1.25 and a head
+    safegrad_first                  forward, backward                     forward, reference, backward  3 w     1 + 3 w / 2        1.375
     safegrad (sft), spard           forward, backward                     forward, backward             2 w     1 + w              1.25
     safe_instr                      forward, backward                     forward, backward             2 w     1 + w              1.25
-    star_dss, constrained_sft       forward, reference, backward                                                3 / 2              1.5
-    asft                            forward, backward, 4 r P                                                    1 + 2 r P / F      more than 1
+    star_dss, constrained_sft       forward, backward, head                                                     1 + h / 2          1 and a head
+    star_dss_first                  forward, reference, backward                                                3 / 2              1.5
+    asft                            forward, backward, r P                                                      1 + r P / 2 F      more than 1
     lisa, a step of the task        forward, backward                                                           1                  1
-    composition                     forward, reference, backward, 4 r P   forward, reference, backward  3 w     3 / 2 + 3 w / 2 + 2 r P / F
+    composition                     forward, backward, head, r P          forward, backward, head               the sum of its parts
+    composition_first               forward, reference, backward, r P     forward, reference, backward  3 w     3 / 2 + 3 w / 2 + r P / 2 F
 
 w, and so the goal of a record, is counted from the batches that were timed, in multiply-adds: every padded token goes through the weights
 of the layers, every position that predicts an answer through the head. Attention's own products, the work over the vocabulary after the
@@ -51,6 +55,7 @@ from safebasin.pipeline import Pipeline
 from safebasin.record import read_examples
 from safebasin.train.compose import Composition
 from safebasin.train.host import Host, arguments, streams_of
+from safebasin.train.reference import KNOWN, reference_logits
 from safebasin.train.stream import Stream
 from safebasin.vector import trainable
 
@@ -62,11 +67,13 @@ MEMORY = ("safegrad", "star_dss")
 
 
 class Way(NamedTuple):
-    """A method to time, and its floor: passes over the task and over alignment rows, and whether it has AsFT's penalty."""
+    """A method to time, and its floor: passes over the task and over alignment rows, streams of which it knows what the reference says, and
+    whether it has AsFT's penalty."""
 
     specs: tuple[Any, ...]
     task: int = 2
     align: int = 0
+    known: tuple[str, ...] = ()
     penalty: bool = False
 
 
@@ -74,16 +81,19 @@ def ways(base: str, aligned: str) -> dict[str, Way]:
     asft = {"asft": {"base": base, "aligned": aligned}}
     return {
         "sft": Way(("sft",)),
-        "safegrad": Way(("safegrad",), align=3),
+        "safegrad": Way(("safegrad",), align=2, known=("align",)),
+        "safegrad_first": Way(("safegrad",), align=3),
         "safegrad_sft": Way(({"safegrad": {"align": "sft"}},), align=2),
-        "metric_safegrad": Way(("metric_safegrad",), align=3),
+        "metric_safegrad": Way(("metric_safegrad",), align=2, known=("align",)),
         "asft": Way((asft,), penalty=True),
-        "star_dss": Way(("star_dss",), task=3),
-        "constrained_sft": Way(("constrained_sft",), task=3),
+        "star_dss": Way(("star_dss",), known=("task",)),
+        "star_dss_first": Way(("star_dss",), task=3),
+        "constrained_sft": Way(("constrained_sft",), known=("task",)),
         "spard": Way(("spard",), align=2),
         "lisa": Way(({"lisa": {"align_steps": 1, "task_steps": 10**6}},)),
         "safe_instr": Way(("safe_instr",), align=2),
-        "composition": Way(("star_dss", asft, "safegrad"), task=3, align=3, penalty=True),
+        "composition": Way(("star_dss", asft, "safegrad"), align=2, known=("task", "align"), penalty=True),
+        "composition_first": Way(("star_dss", asft, "safegrad"), task=3, align=3, penalty=True),
     }
 
 
@@ -119,12 +129,16 @@ class Turn:
     """A method's run on the model that all share: its host, its optimizer, and its adapter while others are in turn."""
 
     def __init__(self, way: Way, shared: Setting):
+        self.known = way.known
         self.host = Host(shared.model, shared.args, Composition.of(way.specs), shared.streams)
         self.host.create_optimizer()
         self.point = {name: p.detach().clone() for name, p in trainable(shared.model).items()}
 
     def step(self, model: Any) -> float:
-        """One optimizer step as the Trainer takes it, in seconds; copying the adapter in and out is not in them."""
+        """One optimizer step as the Trainer takes it, in seconds; copying the adapter in and out, and what was known before, are not in them."""
+        KNOWN.clear()
+        for batch in (batch for name in self.known for batch in self.host.streams[name].at(self.host.state.global_step)):
+            reference_logits(model, batch.to(self.host.args.device))
         parameters = trainable(model)
         with torch.no_grad():
             for name, p in parameters.items():
@@ -160,19 +174,20 @@ def run(made: Mapping[str, Turn], model: Any, steps: int) -> dict[str, list[floa
 
 
 class Work(NamedTuple):
-    """Weights that a token meets: ``layers`` every token, ``head`` every position that predicts; ``adapted`` have an adapter of ``rank``."""
+    """Weights that a token meets: ``layers`` every token, ``head`` every position that predicts; the numbers of AsFT's penalty meet ``rank`` columns."""
 
     layers: int
     head: int
-    adapted: int
+    anchor: int
     rank: int
 
     @classmethod
     def of(cls, model: Any) -> "Work":
         head = model.get_output_embeddings()
         linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in name}
-        adapted = sum(m.weight.numel() for name, m in linear.items() if name.endswith("base_layer"))
-        return cls(sum(m.weight.numel() for m in linear.values()), head.weight.numel(), adapted, model.peft_config["default"].r)
+        shapes = [m.weight.shape for name, m in linear.items() if name.endswith("base_layer")]
+        anchor = sum(out * out if out <= into else 2 * out * into + into * into for out, into in shapes)
+        return cls(sum(m.weight.numel() for m in linear.values()), head.weight.numel(), anchor, model.peft_config["default"].r)
 
     def forward(self, batches: Sequence[Batch]) -> int:
         """Multiply-adds of a forward over a step's micro-batches."""
@@ -180,8 +195,9 @@ class Work(NamedTuple):
 
     def floor(self, way: Way, task: Sequence[Batch], align: Sequence[Batch]) -> float:
         """The least cost of a step over one of plain tuning."""
-        whole = way.task * self.forward(task) + way.align * self.forward(align) + 4 * self.rank * self.adapted * way.penalty
-        return whole / (2 * self.forward(task))
+        whole = way.task * self.forward(task) + way.align * self.forward(align) + self.rank * self.anchor * way.penalty
+        told = sum(int(batch.mask.sum()) for name, batches in (("task", task), ("align", align)) if name in way.known for batch in batches)
+        return (whole + self.head * told) / (2 * self.forward(task))
 
 
 def median(values: Sequence[float]) -> tuple[float, list[float]]:

@@ -72,6 +72,7 @@ def run(
     folder = out_ or Path("runs") / (recipe.stem + (f"-{seed}" if seed is not None else ""))
     pipeline = Pipeline(config, folder)
     if dry_run:
+        pipeline.check_columns()
         out.print(dump(config), end="", markup=False)
         return 0
     report = pipeline.run(show_text=show_text)

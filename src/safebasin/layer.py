@@ -38,7 +38,7 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     return found
 
 
-class _Pair:
+class Pair:
     """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read."""
 
     def __init__(self, base: str | Path, aligned: str | Path, modules: Iterable[str]):
@@ -77,12 +77,12 @@ def alignment_directions(base: str | Path, aligned: str | Path, modules: Iterabl
     Raises:
         UserError: a folder that cannot be read, a name that one side lacks, different shapes, quantized weights.
     """
-    return dict(_Pair(base, aligned, modules))
+    return dict(Pair(base, aligned, modules))
 
 
 def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:
     """The same as one safetensors file, module -> d, written one matrix at a time, whole or not at all."""
-    pair = _Pair(base, aligned, modules)
+    pair = Pair(base, aligned, modules)
     sizes = [4 * out * into for out, into in pair.shapes.values()]
     ends = list(itertools.accumulate(sizes))
     header: Mapping[str, Any] = {

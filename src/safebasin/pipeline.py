@@ -41,7 +41,7 @@ from safebasin.scan.heat import HEAT, heat
 from safebasin.scan.scan import ANCHORS, Journal, read_scores, scan, write_scores
 from safebasin.train import method
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments, streams_of
+from safebasin.train.host import Host, arguments, check_columns, check_settings, streams_of
 
 
 def source_digests(registry: Any, specs: Iterable[Any]) -> list[str]:
@@ -74,6 +74,8 @@ class Pipeline:
         if "score" in getattr(self.attack, "needs", ()) and self.attack.against not in self.scorers:
             raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({', '.join(self.scorers)})")
         self.methods = {name: Composition.of(arm.train) for name, arm in self.arms.items() if arm.train is not None}
+        for composed in self.methods.values():
+            check_settings(config.arguments, config.adapter, composed)
         self.arguments = arguments(config.arguments, out / "arms")
         self.gate = parse_gate(config.gate)
         if not self.arms:
@@ -98,6 +100,21 @@ class Pipeline:
             methods.dress(())  # a secret that is missing is said before any time is spent
         if self.methods and not config.adapter:
             raise UserError("train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)")
+
+    def check_columns(self) -> None:
+        """Columns from files against the tokens of the user's own rows: what a dry run sees beyond the recipe."""
+        pairs = [(self.arms[name].columns[column], column) for name, made in self.methods.items() for column in made.needs("columns")]
+        pairs = [(told, column) for told, column in pairs if told not in self.scorers]
+        if not pairs or self._mixed:
+            return  # rows that are mixed have their ids when they are written
+        examples = self._usable(self.config.data.task).examples
+        rows, _ = encode_all(self._tokenizer(), examples, self.config.data.max_length)
+        for told, column in pairs:
+            found = from_file(told, column, examples)
+            check_columns([dataclasses.replace(row, columns={column: found[row.id]}) for row in rows], (column,))
+
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(resolve(self.config.model.name), trust_remote_code=self.config.model.trust_remote_code)
 
     @staticmethod
     def _name(spec: Any) -> str:
@@ -383,7 +400,7 @@ class Pipeline:
         facts = {"seed": self.config.seed, "model": self.config.model.name}
         self.folder.open(self.config, facts)
         self.data()
-        tokenizer = AutoTokenizer.from_pretrained(resolve(self.config.model.name), trust_remote_code=self.config.model.trust_remote_code)
+        tokenizer = self._tokenizer()
         self.folder.open(self.config, facts | {"template": template_digest(tokenizer), "data": file_digest(self.train_file)})
 
     def run(self, *, show_text: bool = False) -> Report:

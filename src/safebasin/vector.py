@@ -61,20 +61,14 @@ class Vector(dict[str, Tensor]):
         """Inner product: summed in float64, shards reduced in one all-reduce."""
         if other.keys() != self.keys():
             raise DefenceError("an inner product of two vectors of different spaces")
-        whole = shard = torch.zeros((), dtype=torch.float64)
-        sharded = False
+        whole, shard = [], []
         for name, tensor in self.items():
-            part = (local(tensor).double() * local(other[name]).double()).sum().cpu()
-            if _sharded(tensor):
-                shard, sharded = shard + part / _copies(tensor), True  # type: ignore[arg-type]
-            else:
-                whole = whole + part
-        if sharded:
-            device = next(local(tensor).device for tensor in self.values())
-            shard = shard.to(device)
-            dist.all_reduce(shard)
-            shard = shard.cpu()
-        return float(whole + shard)
+            part = torch.dot(local(tensor).flatten().double(), local(other[name]).flatten().double())
+            (shard if _sharded(tensor) else whole).append(part / _copies(tensor) if _sharded(tensor) else part)  # type: ignore[arg-type]
+        sums = [torch.stack([part.to(parts[0].device) for part in parts]).sum() for parts in (whole, shard) if parts]
+        if shard:
+            dist.all_reduce(sums[-1])
+        return sum(float(part) for part in sums)  # an accelerator is waited for once, not once a tensor
 
     def norm(self) -> float:
         return math.sqrt(self @ self)

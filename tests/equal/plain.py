@@ -6,6 +6,7 @@ formula is shown in test_host by writing two methods out.
 
 import contextlib
 import dataclasses
+from unittest import mock
 
 import torch
 from tiny import LORA, PAD, random_rows, tiny_model
@@ -87,8 +88,9 @@ def moved(point, at):
         point[name].data = kept[name]
 
 
+@mock.patch("safebasin.train.reference.LIMIT", 0)
 def loop(methods: Composition, *, autocast: bool = False) -> dict[str, torch.Tensor]:
-    """AdamW on whole batches; ``autocast`` runs the forward in bfloat16."""
+    """AdamW on whole batches; ``autocast`` runs the forward in bfloat16. The reference is asked at every step."""
     model = fresh_adapter(tiny_model(), LORA, seed=0).train()
     if autocast:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)

@@ -32,10 +32,11 @@ def assert_same(found, truth, tolerance: float = 1e-5) -> None:
     assert (found - truth).norm() <= tolerance * size
 
 
-class Tilted:
+class Tilted(torch.nn.Module):
     """A model of four tokens: uniform with its adapter off; with it on, token 1 has probability one half."""
 
     def __init__(self):
+        super().__init__()
         self.on = True
 
     @contextlib.contextmanager
@@ -44,7 +45,7 @@ class Tilted:
         yield
         self.on = True
 
-    def __call__(self, input_ids, logits_to_keep, **_):
+    def forward(self, input_ids, logits_to_keep, **_):
         logits = torch.zeros(*input_ids.shape, 4)
         logits[..., 1] = float(torch.tensor(3.0).log()) * self.on
         return types.SimpleNamespace(logits=logits[:, logits_to_keep])

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from away import adapted
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LORA, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from safebasin.layer import left_singular
 from safebasin.model import fresh_adapter
 from safebasin.record import UserError
-from safebasin.train.methods.asft import AsFT, departure
+from safebasin.train.anchor import Departure, Free
+from safebasin.train.compose import Composition
+from safebasin.train.methods.asft import AsFT
 from safebasin.vector import trainable
 
 PROJECTORS = ["official", "topk", "rank1"]
@@ -19,10 +21,10 @@ PROJECTORS = ["official", "topk", "rank1"]
 def dense(d, update, projector, k=2):
     """|(I - C) dW|_F^2 with C, or the projection of vec(dW), written out."""
     if projector == "rank1":
-        return float((update - (update * d).sum() / (d * d).sum() * d).square().sum())
+        return (update - (update * d).sum() / (d * d).sum() * d).square().sum()
     u = torch.linalg.svd(d, full_matrices=False).U[:, :k]
     c = d @ d.T / d.norm() if projector == "official" else u @ u.T
-    return float(((torch.eye(len(d), dtype=d.dtype) - c) @ update).square().sum())
+    return ((torch.eye(len(d), dtype=d.dtype) - c) @ update).square().sum()
 
 
 @pytest.mark.parametrize(("projector", "expected"), [("official", 5.48), ("topk", 1.0), ("rank1", 1.64)])
@@ -33,23 +35,47 @@ def test_by_hand(projector, expected):
     topk, k = 1: U = e_2, only the first row remains: 1.      rank1: |B A|^2 - <B A, d>^2 / |d|^2 = 2 - 9 / 25 = 1.64.
     """
     d, b, a = torch.diag(torch.tensor([3.0, 4.0])), torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
-    known = left_singular(d, 1) if projector == "topk" else d
-    assert departure(known, b, a, projector).item() == pytest.approx(expected, abs=1e-5)
+    assert Free.of(d, projector, 1).departure(b, a)[0].item() == pytest.approx(expected, abs=1e-5)
 
 
 @given(st.sampled_from(PROJECTORS), st.integers(2, 12), st.integers(2, 12), st.integers(1, 5), st.integers(0, 99))
 def test_the_low_rank_form_is_the_dense_form(projector, out, into, r, seed):
     draw = torch.Generator().manual_seed(seed)
     d, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((out, into), (out, r), (r, into)))
-    known = left_singular(d, 2) if projector == "topk" else d
-    assert float(departure(known, b, a, projector)) == pytest.approx(dense(d, b @ a, projector), rel=1e-8, abs=1e-9)
+    size = float((b @ a).square().sum()) * max(1.0, float(d.norm())) ** 2  # of what cancels
+    found = float(Free.of(d, projector, 2).departure(b, a)[0])
+    assert found == pytest.approx(float(dense(d, b @ a, projector)), rel=1e-8, abs=1e-12 * size)
+
+
+@given(st.sampled_from(PROJECTORS), st.integers(2, 7), st.integers(2, 7), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=20)
+def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
+    """By hand as in equation 3, by autograd through the dense form, and by differences; over two matrices, of which either side is the longer."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((out, into), (into, out))
+    ds = [torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    known = [Free.of(d, projector, 2) for d in ds]
+    told = [torch.randn(*s, generator=draw, dtype=torch.float64, requires_grad=True) for o, i in shapes for s in ((o, r), (r, i))]
+    truth = torch.autograd.grad(sum(dense(d, b @ a, projector) for d, b, a in zip(ds, told[::2], told[1::2], strict=True)), told)
+    found = torch.autograd.grad(3 * Departure.apply(known, *told), told)
+    for mine, theirs in zip(found, truth, strict=True):
+        assert torch.allclose(mine, 3 * theirs, rtol=1e-8, atol=1e-8 * float(theirs.abs().max()) + 1e-12)
+    assert torch.autograd.gradcheck(lambda *pairs: Departure.apply(known, *pairs), told, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_nothing_that_is_kept_is_larger_than_the_direction(projector, shape):
+    kept = Free.of(torch.ones(*shape), projector, 2)
+    assert all(part is None or part.numel() <= 28 for part in kept[1:])
+    assert kept.h is None or len(kept.h) <= 4
 
 
 def test_along_the_direction_an_update_is_free():
     d = torch.outer(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.6, 0.8]))  # rank 1, |d| = 3
     b, a = d @ torch.tensor([[0.6], [0.8]]), torch.tensor([[0.6, 0.8]])  # B A = d
-    assert departure(d, b, a, "rank1").item() == pytest.approx(0.0, abs=1e-5)
-    assert departure(left_singular(d, 2), b, a, "topk").item() == pytest.approx(0.0, abs=1e-5)
+    for projector in ("rank1", "topk"):
+        assert Free.of(d, projector, 2).departure(b, a)[0].item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.fixture
@@ -73,7 +99,7 @@ def test_on_a_model_every_matrix_meets_its_own_direction(projector, folders):
             plain = name.removeprefix("base_model.model.")
             d = aligned.get_parameter(f"{plain}.weight") - base.get_parameter(f"{plain}.weight")
             update = module.get_delta_weight("default")  # alpha / r = 2
-            truth += 0.5 * dense(d.detach(), update.detach(), projector)
+            truth += 0.5 * float(dense(d.detach(), update.detach(), projector))
             count += 1
     assert count == 9
     assert found.item() == pytest.approx(truth, rel=1e-3)
@@ -102,13 +128,23 @@ def test_the_directions_are_read_once_and_kept(folders, tmp_path):
     [
         ({"base": ""}, "asft.base and asft.aligned"),
         ({"base": "/nowhere"}, "not a folder"),
-        ({"base": "aligned"}, "no alignment direction"),
+        ({"base": "narrow"}, r"layers\.0\..* is \(\d+, \d+\) in .* and \(\d+, \d+\) in"),
+        ({"base": "shallow"}, "has no tensor model.layers.2"),
     ],
 )
-def test_what_cannot_be_anchored_is_said(change, message, folders):
-    asked = folders | {name: folders.get(value, value) for name, value in change.items()}
+def test_what_are_not_two_ends_of_one_model_is_said_without_a_model(change, message, folders, tmp_path):
+    """So in a dry run, which composes the methods of every arm."""
+    for name, changes in {"narrow": {"intermediate_size": 40}, "shallow": {"num_hidden_layers": 2}}.items():
+        LlamaForCausalLM(LlamaConfig(**tiny_model().config.to_dict() | changes)).save_pretrained(tmp_path / name)
+        folders |= {name: str(tmp_path / name)}
+    asked = {name: folders[name] for name in ("base", "aligned")} | {name: folders.get(value, value) for name, value in change.items()}
     with pytest.raises(UserError, match=message):
-        AsFT(**asked).penalty(trainable(adapted()))
+        Composition.of([{"asft": asked}])
+
+
+def test_twins_have_no_alignment_direction(folders):
+    with pytest.raises(UserError, match="no alignment direction"):
+        AsFT(**folders | {"base": folders["aligned"]}).penalty(trainable(adapted()))
 
 
 def test_without_an_adapter_there_is_nothing_to_penalise(folders):

@@ -57,6 +57,7 @@ def test_two_token_losses_are_refused():
 
 
 def test_what_a_composition_needs_is_what_its_methods_need():
-    methods = Composition.of(["star_dss", "asft", "metric_safegrad"])
+    asft = {"asft": {"base": "builtin:smollm2", "aligned": "builtin:smollm2-aligned"}}
+    methods = Composition.of(["star_dss", asft, "metric_safegrad"])
     assert (methods.needs("columns"), methods.needs("streams")) == (("star",), ("align",))
     assert set(methods.needs("roles")) == {"reference", "base"}

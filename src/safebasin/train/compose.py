@@ -32,9 +32,12 @@ class Composition:
         """Build the methods from their configuration.
 
         Raises:
-            UserError: no method, an unknown one, or two that claim the same place.
+            UserError: no method, an unknown one, one whose files do not stand, or two that claim the same place.
         """
         methods = tuple(method.make(spec) for spec in specs)
+        for made in methods:
+            if hasattr(made, "check"):
+                made.check()  # what can be said without a model
         if not methods:
             raise UserError("train.methods is empty; plain tuning is `methods: [sft]`")
         places: dict[str, Any] = {}

@@ -6,8 +6,9 @@ of the step by itself, and the direction that the methods return becomes ``.grad
 
 import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from safebasin.batch import Encoded
 from safebasin.model import starts_fresh
 from safebasin.record import DefenceError, UserError
 from safebasin.train.compose import Composition
@@ -44,8 +46,8 @@ def arguments(settings: Mapping[str, Any], folder: Path) -> TrainingArguments:
     fixed = {"output_dir": str(folder), "remove_unused_columns": False, "logging_nan_inf_filter": False, "disable_tqdm": True}
     try:
         return TrainingArguments(**{**ours, **settings, **fixed})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"train: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, ImportError) as error:  # ImportError: DeepSpeed is asked for and not there
+        raise UserError(f"train: {str(error).strip().splitlines()[0]}") from error
 
 
 class Host(Trainer):
@@ -104,13 +106,13 @@ class Host(Trainer):
             self._oracle.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
             self._oracle.kept = self.kept
         step = self.state.global_step
-        direction = self.methods.direction(self._oracle.at_step(step))
-        if direction.keys() != trainable(model).keys():
-            odd = sorted(direction.keys() ^ trainable(model).keys())[:3]
+        direction, point = self.methods.direction(self._oracle.at_step(step)), self._oracle.parameters
+        if direction.keys() != point.keys():
+            odd = sorted(direction.keys() ^ point.keys())[:3]
             raise DefenceError(f"step {step}: the direction and the trainable parameters differ at {', '.join(odd)}; nothing was updated")
         if not math.isfinite(direction.norm()):
             raise DefenceError(f"step {step}: the direction is not finite; nothing was updated")
-        for name, parameter in trainable(model).items():
+        for name, parameter in point.items():
             parameter.grad = direction[name].to(parameter.dtype)
         losses = self._oracle.losses
         if "task" in losses:
@@ -165,6 +167,7 @@ def check(model: Any, args: TrainingArguments, methods: Composition, streams: Ma
     for name in methods.needs("columns"):
         if any(name not in row.columns for row in streams["task"].rows):
             raise UserError(f"the methods need the column {name!r} on every row of the task; scan the rows first, or name a file")
+    check_columns(streams["task"].rows, methods.needs("columns"))
     if methods.penalty is not None:  # a missing base, wrong names or shapes are said before any time is spent
         with torch.no_grad():
             methods.penalty(trainable(model))
@@ -172,11 +175,31 @@ def check(model: Any, args: TrainingArguments, methods: Composition, streams: Ma
         if not hasattr(model, "disable_adapter"):
             raise UserError("a method needs the reference model, which is the adapter switched off: tune with train.adapter")
         if not starts_fresh(model):
-            raise UserError("the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; merge it first")
+            raise UserError(
+                "the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; merge it first"
+            )
     if args.fsdp and args.world_size == 1:
         raise UserError("train.fsdp shards over several processes and this is one; start the run with torchrun, or leave it out")
-    if args.deepspeed and methods.needs("streams"):
+    check_settings({"deepspeed": args.deepspeed}, {}, methods)
+
+
+def check_columns(rows: Iterable[Encoded], names: Iterable[str]) -> None:
+    """A column with a number for every answer token, against the tokens of its row."""
+    for row, name in itertools.product(rows, names):
+        if not isinstance(told := row.columns[name], int | float) and len(told) != sum(row.answer):
+            found = f"{len(told)} numbers for {sum(row.answer)} answer tokens"
+            raise UserError(f"row {row.id}: the column {name!r} holds {found}; was it made with another tokenizer or template?")
+
+
+def check_settings(settings: Mapping[str, Any], adapter: Mapping[str, Any], methods: Composition) -> None:
+    """What can be refused without a model, so by a dry run too: ``settings`` and ``adapter`` as a recipe's ``train`` has them."""
+    if settings.get("deepspeed") and methods.needs("streams"):
         raise UserError("DeepSpeed steps inside backward, so a method with several gradients cannot run on it; use DDP or FSDP2")
+    if "reference" in methods.needs("roles") and adapter.get("init_lora_weights", True) not in (True, "gaussian"):
+        how = adapter["init_lora_weights"]
+        raise UserError(
+            f"train.adapter.init_lora_weights: {how!r} does not start fresh, so switching the adapter off is not the starting model"
+        )
 
 
 def streams_of(rows: Mapping[str, list[Any]], args: TrainingArguments, pad: int, align_share: float = 0.25) -> dict[str, Stream]:
@@ -188,4 +211,3 @@ def streams_of(rows: Mapping[str, list[Any]], args: TrainingArguments, pad: int,
         name: Stream(name, tuple(chosen), batch if name == "task" else min(small, len(chosen)), micro, args.seed, pad)
         for name, chosen in rows.items()
     }
-

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits
-from safebasin.model import reference
+from safebasin.train.reference import reference_logits
 
 
 def told(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
@@ -27,20 +27,23 @@ def spread(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "batch an
 
 def nll(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token."""
-    return spread(functional.cross_entropy(told(model, batch), batch.labels[batch.mask], reduction="none"), batch)
+    return labelled(told(model, batch), batch)
+
+
+def labelled(logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, "batch answers"]:
+    """Negative log-likelihood of every answer token by the logits that predict it."""
+    return spread(functional.cross_entropy(logits, batch.labels[batch.mask], reduction="none"), batch)
 
 
 def kl_from_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(reference || model) over the whole vocabulary at every answer token (the mode-covering direction)."""
-    with reference(model):
-        aimed = told(model, batch).log_softmax(-1)
+    aimed = reference_logits(model, batch).float().log_softmax(-1)
     return spread(_kl(aimed, told(model, batch).log_softmax(-1)), batch)
 
 
 def kl_to_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(model || reference) over the whole vocabulary at every answer token."""
-    with reference(model):
-        aimed = told(model, batch).log_softmax(-1)
+    aimed = reference_logits(model, batch).float().log_softmax(-1)
     return spread(_kl(told(model, batch).log_softmax(-1), aimed), batch)
 
 

@@ -83,6 +83,7 @@ class Oracle:
         self.optimizer: Any = None  # the host's, where a method asks for its metric
         self.ranks = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
+        self.parameters = trainable(model)  # found once: the walk over a model costs as much as an inner product
         self.device = next(model.parameters()).device
         self.moved = False  # whether an update has been applied: before it, a KL to the reference has gradient zero
         self.alive: set[str] = set()
@@ -107,16 +108,16 @@ class Oracle:
 
     def _pull(self, at: Vector | None) -> Vector:
         with self._moved_by(at), torch.enable_grad():
-            point = trainable(self.model)
-            value = self.penalty(point)  # type: ignore[misc]
+            value = self.penalty(self.parameters)  # type: ignore[misc]
             if not value.requires_grad:
                 raise DefenceError("the penalty does not depend on the trainable parameters, so it has no gradient")
-            parts = torch.autograd.grad(value, list(point.values()), allow_unused=True)
-        return Vector({name: torch.zeros_like(p) if part is None else part for (name, p), part in zip(point.items(), parts, strict=True)})
+            parts = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+        named = zip(self.parameters.items(), parts, strict=True)
+        return Vector({name: torch.zeros_like(p) if part is None else part for (name, p), part in named})
 
     def point(self) -> Vector:
         """A copy of the present trainable parameters."""
-        return Vector({name: p.detach().clone() for name, p in trainable(self.model).items()})
+        return Vector({name: p.detach().clone() for name, p in self.parameters.items()})
 
     def metric(self) -> Vector:
         """The diagonal of the optimizer's next step: 1 / (sqrt(v) + eps) of Adam's bias-corrected v; ones before the first step.
@@ -125,7 +126,7 @@ class Oracle:
             DefenceError: the optimizer keeps no second moment, so it has no such metric.
         """
         found = {}
-        for name, p in trainable(self.model).items():
+        for name, p in self.parameters.items():
             state = self.optimizer.state.get(p, {}) if self.optimizer is not None else {}
             if "exp_avg_sq" in state:
                 group = next(g for g in self.optimizer.param_groups if any(p is other for other in g["params"]))
@@ -181,7 +182,7 @@ class Oracle:
 
     def _take(self, stream: str) -> Vector:
         taken = {}
-        for name, parameter in trainable(self.model).items():
+        for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise DefenceError(f"{name} got no gradient from the stream {stream!r}; the adapter is not in the graph of the loss")
             taken[name], parameter.grad = parameter.grad, None
@@ -221,14 +222,13 @@ class Oracle:
         if delta is None:
             yield
             return
-        point = trainable(self.model)
-        kept = {name: local(p).detach().clone() for name, p in point.items()}
+        kept = {name: local(p).detach().clone() for name, p in self.parameters.items()}
         try:
             with torch.no_grad():
-                for name, p in point.items():
+                for name, p in self.parameters.items():
                     local(p).add_(local(delta[name]))
             yield
         finally:
             with torch.no_grad():
-                for name, p in point.items():
+                for name, p in self.parameters.items():
                     local(p).copy_(kept[name])

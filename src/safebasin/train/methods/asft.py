@@ -6,7 +6,7 @@
     topk       C = U_k U_k^T                  the projector on the top k left singular vectors of d, what eq. 2-3 intend
     rank1      C = vec(d) vec(d)^T / |d|_F^2  acts on dW as a vector: only the part of dW along d itself is free
 
-Computed in low rank, with no matrix larger than d:  X = B - d (d^T B) / |d|_F,  |X A|_F^2 = tr((X^T X)(A A^T)), both r x r.
+Computed in low rank, with no matrix larger than d and never dW: ``train/anchor.py``.
 
 Departs from the official code: once an optimizer step (the code adds it on every micro-step undivided, which multiplies lambda by
 the accumulation); matrices are paired by name, not by position; differences and penalty in float32; ``scale`` is the explicit s.
@@ -23,37 +23,28 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from safebasin.layer import left_singular, read_directions, tensor_files, write_alignment_directions
-from safebasin.model import cache, resolve
+from safebasin.layer import Pair, read_directions, tensor_files, write_alignment_directions
+from safebasin.model import BUILTIN, cache, resolve
 from safebasin.record import UserError
 from safebasin.train import method
+from safebasin.train.anchor import Departure, Free
 
 LORA_A = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight")
-
-
-def departure(d: Tensor, b: Tensor, a: Tensor, projector: str) -> Tensor:
-    """|(I - C) B A|_F^2 without forming C or B A: ``b`` [out, r], ``a`` [r, in], ``d`` the direction, or U_k for ``topk``."""
-    if projector == "rank1":
-        along = ((d.T @ b) * a.T).sum() ** 2 / d.square().sum().clamp(min=1e-30)
-        return ((b.T @ b) * (a @ a.T)).sum() - along
-    size = d.norm().clamp(min=1e-30) if projector == "official" else 1.0
-    x = b - d @ (d.T @ b) / size
-    return ((x.T @ x) * (a @ a.T)).sum()
+BLOCK = re.compile(r"(?P<module>.+\.\d+\..+_proj)\.weight")  # the matrices that an adapter stands on, as most models name them
 
 
 @functools.lru_cache(maxsize=1)
-def directions(base: str, aligned: str, modules: tuple[str, ...], k: int | None, device: torch.device) -> dict[str, Tensor]:
-    """The direction of every module, or its top ``k`` singular vectors. The pair is read once and kept in the cache folder."""
+def directions(base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device) -> dict[str, Free]:
+    """What is free of every module. The pair is read once, and its directions are kept in the cache folder."""
     folders = resolve(base), resolve(aligned)
     files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
     facts = (modules, [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     path = cache() / f"directions-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}.safetensors"
     if not path.is_file():
         write_alignment_directions(*folders, modules, path)
-    kept = {module: (d if k is None else left_singular(d, k)).to(device) for module, d in read_directions(path, modules)}
-    if not any(d.any() for d in kept.values()):
+    if not any(d.any() for _, d in read_directions(path, modules)):
         raise UserError(f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them")
-    return kept
+    return {module: Free.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -72,23 +63,26 @@ class AsFT:
     k: int = 8  # singular vectors of topk
     scale: float = 1.0  # s: 1 in the official code; lora_alpha / r for the update as the model applies it
 
-    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """lambda sum_l |(I - C_l) s B_l A_l|_F^2, a scalar.
+    def check(self) -> None:
+        """What needs no model. UserError: base or aligned weights are not named or not there, or are not the two ends of one model."""
+        if not (self.base and self.aligned):
+            raise UserError("asft needs asft.base and asft.aligned: the folders of the weights before and after alignment")
+        if {self.base, self.aligned} <= set(BUILTIN):
+            return  # a pair; making them here would take time
+        ends = resolve(self.base), resolve(self.aligned)
+        Pair(*ends, [match["module"] for name in tensor_files(ends[1]) if (match := BLOCK.fullmatch(name))])
 
-        Raises:
-            UserError: no base or aligned weights, a name or shape that differs, no LoRA matrices to penalise.
-        """
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """lambda sum_l |(I - C_l) s B_l A_l|_F^2, a scalar. UserError: a name or shape that differs, no LoRA matrices to penalise."""
         pairs = {match["module"]: name for name in parameters if (match := LORA_A.fullmatch(name))}
         if not pairs:
             raise UserError("asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter")
-        if not (self.base and self.aligned):
-            raise UserError("asft needs asft.base and asft.aligned: the folders of the weights before and after alignment")
         device = next(iter(parameters.values())).device
-        known = directions(self.base, self.aligned, tuple(pairs), self.k if self.projector == "topk" else None, device)
-        total = torch.zeros((), device=device)
+        known = directions(self.base, self.aligned, tuple(pairs), self.projector, self.k, device)
+        told: list[Tensor] = []
         for module, name in pairs.items():
-            a, b, d = whole(parameters[name]), whole(parameters[name.replace(".lora_A.", ".lora_B.")]), known[module]
-            if d.shape[0] != b.shape[0] or (self.projector != "topk" and d.shape[1] != a.shape[1]):
-                raise UserError(f"asft: {module} has the direction {tuple(d.shape)} but is tuned as {b.shape[0], a.shape[1]}")
-            total = total + departure(d, b, a, self.projector)
-        return self.lam * self.scale**2 * total
+            a, b = whole(parameters[name]), whole(parameters[name.replace(".lora_A.", ".lora_B.")])
+            if known[module].shape != (b.shape[0], a.shape[1]):
+                raise UserError(f"asft: {module} has the direction {tuple(known[module].shape)} but is tuned as {b.shape[0], a.shape[1]}")
+            told += [b, a]
+        return self.lam * self.scale**2 * Departure.apply([known[module] for module in pairs], *told)

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from safebasin.batch import Batch
-from safebasin.model import reference
 from safebasin.train import method
-from safebasin.train.loss import nll
+from safebasin.train.loss import labelled, nll
+from safebasin.train.reference import reference_logits
 
 FLOOR = 1e-3  # of w_t, as in the official code
 
@@ -39,8 +39,7 @@ class ConstrainedSft:
     later: float = 0.1  # beta_t, t > 5
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
-        with reference(model):
-            start = nll(model, batch)
+        start = labelled(reference_logits(model, batch).float(), batch)
         ce = nll(model, batch)
         t = place_in_answer(batch.mask)
         beta = torch.where(t <= 1, self.first, torch.where(t <= 5, self.early, self.later))

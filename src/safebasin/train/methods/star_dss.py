@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from safebasin.batch import Batch, answer_logits
-from safebasin.model import reference
 from safebasin.train import method
 from safebasin.train.loss import spread
+from safebasin.train.reference import reference_logits
 
 CHUNK = 512  # tokens whose probabilities over the vocabulary live at once: beyond the logits, memory does not grow with the batch
 
@@ -35,8 +35,7 @@ class StarDss:
     estimator: Literal["full", "k2"] = "full"  # of the KL: over the vocabulary, or half the squared log-ratio of the label
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
-        with reference(model):
-            aimed = answer_logits(model, batch)[batch.mask]
+        aimed = reference_logits(model, batch)
         said = answer_logits(model, batch)[batch.mask]
         v = batch.columns["star"].reshape(len(batch.mask), -1).expand(batch.mask.shape)[batch.mask]
         chunks = zip(*(each.split(CHUNK) for each in (said, aimed, batch.labels[batch.mask], v)), strict=True)
