@@ -24,6 +24,7 @@ from safebasin.batch import Encoded, encode_all, shorten, template_digest
 from safebasin.config import Run, digest, plain
 from safebasin.data import Source, open_examples, open_rows, open_table
 from safebasin.measure import suite
+from safebasin.measure.answers import Answers
 from safebasin.measure.judge import OF_ALIGNED, Judge, make_judges
 from safebasin.measure.subject import Subject
 from safebasin.model import Loaded, fresh_adapter, load, resolve
@@ -371,6 +372,7 @@ class Pipeline:
                 return
             folder.mkdir(parents=True, exist_ok=True)
             subject = Subject(self._load(adapter), name, judges or self.judges(), self.config.measure.labels, system, asks)
+            subject.kept = Answers(self.out / "answers.db")
             if any("start" in suite.entry_of(made).roles for made in self.suites):
                 subject.start = self._load() if adapter else subject.loaded
             found = [dataclasses.asdict(measured) for made in self.suites for measured in made.measure(subject)]

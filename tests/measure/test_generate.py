@@ -97,5 +97,8 @@ def test_nothing_asked_nothing_answered_and_no_room_is_an_error():
 
 def test_progress_counts_prompts():
     seen = []
-    generate(*WANDERS, [asked("make a")] * 5, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))
+    prompts = [asked(f"make a {word}") for word in GOOD[:5]]
+    generate(*WANDERS, prompts, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))
     assert seen == [2, 4, 5]
+    generate(*WANDERS, prompts[:3] * 2, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))
+    assert seen[3:] == [5, 6], "three are asked; the last answers three more"

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from safebasin.batch import render
+from safebasin.measure.answers import Answers, Tokens, digest
 from safebasin.record import UserError
 
 
@@ -20,6 +21,20 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     finished: bool  # the model ended its turn by itself
+
+
+def fitting(model: Any, tokenizer: Any, texts: Sequence[str], room: int) -> list[Tokens]:
+    """The tokens of rendered prompts, which leave ``room`` for an answer. Checked before any is run: 100 KB would take all memory.
+
+    Raises:
+        UserError: a prompt and its answer do not fit into the context of the model.
+    """
+    coded: list[Tokens] = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    context = getattr(model.config, "max_position_embeddings", None)
+    for i, ids in enumerate(coded):
+        if context and len(ids) + room > context:
+            raise UserError(f"prompt number {i + 1} has {len(ids)} tokens; with an answer it does not fit into the context of {context}")
+    return coded
 
 
 def generate(
@@ -30,8 +45,11 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
+    kept: Answers | None = None,
 ) -> list[Answer]:
     """Greedy answers, each at most ``max_new_tokens`` long. An assistant turn at the end is begun: the answer holds it and goes on.
+
+    A prompt that stands twice is asked once; one whose answer is in ``kept`` is not asked.
 
     Raises:
         ValueError: ``max_new_tokens`` below 1.
@@ -41,26 +59,29 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     begun = [turns[-1]["content"] if turns[-1]["role"] == "assistant" else "" for turns in conversations]
     texts = [render(tokenizer, turns[:-1] if said else turns, ask=True) + said for turns, said in zip(conversations, begun, strict=True)]
-    coded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    room = getattr(model.config, "max_position_embeddings", None)
-    for i, ids in enumerate(coded):
-        if room and len(ids) + max_new_tokens > room:
-            raise UserError(f"prompt number {i + 1} has {len(ids)} tokens; with an answer it does not fit into the context of {room}")
+    coded = fitting(model, tokenizer, texts, max_new_tokens)
     stops = _stops(model, tokenizer)
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(coded)), key=lambda i: (-len(coded[i]), i))
+    under = digest(model, sorted(stops), max_new_tokens) if kept else b""
+    told = kept.read(under, list(dict.fromkeys(coded))) if kept else {}
+    order = sorted((ids for ids in dict.fromkeys(coded) if ids not in told), key=lambda ids: -len(ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width = len(coded[chosen[0]])
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(coded[i])) + coded[i] for i in chosen], device=model.device)
-        seen = torch.tensor([[0] * (width - len(coded[i])) + [1] * len(coded[i]) for i in chosen], device=model.device)
-        for i, told in zip(chosen, _greedy(model, ids, seen, stops, max_new_tokens), strict=True):
-            finished = told[-1] in stops
-            kept = told[:-1] if finished else told
-            answers[i] = Answer(begun[i] + tokenizer.decode(kept, skip_special_tokens=True), len(kept), finished)
+        width = len(chosen[0])
+        padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in chosen], device=model.device)
+        seen = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen], device=model.device)
+        new = dict(zip(chosen, _greedy(model, padded, seen, stops, max_new_tokens), strict=True))
+        told |= new
+        if kept:
+            kept.write(under, new)
         if progress:
-            progress(min(start + batch_size, len(order)), "")
-    return [answers[i] for i in range(len(coded))]
+            progress(len(coded) - max(len(order) - start - batch_size, 0), "")
+    return [_answer(tokenizer, said, told[ids], stops) for said, ids in zip(begun, coded, strict=True)]
+
+
+def _answer(tokenizer: Any, begun: str, told: list[int], stops: frozenset[int]) -> Answer:
+    finished = told[-1] in stops
+    ids = told[:-1] if finished else told
+    return Answer(begun + tokenizer.decode(ids, skip_special_tokens=True), len(ids), finished)
 
 
 def _stops(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -73,12 +73,13 @@ def rule(judge: Judge, answers: Sequence[str], labels: Sequence[str] = (), promp
 
 def screen(answer: str, labels: Sequence[str] = ()) -> Verdict | None:
     """What needs no judge: unscored, off task, or None."""
-    words = answer.split()
     if not any(map(str.isalpha, answer)):
         return Verdict.UNSCORED
     if normal(answer) in {normal(label) for label in labels}:
         return Verdict.OFF_TASK
-    if len(words) >= 12 and len(set(itertools.pairwise(words))) < 0.2 * len(words):
+    words = answer.split()
+    parts = words if len(words) >= 12 else "".join(words)  # few words: one that goes on and on, or a script without spaces
+    if len(parts) >= 12 and len(set(itertools.pairwise(parts))) < 0.2 * len(parts):
         return Verdict.UNSCORED  # a loop
     return None
 

@@ -64,7 +64,7 @@ def surprise(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]
     """Mean nats a token of every text as the answer to its conversation; NaN for a text without tokens."""
     model, tokenizer = loaded
     told = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    pairs = zip(asked(tokenizer, conversations), told, strict=True)
+    pairs = zip(asked(loaded, conversations), told, strict=True)
     rows = [Encoded("", (*row.ids, *ids), (*[False] * len(row), *[True] * len(ids))) for row, ids in pairs]
     found = [math.nan] * len(rows)
     for indices in by_length(rows, 16):
@@ -79,7 +79,7 @@ def verdicts(subject: Subject, judge: Judge, prompts: Sequence[str], moves: Move
     """What the moved model answers in ``room`` tokens, judged; what the start model finds surprising is unscored."""
     turns, reader = subject.turns(prompts), subject.start or subject.loaded
     with moved(subject.loaded.model, moves):
-        told = [answer.text for answer in generate(*subject.loaded, turns, max_new_tokens=room)]
+        told = [answer.text for answer in generate(*subject.loaded, turns, max_new_tokens=room, kept=subject.kept)]
     limit = SURPRISE * math.log(reader.model.config.vocab_size)
     rulings = zip(rule(judge, told, subject.labels, prompts), surprise(reader, turns, told), strict=True)
     return [Verdict.UNSCORED if ruling.verdict in HARM and not nats <= limit else ruling.verdict for ruling, nats in rulings]

@@ -5,7 +5,7 @@ W is the first matrix of a block's MLP in two checkpoints, dW = W_tuned - W_star
     tau(x)     = ||a(x) - mu_U|| - ||a(x) - mu_S||,   separation = E_safe tau - E_unsafe tau              (1)
     sin(angle) = ||(I - P) u~_i||,   P = sum_{i<=r} u_i u_i^T of W_start, 99 % of its energy                (2)
     effect     = sigma_i v_i^T x / ||x||,   x what goes into W                                               (3)
-    W(alpha)   = W_start + alpha dW                                                                          (4)
+    W(alpha)   = W_start + alpha dW = W_tuned + (alpha - 1) dW: a move of measure/landscape.py                (4)
 
 Departs from the paper: a row's own cluster mean leaves the row out (else two draws of one cluster look apart); the sine stands beside
 the one of a random direction; energy is the sum of sigma^2.
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safebasin.batch import Encoded, by_length, collate, render
+from safebasin.measure.generate import fitting
 from safebasin.model import Loaded
 from safebasin.record import UserError
 
@@ -70,17 +71,10 @@ def effects(made: Change, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows k"
     return (x / x.norm(dim=-1, keepdim=True)) @ made.v.T * made.sigma
 
 
-def extrapolated(start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Eq. 4 by name, in the kind of ``tuned``: 0 is start, 1 is tuned, above 1 goes on."""
-    if start.keys() != tuned.keys():
-        raise UserError(f"two checkpoints of different models: only one holds {sorted(start.keys() ^ tuned.keys())[0]}")
-    return {name: torch.lerp(start[name].float(), tuned[name].float(), alpha).to(tuned[name].dtype) for name in start}
-
-
-def asked(tokenizer: Any, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Encoded]:
+def asked(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Encoded]:
     """Conversations that end where the answer begins, their last token marked: the place at which they are read."""
-    coded = [tokenizer(render(tokenizer, turns, ask=True), add_special_tokens=False)["input_ids"] for turns in conversations]
-    return [Encoded(str(i), tuple(ids), (*[False] * (len(ids) - 1), True)) for i, ids in enumerate(coded)]
+    coded = fitting(*loaded, [render(loaded.tokenizer, turns, ask=True) for turns in conversations], 1)
+    return [Encoded(str(i), ids, (*[False] * (len(ids) - 1), True)) for i, ids in enumerate(coded)]
 
 
 @torch.inference_mode()
@@ -104,18 +98,24 @@ def inputs(loaded: Loaded, rows: Sequence[Encoded], modules: Sequence[str]) -> d
     return found
 
 
-class Mechanics(NamedTuple):
-    module: str
-    start_separation: float  # eq. 1, in units of the activations; about 0 where the two are one cluster
-    tuned_separation: float
+Pair = tuple[Float[Tensor, " safe"], Float[Tensor, " unsafe"]]  # a number a row
+
+
+class Block(NamedTuple):
+    """What tuning did to one block."""
+
+    module: str  # W
+    start_margins: (
+        Pair  # eq. 1, in units of the activations; the separation is the sum of both means, about 0 where the two are one cluster
+    )
+    tuned_margins: Pair
     angles: Angles
-    safe_effect: float  # length of the top k effects, mean over rows
-    unsafe_effect: float
+    effects: Pair  # length of the top k effects
 
 
 def compare(
     start: Loaded, tuned: Loaded, safe: Sequence[Encoded], unsafe: Sequence[Encoded], k: int = 3, mlp: tuple[str, str] = MLP
-) -> Iterator[Mechanics]:
+) -> Iterator[Block]:
     """Every block: the first of ``mlp`` is W, the input of the second is a(x). x of eq. 3 is read in the tuned model."""
     names = [name for name, module in tuned.model.named_modules() if name.endswith(f".{mlp[0]}") and isinstance(module, nn.Linear)]
     if not names:
@@ -125,6 +125,6 @@ def compare(
     for name, act in zip(names, after, strict=True):
         w = start.model.get_submodule(name).weight.detach().cpu()
         made = change(w, tuned.model.get_submodule(name).weight.detach().cpu(), k)
-        apart = [float(margins(s[act], u[act]).mean() + margins(u[act], s[act]).mean()) for s, u in acts]
-        effect = [float(effects(made, of_kind[name]).norm(dim=-1).mean()) for of_kind in acts[1]]
-        yield Mechanics(name, *apart, null_angles(w, made.u), *effect)
+        apart = [(margins(s[act], u[act]), margins(u[act], s[act])) for s, u in acts]
+        s, u = (effects(made, of_kind[name]).norm(dim=-1) for of_kind in acts[1])
+        yield Block(name, *apart, null_angles(w, made.u), (s, u))

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from safebasin.data import Prompt
-from safebasin.measure.generate import Answer, generate
+from safebasin.measure.generate import Answer, Answers, generate
 from safebasin.measure.judge import Judge, Verdict, rule
 from safebasin.model import Loaded
-from safebasin.progress import steps
+from safebasin.progress import console, steps
 from safebasin.record import Measurement, UserError
 from safebasin.stats import kappa, wilson
 
@@ -27,6 +27,7 @@ class Subject:
     attacked: Asks | None = None  # how an attacker asks, where not as anyone does
     asks: Asks | None = None  # how prompts are asked now; None: as anyone does
     start: Loaded | None = None  # the model that tuning started from; None: not at hand
+    kept: Answers | None = None  # answers on disk
     answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def turns(self, prompts: Sequence[str]) -> list[Sequence[Mapping[str, Any]]]:
@@ -36,7 +37,12 @@ class Subject:
     def ask(self, prompts: Sequence[str], max_new_tokens: int, title: str) -> list[Answer]:
         turns = self.turns(prompts)
         with steps(f"{self.arm}: {title}", len(turns)) as advance:
-            return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance)
+            return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, kept=self.kept)
+
+    def one_judge(self, suite: str, names: Sequence[str]) -> Judge:
+        if len(names) != 1 or names[0] not in self.judges:
+            raise UserError(f"{suite}: name one judge of {', '.join(self.judges)}; found {', '.join(names) or 'none'}")
+        return self.judges[names[0]]
 
     def judged(
         self, suite: str, quantity: str, hit: Verdict, prompts: Sequence[Prompt], judges: Sequence[str], max_new_tokens: int
@@ -49,6 +55,7 @@ class Subject:
             raise UserError(f"{suite}: no judge {missing[0]!r}; this run has: {', '.join(self.judges)}")
         if hit is Verdict.REFUSED and "guard" in judges:
             raise UserError(f"{suite}: the judge 'guard' finds any answer to a harmless request safe; use another judge here")
+        prompts = distinct(suite, prompts)
         told = self.ask([prompt.text for prompt in prompts], max_new_tokens, suite)
         texts, asked = [answer.text for answer in told], [prompt.text for prompt in prompts]
         rulings = {name: rule(self.judges[name], texts, self.labels, asked) for name in judges}
@@ -70,6 +77,16 @@ class Subject:
             value = kappa(*map(list, zip(*both, strict=True))) if both else None
             left = len(pairs) - len(both)
             yield Measurement(suite, "agreement", value, None, None, len(both), left, unit="kappa", judge=f"{judges[0]}, {second}")
+
+
+def distinct(suite: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Every request once in its category: one that counts twice makes an interval look narrower than it is."""
+    kept = list({(prompt.text, prompt.category): prompt for prompt in reversed(prompts)}.values())[::-1]
+    if len(kept) < len(prompts):
+        console.print(
+            f"  {suite}: {len(prompts) - len(kept)} of {len(prompts)} prompts stand in the set before; each counts once", markup=False
+        )
+    return kept
 
 
 def count(suite: str, quantity: str, hit: Verdict, verdicts: Sequence[Verdict], *, judge: str, category: str = "") -> Measurement:

@@ -52,7 +52,7 @@ class Drift:
         value, (low, high) = mean(found) if len(found) > 1 else (None, (None, None))
         yield Measurement(self.name, "kl", value, low, high, len(found), len(rows) + len(long) + len(bad) - len(found), unit="nats a token")
 
-        prompts = [asked(subject.loaded.tokenizer, subject.turns(kind)) for kind in kinds]
+        prompts = [asked(subject.loaded, subject.turns(kind)) for kind in kinds]
         draw, n = np.random.default_rng(0), sum(map(len, kinds))
         weigh = [np.vstack([[1 / m] * m, draw.multinomial(m, [1 / m] * m, 500) / m]) for m in map(len, kinds)]  # as they are, then drawn
         cosines = cosine(*([self.states(loaded, kind) for kind in prompts] for loaded in (subject.start, subject.loaded)), weigh)

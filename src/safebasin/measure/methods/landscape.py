@@ -17,7 +17,7 @@ from safebasin.data import open_prompts
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
 from safebasin.measure.landscape import ask, harm, random_direction, visage, visage_interval
-from safebasin.measure.subject import Subject, count
+from safebasin.measure.subject import Subject, count, distinct
 from safebasin.progress import steps
 from safebasin.record import Measurement, UserError
 from safebasin.stats import wilson
@@ -39,10 +39,9 @@ class Lines:
     width: float = 0.2  # of the Wilson interval that decides it (16 refusals of 16 do); 0: ask all
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        texts = [p.text for p in open_prompts(self.prompts, self.column, None, self.take, self.seed, limit=self.limit)]
-        if len(self.judges) != 1 or self.judges[0] not in subject.judges:
-            raise UserError(f"{self.name}: name one judge of {', '.join(subject.judges)}; found {', '.join(self.judges) or 'none'}")
-        judge, stops, seen = subject.judges[self.judges[0]], [], {}
+        prompts = open_prompts(self.prompts, self.column, None, self.take, self.seed, limit=self.limit)
+        texts = [prompt.text for prompt in distinct(self.name, prompts)]
+        judge, stops, seen = subject.one_judge(self.name, self.judges), [], {}
         order = np.random.default_rng(self.seed).permutation(len(texts))  # a file is often in the order of its categories
         for line, axes in enumerate(self.lines(subject), 1):
             grid = list(itertools.product(np.linspace(*self.ends, self.points).round(6).tolist(), repeat=len(axes)))
