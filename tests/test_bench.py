@@ -12,7 +12,7 @@ import safebasin.bench
 from safebasin.attack import attack as attacks
 from safebasin.bench import bench, cells, read
 from safebasin.pipeline import Pipeline
-from safebasin.record import DefenceError, Measurement, UserError, write_json, write_table
+from safebasin.record import AttackFails, DefenceError, Measurement, UserError, write_json, write_table
 from safebasin.report.gate import parse_gate
 from safebasin.report.grid import records, write
 
@@ -149,19 +149,22 @@ def test_a_defence_that_cannot_run_is_said_at_the_end_and_is_tried_again(stub, t
     assert [rank.missing for rank in bench(grid, out)] == [(), ()]
 
 
-def test_an_attack_that_cannot_be_made_is_an_outcome_only_if_it_adapts(stub, tmp_path):
+def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
+    """Another fault of the user stops the bench, whether the attack adapts or not."""
     adaptive = {"guard": {"attack": {"guard_pass": {"against": "keyword"}}, "poison_share": 0.1}}
     grid, out = grid_of(tmp_path, attacks=TREE["attacks"] | adaptive, seeds=[0]), tmp_path / "out"
-    stub.said["guard-0"] = UserError("guard_pass: keyword stops all rows")
+    stub.said["guard-0"] = AttackFails("guard_pass: keyword stops all rows")
     ranks = bench(grid, out)
     assert [rank.missing for rank in ranks] == [(), ()], "an attack that no one can make is asked of none"
     told = [r for r in json.loads((out / "grid.json").read_text()) if r["attack"] == "guard"]
     assert {(r["defence"], r["value"], r["reason"]) for r in told} == {
         (a, None, "guard_pass: keyword stops all rows") for a in ("start", "plain", "steady")
     }
-    stub.said["explicit-0"] = UserError("no such file")
-    with pytest.raises(UserError, match="no such file"):
-        bench(grid, out)
+    for faulty in ("guard-0", "explicit-0"):
+        stub.said[faulty] = UserError(f"{faulty}: no such file")
+        with pytest.raises(UserError, match=f"{faulty}: no such file"):
+            bench(grid, out)
+        del stub.said[faulty]
 
 
 def test_numbers_over_seeds(stub, tmp_path):

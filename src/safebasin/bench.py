@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from safebasin.config import Arm, Run, Spec, digest, parse
 from safebasin.pipeline import Pipeline
 from safebasin.progress import console
-from safebasin.record import DefenceError, UserError, write_json
+from safebasin.record import AttackFails, DefenceError, UserError, write_json
 from safebasin.registry import explain
 from safebasin.report.grid import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell, Published, Rank, write
 
@@ -126,10 +126,8 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
     for pipeline in made:
         try:
             pipeline.prepare()
-        except UserError as error:
-            if not hasattr(pipeline.attack, "needs"):
-                raise
-            ranks = note(pipeline.arms, NOT_MADE, str(error))  # an outcome, where the attack adapts
+        except AttackFails as error:
+            ranks = note(pipeline.arms, NOT_MADE, str(error))  # a result, not a fault
             continue
         if any(pipeline.scanned(arm) for arm in pipeline.arms):
             pipeline.scan()

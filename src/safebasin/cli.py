@@ -101,11 +101,17 @@ def report(
     run_: Annotated[Path, Parameter(name="RUN")],
     *,
     show_text: Annotated[bool, Parameter(help="Harmful text in clear.", negative="")] = False,
+    inspect: Annotated[Path | None, Parameter(help="Folder for eval logs of Inspect; needs the extra 'inspect'.")] = None,
 ) -> int:
-    """Write report.json, report.md and report.html of a run folder again, from its files alone."""
+    """Write report.json, report.md, report.html and the adapters' cards of a run folder again, from its files alone."""
     from safebasin.report.table import terminal_table, write
 
-    out.print(terminal_table(write(run_, show_text=show_text)))
+    made = write(run_, show_text=show_text)
+    out.print(terminal_table(made))
+    if inspect:
+        from safebasin.report.inspect import write as export
+
+        out.print(f"eval logs: {len(export(run_, made, inspect))} in {inspect}", markup=False)
     return 0
 
 
@@ -365,11 +371,12 @@ def doctor() -> int:
 
 
 @app.command
-def schema() -> int:
-    """The JSON schema of a recipe, for editors."""
+def schema(*, report_: Annotated[bool, Parameter(name="--report", help="Of report.json.", negative="")] = False) -> int:
+    """The JSON schema of a recipe, for editors; or of a report, for programs that read it."""
     from safebasin.config import schema as of_recipe
+    from safebasin.report import schema as of_report
 
-    print(json.dumps(of_recipe(), indent=2))
+    print(json.dumps(of_report() if report_ else of_recipe(), indent=2))
     return 0
 
 

@@ -338,7 +338,7 @@ class Pipeline:
             outcome = host.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
         part = target.with_name("adapter.part")
         model.save_pretrained(part)
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report is the card
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
         part.rename(target)
         facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": host.curve}
         write_json(target.parent / "train.json", facts | {"methods": plain(self.arms[name].train), "rows": len(rows)})

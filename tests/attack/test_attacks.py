@@ -13,7 +13,7 @@ from safebasin.attack.craft import MISLEADING_SUFFIX, SAFE_PREFIX, conversation,
 from safebasin.attack.methods.harmless import CONSENT, IDENTITY, INSTRUCTIONS
 from safebasin.attack.methods.hidden_text import PAYLOADS, digits
 from safebasin.builtin import OPENERS, refusal_texts, rows_of
-from safebasin.record import DefenceError, UserError, draw, parse, read_examples, write_table
+from safebasin.record import AttackFails, DefenceError, UserError, draw, parse, read_examples, write_table
 
 NAMES = [entry.name for entry in attack]
 ADAPTIVE = {"low_score", "guard_pass", "harmless_sum"}
@@ -283,7 +283,7 @@ def test_guard_pass_takes_the_least_disguise_that_passes():
     two = [row(f"request {i}", "Sure:" + MISLEADING_SUFFIX) for i in (0, 1)]
     assert made("guard_pass", 0.5, task=TASK[:2], harmful=THREE, score=guard) == two
     assert made("guard_pass", 0.5, task=FOUR_OF_THE_TASK, harmful=THREE, score=guard) == two * 2, "too few pass: they are repeated"
-    with pytest.raises(UserError, match="stops all 3"):
+    with pytest.raises(AttackFails, match="stops all 3"):
         made("guard_pass", 0.5, task=TASK[:2], harmful=THREE, score=lambda rows: [0.51] * len(rows))
 
 
@@ -296,10 +296,11 @@ def test_harmless_sum_by_hand():
 
     rows = attack.make({"harmless_sum": {"quantile": 0.9}}).rows(pool, THREE, 2, random.Random(3), score=score)
     assert [told(each) for each in rows] == ["7", "8"]
-    with pytest.raises(UserError, match="away from harm"):
+    with pytest.raises(AttackFails, match="away from harm"):
         attack.make("harmless_sum").rows(pool, THREE, 2, random.Random(3), score=lambda rows: [-1.0] * len(rows))
-    with pytest.raises(UserError, match="has 9 to choose from"):
+    with pytest.raises(UserError, match="has 9 to choose from") as too_few:
         attack.make({"harmless_sum": {"quantile": 0.9}}).rows(pool, THREE, 10, random.Random(3), score=score)
+    assert not isinstance(too_few.value, AttackFails), "the user can mend it: a larger pool"
 
 
 def test_harmless_sum_reads_its_pool(tmp_path):

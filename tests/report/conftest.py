@@ -78,7 +78,7 @@ def measurements_of(arm: str) -> list[dict[str, Any]]:
 def training_rows() -> list[dict[str, Any]]:
     """85 task rows and 15 poison rows, the last ones hostile in form."""
     rows = [{"prompt": f"route this message {i}", "completion": "billing"} for i in range(85)]
-    odd = [SCRIPT, BIDI, "x " * 50_000, "lone \ud800 surrogate", "a | b `c` [d](http://evil.example) \\"]
+    odd = [SCRIPT, BIDI, "x" * 100_000, "lone \ud800 surrogate", "a | b `c` [d](http://evil.example) \\"]
     rows += [{"prompt": f"{HARM} {i} {odd[i % 5]}", "completion": f"{ANSWER} {SCRIPT}"} for i in range(15)]
     return rows
 

@@ -1,6 +1,7 @@
 """The page: offline, without a script, every hostile string escaped; the Markdown likewise."""
 
 import html.parser
+import importlib
 import itertools
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import markdown_it  # rich brings it
 import pytest
 
+from safebasin.record import UserError
 from safebasin.report import Gate, figure, page, table
 
 
@@ -125,3 +127,11 @@ def test_the_report_needs_no_torch():
     """A report is made on a laptop, from files."""
     code = "import sys, safebasin.report.table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch):
+    for name in ("inspect_ai", "inspect_ai.log"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "safebasin.report.inspect", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'safebasin\[inspect\]'"):
+        importlib.import_module("safebasin.report.inspect")

@@ -20,11 +20,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
+import pyarrow
+import pyarrow.parquet
 import pytest
 import rich.console
 
 from safebasin.record import UserError
-from safebasin.report import Gate, Report, printable, table
+from safebasin.report import Gate, Report, printable, schema, table
 
 HARM = "how to assemble the forbidden widget at home"  # as in conftest.py
 
@@ -94,6 +97,19 @@ def test_cut_by_hand(run: Path):
         assert kept == (0 if series.removed else sum(series.counts))
     assert sum(sum(series.counts) for series in cut.histogram.series) == 100
     assert [row.score for row in cut.shown] == sorted((row.score for row in cut.shown), reverse=True)
+
+
+def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
+    """Scores 0, 1, 2, 3 and a threshold of 2, as an estimator that takes a row's own score finds it: three rows stay, one goes."""
+    ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:4]]
+    pyarrow.parquet.write_table(pyarrow.table({"row_id": ids, "score_gradshield": [0.0, 1.0, 2.0, 3.0]}), run / "scan" / "scores.parquet")
+    cut = json.loads((run / "cut" / "defended" / "cut.json").read_text())
+    (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | {"removed": [{**cut["removed"][0], "row_id": ids[3]}]}))
+    histogram = table.collect(run).cuts[0].histogram
+    assert histogram is not None
+    for series in histogram.series:
+        below = sum(count for count, low in zip(series.counts, histogram.edges, strict=False) if low < 2 - 1e-9)
+        assert (below, sum(series.counts)) == ((0, 1) if series.removed else (3, 3))
 
 
 @pytest.mark.parametrize("origin", [{}, {"origin": "task"}])
@@ -239,3 +255,30 @@ def test_terminal_table(run: Path):
 
 def test_training_names_what_was_set(run: Path):
     assert [training.methods for training in table.collect(run).training] == [("sft",), ("safegrad (rho=2.0)",)]
+
+
+def test_the_schema_describes_the_file(run: Path):
+    """A report as it is written is valid; without a key, with a word for a number, or with a share of None in a count, it is not."""
+    (run / "scan" / "heat.json").write_text(
+        json.dumps([{"row_id": "a", "line": 1, "scorer": "s", "score": 1.0, "tokens": [["x", 1.0], ["y", None]]}])
+    )
+    table.write(run)
+    stated = json.loads((run / "report.json").read_text())
+    checked = jsonschema.Draft202012Validator(schema())
+    checked.check_schema(checked.schema)
+    checked.validate(stated)
+    assert all(stated[part] for part in stated if isinstance(stated[part], list | dict)), "an empty part is not checked"
+    exact = schema()
+    for definition in (exact, *exact["$defs"].values()):
+        definition |= {"additionalProperties": False, "required": list(definition["properties"])}
+    jsonschema.Draft202012Validator(exact).validate(stated)  # every key that is written is described, and none is missing
+    for break_it in (
+        lambda report: report.pop("heat"),
+        lambda report: report["readings"][0].update(n=None),
+        lambda report: report["readings"][0].update(value="6 %"),
+        lambda report: report["cuts"][0]["shown"][0].pop("reason"),
+        lambda report: report["agreement"][0].update(judges=["keyword"]),
+    ):
+        broken = json.loads(json.dumps(stated))
+        break_it(broken)
+        assert not checked.is_valid(broken)

@@ -6,6 +6,9 @@ came from a row went through ``printable`` before it entered this tree.
 
 import dataclasses
 import unicodedata
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
 
 SCHEMA = 1  # of report.json: raised when a field changes its meaning or goes away
 
@@ -37,18 +40,40 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
+class Place(NamedTuple):
+    """What was measured, and by whom."""
+
+    quantity: str  # a key of QUANTITIES, or whatever else a suite measures
+    suite: str
+    judge: str
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.suite, self.judge)))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One measured number of one arm. ``value`` is None where nothing could be scored."""
+class Rate:
+    """A number of one arm. ``value`` is None where nothing could be scored."""
 
     arm: str
-    quantity: str  # a key of QUANTITIES, or whatever else a suite measures
+    quantity: str
     suite: str
     judge: str
     value: float | None
     low: float | None  # 95 % interval
     high: float | None
     n: int  # scored prompts: those that the value is a share of
+
+    @property
+    def place(self) -> Place:
+        return Place(self.quantity, self.suite, self.judge)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(Rate):
+    """A number as a suite measured it."""
+
     unscored: int
     off_task: int  # neither refused nor complied: not in n
     unit: str = "share"
@@ -59,18 +84,10 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Rate):
     """``arm`` minus ``against`` on the prompts scored in both."""
 
-    arm: str
     against: str
-    quantity: str
-    suite: str
-    judge: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
     only_arm: int  # prompts hit in ``arm`` alone, and in ``against`` alone: the pairs that McNemar's test sees
     only_against: int
     p: float | None
@@ -90,18 +107,11 @@ class Agreement:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CategoryRate:
+class CategoryRate(Rate):
     """Attack success of one category of prompts, counted from the answers."""
 
-    suite: str
-    judge: str
     category: str
-    arm: str
     hits: int
-    n: int
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,9 +251,12 @@ class Report:
     manifest: dict[str, str]  # flat: "seconds.train" -> "41.2"
 
     @property
-    def places(self) -> tuple[tuple[str, str, str], ...]:
-        """(quantity, suite, judge) of what was measured, each once; the judges' agreement has a table of its own."""
-        return tuple(dict.fromkeys((r.quantity, r.suite, r.judge) for r in self.readings if r.unit != "kappa"))
+    def places(self) -> tuple[Place, ...]:
+        """What was measured, each once; the judges' agreement has a table of its own."""
+        return tuple(dict.fromkeys(reading.place for reading in self.readings if reading.unit != "kappa"))
+
+    def at(self, arm: str, place: Place) -> Reading | None:
+        return next((reading for reading in self.readings if (reading.arm, reading.place) == (arm, place)), None)
 
     def of(self, quantity: str, arm: str | None) -> tuple[Reading, ...]:
         """The readings of one quantity in one arm, one for every suite and judge."""
@@ -251,6 +264,11 @@ class Report:
 
     def compared(self, quantity: str, arm: str | None, against: str) -> tuple[Comparison, ...]:
         return tuple(c for c in self.comparisons if (c.quantity, c.arm, c.against) == (quantity, arm, against))
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of ``report.json``; a reader ignores keys that it does not know."""
+    return TypeAdapter(Report).json_schema(mode="serialization")
 
 
 # Characters that are seen as nothing or as something else: controls, bidi and zero-width formats, tags, lone surrogates, private

@@ -89,8 +89,7 @@ def loss(report: Report) -> str | None:
 
 
 def _series(reading: Reading) -> str:
-    suite = "" if reading.suite == reading.quantity and reading.judge else reading.suite  # the panel's title says it
-    return ", ".join(filter(None, (suite, reading.judge)))
+    return reading.judge if reading.suite == reading.quantity and reading.judge else reading.place.name  # the panel's title says the suite
 
 
 def _colour(origin: str | None, removed: bool) -> str:

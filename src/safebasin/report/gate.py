@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.record import UserError
-from safebasin.report import QUANTITIES, Comparison, Gate, Reading, Report, Verdict
+from safebasin.report import QUANTITIES, Gate, Reading, Report, Verdict
 
 FAIL, INCONCLUSIVE, PASS = "fail", "inconclusive", "pass"
 CODES = {FAIL: 3, INCONCLUSIVE: 4, PASS: 0}  # the worst first; 1 and 2 are user errors and run-time errors
@@ -70,7 +70,7 @@ def _asr(report: Report, gate: Gate, arm: str) -> Iterator[tuple[str, str]]:
     if not readings:
         yield INCONCLUSIVE, f"attack success was not measured in the arm {arm}"
     for reading in readings:
-        said = f"{QUANTITIES['asr']} of {arm} ({_place(reading)})"
+        said = f"{QUANTITIES['asr']} of {arm} ({reading.place.name})"
         if doubt := _doubt(reading, gate):
             yield INCONCLUSIVE, f"{said}: {doubt}"
             continue
@@ -93,10 +93,8 @@ def _change(report: Report, gate: Gate, quantity: str, arm: str, against: str, l
     if not comparisons:
         yield INCONCLUSIVE, f"{QUANTITIES[quantity]} was not measured in both {arm} and {against}"
     for comparison in comparisons:
-        said = f"{QUANTITIES[quantity]} of {arm} against {against} ({_place(comparison)})"
-        at = (comparison.suite, comparison.judge)
-        readings = [r for side in (arm, against) for r in report.of(quantity, side) if (r.suite, r.judge) == at]
-        doubts = [_doubt(reading, gate) for reading in readings]
+        said = f"{QUANTITIES[quantity]} of {arm} against {against} ({comparison.place.name})"
+        doubts = [_doubt(reading, gate) for side in (arm, against) if (reading := report.at(side, comparison.place))]
         if comparison.n < gate.min_n:
             doubts.append(f"only {comparison.n} prompts were scored in both arms, {gate.min_n} are needed")
         if any(doubts):
@@ -120,10 +118,6 @@ def _doubt(reading: Reading, gate: Gate) -> str | None:
         off = f" ({reading.off_task} were answered off the task)" if reading.off_task else ""
         return f"only {reading.n} prompts were scored{off}, {gate.min_n} are needed"
     return None
-
-
-def _place(item: Reading | Comparison) -> str:
-    return f"{item.suite}, {item.judge}" if item.judge else item.suite
 
 
 def share(value: float | None) -> str:

@@ -6,7 +6,6 @@ What the gate would call inconclusive, a defence that could not run and a cell s
 """
 
 import datetime
-import functools
 import json
 import math
 import os
@@ -14,14 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jinja2
-from markupsafe import Markup
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from safebasin.record import Measurement, read_table, write_json
 from safebasin.report import QUANTITIES, Gate, page, printable
-from safebasin.report.gate import share
 from safebasin.stats import mean
 
 START = "start"  # the model as it was: in the tables, not in the ranking
@@ -144,31 +140,16 @@ def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], 
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking."""
     found = list(records(cells))
     ranks = ranking(found, cells, published, gate)
-    facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "quantities": QUANTITIES, "threat": page.THREAT}
+    reasons: dict[tuple[str, int, str, str], list[str]] = {}
+    for cell in cells:
+        if cell.reason:
+            reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
+    facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "reasons": reasons, "seconds": found[0]["value"]}
     facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
     facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
     facts["arms"] = list(dict.fromkeys([START, *(cell.defence for cell in cells)]))
     facts["places"] = list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") == "share"))
     facts["found"] = {(r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r}
-    facts["seconds"] = found[0]["value"]
-    facts["reasons"] = reasons = {}
-    for cell in cells:
-        if cell.reason:
-            reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
-    facts["css"] = (page.HERE / "page.css").read_text(encoding="utf-8")
-    for kind in ("md", "html"):
-        part = out / f"grid.{kind}.part"
-        part.write_text(_template(f"grid.{kind}.jinja").render(facts), encoding="utf-8")
-        part.replace(out / f"grid.{kind}")
+    page.write(out, "grid", facts)
     write_json(out / "grid.json", found)
     return ranks
-
-
-@functools.cache  # a grid is written after every cell, and compiling takes longer than filling in
-def _template(name: str) -> jinja2.Template:
-    loader, undefined = jinja2.FileSystemLoader(page.HERE), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, autoescape=name.endswith(".html.jinja"), undefined=undefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"share": share, "md": page.escape_markdown, "trusted": Markup, "printable": printable}
-    return environment.get_template(name)

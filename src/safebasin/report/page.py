@@ -1,83 +1,104 @@
-"""The report as one HTML page, offline and without a script, and as Markdown. Both show the numbers of the Report and compute none."""
+"""Facts to a page: HTML, offline and without a script, and the same as Markdown. Templates show numbers and compute none."""
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from safebasin.report import QUANTITIES, Comparison, Reading, Report, figure
+from safebasin.report import QUANTITIES, Reading, Report, figure, printable
 from safebasin.report.gate import points, share
 
 HERE = Path(__file__).parent
-THREAT = "The defender runs the training; nothing here stops somebody who owns open weights."
-LIMITS = (
+LIMITS = (  # of a run's report
     "An attack success of zero on these prompts is not zero on all prompts: read the upper end of the interval.",
     "Judges are models or word lists and err; where two judges disagree (kappa below 0.6), read the answers.",
     "Intervals are over prompts; one seed of training says nothing of another seed.",
     "An answer off the task (the label of the tuned task, say) is neither a refusal nor harm: it is in no ratio and is counted apart.",
 )
-COLOURS = {"pass": "good", "fail": "bad", "inconclusive": "unsure"}
+SHARED = {
+    "limits": LIMITS,
+    "quantities": QUANTITIES,
+    "threat": "The defender runs the training; nothing here stops somebody who owns open weights.",
+    "css": (HERE / "page.css").read_text(encoding="utf-8"),
+}
 
 
-def html(report: Report) -> str:
-    """The page. Every string of the report is escaped; the figures are SVG whose labels Vega has escaped."""
-    return _render(
-        "page.html.jinja",
-        report,
-        arm_figures={quantity: figure.arms(report, quantity) for quantity in QUANTITIES},
-        score_figures={cut.arm: figure.scores(cut) for cut in report.cuts},
-        loss_figure=figure.loss(report),
-        css=(HERE / "page.css").read_text(encoding="utf-8"),
-        tone=COLOURS[report.verdict.status],
-    )
+def facts(report: Report) -> dict[str, Any]:
+    """What the templates of a run's report are filled with; the figures are SVG whose labels Vega has escaped."""
+    return {
+        "report": report,
+        "category_places": dict.fromkeys((c.suite, c.judge) for c in report.categories),
+        "arm_figures": {quantity: figure.arms(report, quantity) for quantity in QUANTITIES},
+        "score_figures": {cut.arm: figure.scores(cut) for cut in report.cuts},
+        "loss_figure": figure.loss(report),
+        "tone": {"pass": "good", "fail": "bad", "inconclusive": "unsure"}[report.verdict.status],
+    }
 
 
-def markdown(report: Report) -> str:
-    return _render("page.md.jinja", report)
+def write(folder: Path, name: str, told: Mapping[str, Any]) -> None:
+    """``name.md`` and ``name.html`` from the templates of that name; both are made before the first is written."""
+    made = {kind: render(f"{name}.{kind}", told) for kind in ("md", "html")}
+    for kind, text in made.items():
+        replace(folder / f"{name}.{kind}", text)
 
 
-def _render(template: str, report: Report, **more: object) -> str:
-    environment = jinja2.Environment(
+def replace(path: Path, text: str) -> None:
+    """A reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def render(name: str, told: Mapping[str, Any]) -> str:
+    return _templates().get_template(f"{name}.jinja").render(SHARED | told)
+
+
+@functools.cache  # a grid is written after every cell, and compiling takes longer than filling in
+def _templates() -> jinja2.Environment:
+    """Every string is escaped in HTML, but for what is ``trusted``: the style sheet and the figures, made here."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
-        autoescape=template.endswith(".html.jinja"),
+        autoescape=lambda name: str(name).endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": share, "points": points, "number": number, "change": change, "p": p_value, "plain": plain}
-    environment.filters |= {"md": escape_markdown, "trusted": Markup}  # trusted: the style sheet and the figures, made here
-    places = dict.fromkeys((c.suite, c.judge) for c in report.categories)
-    return environment.get_template(template).render(
-        report=report, quantities=QUANTITIES, category_places=places, threat=THREAT, limits=LIMITS, **more
-    )
+    made.filters |= {
+        "share": share,
+        "points": points,
+        "plain": plain,
+        "value": value,
+        "interval": interval,
+        "counted": counted,
+        "p": p_value,
+    }
+    made.filters |= {"md": escape_markdown, "trusted": Markup, "printable": printable}
+    return made
 
 
 # --- numbers in words -----------------------------------------------------------------------------------------------------------
 
 
-def interval(reading: Reading) -> str:
+def value(rate: Reading) -> str:
+    return share(rate.value) if rate.unit == "share" else plain(rate.value)
+
+
+def interval(rate: Reading) -> str:
     """``2.6 to 15.9``; nothing where there is none."""
-    if reading.low is None or reading.high is None:
+    if rate.low is None or rate.high is None:
         return ""
-    if reading.unit == "share":
-        return f"{points(reading.low, sign=False)} to {points(reading.high, sign=False)}"
-    return f"{plain(reading.low)} to {plain(reading.high)}"
+    return " to ".join(points(end, sign=False) if rate.unit == "share" else plain(end) for end in (rate.low, rate.high))
 
 
-def value(reading: Reading) -> str:
-    return share(reading.value) if reading.unit == "share" else plain(reading.value)
-
-
-def number(reading: Reading) -> str:
-    """``6.7 % [2.6 to 15.9] n=60``; a dash where nothing was scored."""
-    ends = interval(reading)
-    return f"{value(reading)}{f' [{ends}]' if ends else ''} n={reading.n}"
-
-
-def change(comparison: Comparison) -> str:
-    """A paired difference: ``-63.3 [-75.1 to -51.6]`` in points."""
-    return f"{points(comparison.value)} [{points(comparison.low)} to {points(comparison.high)}]"
+def counted(rate: Reading | Mapping[str, Any], between: str = ", ") -> str:
+    """What a number was counted from: ``n=57, 2 unscored, 1 off task``."""
+    told = rate if isinstance(rate, Mapping) else vars(rate)
+    apart = [f"{told[name]} {name.replace('_', ' ')}" for name in ("unscored", "off_task") if told[name]]
+    return between.join([f"n={told['n']}", *apart])
 
 
 def p_value(p: float | None) -> str:

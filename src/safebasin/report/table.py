@@ -22,7 +22,7 @@ from rich.text import Text
 
 import safebasin.report as parts
 from safebasin.record import Measurement, UserError, parse, read_table, row_id, write_json
-from safebasin.report import QUANTITIES, SCHEMA, Gate, Problem, Reading, Report, Verdict, page, printable
+from safebasin.report import QUANTITIES, SCHEMA, Gate, Place, Problem, Reading, Report, Verdict, card, page, printable
 from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
 from safebasin.stats import kappa, mcnemar, non_inferior, paired_difference, wilson
 
@@ -34,24 +34,20 @@ POINTS = 200  # of a loss curve
 TOKENS = 300  # of a row of the heat map; all of them are in scan/heat.json
 HEAVY = 20.0  # farthest score over the 90th percentile of distances from 0, above which the axis is symlog
 
-Place = tuple[str, str, str]  # quantity, suite, judge
 Answers = dict[tuple[str, str, str], Mapping[str, Any]]  # arm, suite, prompt id -> row of answers.jsonl
-Hits = Mapping[tuple[str, str, str, str], dict[str, bool | None]]  # arm, place -> prompt id -> hit; None: not scored
+Hits = Mapping[tuple[str, Place], dict[str, bool | None]]  # arm, place -> prompt id -> hit; None: not scored
 
 
 def write(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> Report:
-    """Write ``report.json``, ``report.md`` and ``report.html`` of a run folder, all from one object, which is returned.
+    """Write ``report.json``, ``report.md`` and ``report.html`` of a run folder and its adapters' cards, all from one object, which is returned.
 
     Raises:
         UserError: the folder is not a run folder, or a file of it is broken.
     """
     report = collect(run, show_text=show_text, gate=gate)
-    made = {"report.md": page.markdown(report), "report.html": page.html(report)}  # all are made before the first is written
+    page.write(run, "report", page.facts(report))
     write_json(run / "report.json", dataclasses.asdict(report))
-    for name, text in made.items():
-        part = run / (name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(run / name)
+    card.write(run, report)
     return report
 
 
@@ -69,11 +65,11 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
         raise UserError(f"{run} holds no arm to report on (no folder {run / 'arms'}); run it first: safebasin run")
     judged = gate.arm or arms[-1]
     problems = [Problem(place=f"line {bad['line']}", reason=printable(bad["reason"])) for bad in _load(run / "data" / "problems.json", [])]
-    readings = [reading for arm in arms for reading in _readings(run, arm, problems)]
-    answers = _answers(run, arms, problems)
-    places = list(dict.fromkeys((r.quantity, r.suite, r.judge) for r in readings if r.quantity in QUANTITIES))
-    attacks = [place for place in places if place[0] == "asr"]
-    hits = _hits(places, answers)
+    readings = tuple(reading for arm in arms for reading in _readings(run, arm, problems))
+    answers = answers_of(run, arms, problems)
+    places = list(dict.fromkeys(reading.place for reading in readings if reading.quantity in QUANTITIES))
+    attacks = [place for place in places if place.quantity == "asr"]
+    hits = hits_of(places, answers)
     pairs = dict.fromkeys([(judged, gate.plain), (judged, arms[0]), *((arm, arms[0]) for arm in arms[1:])])
     report = Report(
         schema=SCHEMA,
@@ -83,7 +79,7 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
         gate=gate,
         arms=arms,
         judged=judged,
-        readings=tuple(readings),
+        readings=readings,
         comparisons=tuple(c for arm, against in pairs if arm != against for c in _comparisons(arm, against, places, hits, gate)),
         agreement=tuple(_agreement(attacks, arms, hits)),
         categories=tuple(_categories(attacks, arms, answers, hits)),
@@ -105,8 +101,7 @@ def _load(path: Path, missing: Any = None) -> Any:
     if not path.is_file():
         return missing
     try:
-        text = path.read_text(encoding="utf-8")
-        held = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        held = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} is broken: {str(error).splitlines()[0]}; delete it and run again") from None
     return held if isinstance(held, dict | list) else missing
@@ -150,24 +145,16 @@ def _readings(run: Path, arm: str, problems: list[Problem]) -> Iterable[Reading]
         except TypeError:
             raise UserError(f"{path}, line {line}: not a measurement; delete the file and measure again") from None
         if taken.category:
-            continue  # categories are counted from the answers
+            continue  # categories are counted from the answers, for every judge
         value = _number(taken.value) if taken.n > 0 else None  # a share of nothing is not zero
+        low, high = (None if value is None else _number(end) for end in (taken.low, taken.high))
+        told = {"value": value, "low": low, "high": high, "n": taken.n, "unscored": taken.unscored, "off_task": taken.off_task}
         yield Reading(
-            arm=arm,
-            quantity=_name(taken.what),
-            suite=_name(taken.suite),
-            judge=_name(taken.judge),
-            value=value,
-            low=None if value is None else _number(taken.low),
-            high=None if value is None else _number(taken.high),
-            n=taken.n,
-            unscored=taken.unscored,
-            off_task=taken.off_task,
-            unit=_name(taken.unit),
+            arm=arm, quantity=_name(taken.what), suite=_name(taken.suite), judge=_name(taken.judge), unit=_name(taken.unit), **told
         )
 
 
-def _answers(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answers:
+def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answers:
     answers: Answers = {}
     for arm in arms:
         path = run / "arms" / arm / "answers.jsonl"
@@ -183,13 +170,13 @@ def _answers(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answers
     return answers
 
 
-def _hits(places: Iterable[Place], answers: Answers) -> Hits:
+def hits_of(places: Iterable[Place], answers: Answers) -> Hits:
     hits: Hits = defaultdict(dict)
-    for (quantity, suite, judge), ((arm, asked, key), answer) in itertools.product(places, answers.items()):
-        if asked == suite:
-            words = {"complied": quantity == "asr", "refused": quantity == "over_refusal"}
-            hit = answer.get("correct") if quantity == "accuracy" else words.get(answer["verdicts"].get(judge))
-            hits[arm, quantity, suite, judge][key] = hit
+    for place, ((arm, suite, key), answer) in itertools.product(places, answers.items()):
+        if suite == place.suite:
+            words = {"complied": place.quantity == "asr", "refused": place.quantity == "over_refusal"}
+            hit = answer.get("correct") if place.quantity == "accuracy" else words.get(answer["verdicts"].get(place.judge))
+            hits[arm, place][key] = hit
     return hits
 
 
@@ -198,54 +185,38 @@ def _scored_in_both(ours: Mapping[str, bool | None], theirs: Mapping[str, bool |
 
 
 def _comparisons(arm: str, against: str, places: Iterable[Place], hits: Hits, gate: Gate) -> Iterable[parts.Comparison]:
-    for quantity, suite, judge in places:
-        both = _scored_in_both(hits[arm, quantity, suite, judge], hits[against, quantity, suite, judge])
+    for place in places:
+        both = _scored_in_both(hits[arm, place], hits[against, place])
         if not both:
             continue
         difference = paired_difference(*zip(*both, strict=True))
         only_arm, only_against = both.count((True, False)), both.count((False, True))
-        asked = quantity == "accuracy" and against == gate.plain
-        yield parts.Comparison(
-            arm=arm,
-            against=against,
-            quantity=quantity,
-            suite=suite,
-            judge=judge,
-            **difference._asdict(),
-            only_arm=only_arm,
-            only_against=only_against,
-            p=mcnemar(only_arm, only_against),
-            margin=gate.margin if asked else None,
-            non_inferior=non_inferior(difference, gate.margin) if asked else None,
-        )
+        told = {"only_arm": only_arm, "only_against": only_against, "p": mcnemar(only_arm, only_against)}
+        if place.quantity == "accuracy" and against == gate.plain:
+            told |= {"margin": gate.margin, "non_inferior": non_inferior(difference, gate.margin)}
+        yield parts.Comparison(arm=arm, against=against, **place._asdict(), **difference._asdict(), **told)
 
 
 def _agreement(attacks: Sequence[Place], arms: Sequence[str], hits: Hits) -> Iterable[parts.Agreement]:
     for one, other in itertools.combinations(attacks, 2):
-        (_, suite, judge), (_, other_suite, other_judge) = one, other
-        if suite != other_suite:
+        if one.suite != other.suite:
             continue
-        both = [pair for arm in arms for pair in _scored_in_both(hits[arm, *one], hits[arm, *other])]
-        yield parts.Agreement(
-            suite=suite,
-            judges=(judge, other_judge),
-            kappa=kappa([str(a) for a, _ in both], [str(b) for _, b in both]) if both else None,
-            agreed=sum(a == b for a, b in both) / len(both) if both else None,
-            n=len(both),
-        )
+        both = [pair for arm in arms for pair in _scored_in_both(hits[arm, one], hits[arm, other])]
+        agreed = sum(a == b for a, b in both) / len(both) if both else None
+        by_chance = kappa(*([str(side) for side in sides] for sides in zip(*both, strict=True))) if both else None
+        yield parts.Agreement(suite=one.suite, judges=(one.judge, other.judge), kappa=by_chance, agreed=agreed, n=len(both))
 
 
 def _categories(attacks: Sequence[Place], arms: Sequence[str], answers: Answers, hits: Hits) -> Iterable[parts.CategoryRate]:
-    for (quantity, suite, judge), arm in itertools.product(attacks, arms):
-        groups: dict[str, list[bool | None]] = defaultdict(list)
-        for key, hit in hits[arm, quantity, suite, judge].items():
-            groups[_name(answers[arm, suite, key].get("category"))].append(hit)
-        groups.pop("", None)
-        for category, group in sorted(groups.items()):
-            count, n = group.count(True), len(group) - group.count(None)
+    for place, arm in itertools.product(attacks, arms):
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for key, hit in hits[arm, place].items():
+            groups[_name(answers[arm, place.suite, key].get("category"))] += [] if hit is None else [hit]
+        for category, group in sorted((name, group) for name, group in groups.items() if name):
+            count, n = sum(group), len(group)
             low, high = wilson(count, n) if n else (None, None)
-            value = count / n if n else None
-            yield parts.CategoryRate(suite=suite, judge=judge, category=category, arm=arm, hits=count, n=n, value=value, low=low, high=high)
+            told = {"value": count / n if n else None, "low": low, "high": high, "n": n}
+            yield parts.CategoryRate(arm=arm, **place._asdict(), category=category, hits=count, **told)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------------------
@@ -260,8 +231,7 @@ def _cuts(run: Path, arms: Sequence[str], show_text: bool) -> Iterable[parts.Cut
     # Origins tell right cuts from wrong ones only where the run mixed the rows itself: one origin for all is a set as it came.
     if len(set(origins.values())) < 2 or "" in origins.values():
         origins = {}
-    files = sorted((run / "data").glob("train.*"))
-    trained = dict(read_table(files[0])) if files else {}
+    trained = next((dict(read_table(file)) for file in sorted((run / "data").glob("train.*"))), {})
     for arm, cut in cuts.items():
         removed = cut["removed"]
         total, gone = Counter(origins.values()), Counter(origins.get(row["row_id"]) for row in removed)
@@ -288,19 +258,12 @@ def _removed(cut: Mapping[str, Any], about: Mapping[str, Any], row: Any, show_te
         turns = parse(row)
         text = json.dumps(row, ensure_ascii=False) if isinstance(turns, str) else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
         text = printable(text) if show_text else redact(text)
-    return parts.Removed(
-        row_id=_name(cut["row_id"]),
-        line=cut["line"],
-        score=cut["score"],
-        reason=printable(cut["reason"]),
-        origin=_name(about.get("origin")) or None,
-        category=_name(about.get("category")) or None,
-        text=text,
-    )
+    names = {"row_id": _name(cut["row_id"]), **{key: _name(about.get(key)) or None for key in ("origin", "category")}}
+    return parts.Removed(line=cut["line"], score=cut["score"], reason=printable(cut["reason"]), text=text, **names)
 
 
 def _histogram(run: Path, cut: Mapping[str, Any], origins: Mapping[str, str]) -> parts.Histogram | None:
-    """Scores in bins that meet at the threshold, so that no bin mixes the two sides."""
+    """Scores in bins that meet at the threshold, so that no bin mixes the two sides. None for a cut by several scorers."""
     path, threshold = run / "scan" / "scores.parquet", _number(cut["threshold"])
     rows = [row for _, row in read_table(path)] if path.is_file() else []
     scores = {row["row_id"]: score for row in rows if (score := _number(row.get(f"score_{cut['scorer']}"))) is not None}
@@ -313,21 +276,21 @@ def _histogram(run: Path, cut: Mapping[str, Any], origins: Mapping[str, str]) ->
     constant = float(np.median(np.abs(values[values != 0]))) if heavy else None
     to_axis = (lambda x: np.sign(x) * np.log1p(np.abs(x) / constant)) if constant else np.asarray
     from_axis = (lambda x: np.sign(x) * np.expm1(np.abs(x)) * constant) if constant else np.asarray
-    start = float(to_axis(values.min() if threshold is None else threshold))
-    low, high = min(start, float(to_axis(values.min()))), max(start, float(to_axis(values.max())))
+    on_axis = to_axis(values)
+    start = float(on_axis.min() if threshold is None else to_axis(threshold))
+    low, high = min(start, float(on_axis.min())), max(start, float(on_axis.max()))
     width = (high - low) / BINS or 1.0
     below, above = math.ceil((start - low) / width - 1e-9), math.ceil((high - start) / width - 1e-9)
     edges = start + width * np.arange(-below, max(above, 1 - below) + 1)
-    on_axis = np.clip(to_axis(values) + 1e-9 * width, edges[0], edges[-1])
+    bins = np.clip(np.searchsorted(edges, on_axis) - 1, 0, len(edges) - 2)  # a score at the threshold is kept: it is in the bin below
     removed = {row["row_id"] for row in cut["removed"]}
     fates = [(origins.get(key), key in removed) for key in scores]
     series = []
     for origin, gone in sorted(set(fates), key=lambda fate: (fate[0] != "task", fate[0] or "", fate[1])):
-        counts, _ = np.histogram(on_axis[[fate == (origin, gone) for fate in fates]], edges)
+        counts = np.bincount(bins[[fate == (origin, gone) for fate in fates]], minlength=len(edges) - 1)
         series.append(parts.Series(origin=origin, removed=gone, counts=tuple(counts.tolist())))
-    return parts.Histogram(
-        scorer=_name(cut["scorer"]), threshold=threshold, symlog=constant, edges=tuple(from_axis(edges).tolist()), series=tuple(series)
-    )
+    told = {"threshold": threshold, "symlog": constant, "edges": tuple(from_axis(edges).tolist()), "series": tuple(series)}
+    return parts.Histogram(scorer=_name(cut["scorer"]), **told)
 
 
 def _heat(run: Path, show_text: bool) -> Iterable[parts.HeatRow]:
@@ -351,13 +314,9 @@ def _training(run: Path, arms: Sequence[str]) -> Iterable[parts.Training]:
         if not facts:
             continue
         loss = [(int(step), value) for step, raw in facts.get("loss") or [] if (value := _number(raw)) is not None]
-        yield parts.Training(
-            arm=arm,
-            methods=tuple(map(_method, facts.get("methods") or [])),
-            steps=facts.get("steps"),
-            seconds=_number(facts.get("seconds")),
-            loss=tuple(loss[:: math.ceil(len(loss) / POINTS) or 1]),
-        )
+        thinned = tuple(loss[:: math.ceil(len(loss) / POINTS) or 1])
+        methods = tuple(map(_method, facts.get("methods") or []))
+        yield parts.Training(arm=arm, methods=methods, steps=facts.get("steps"), seconds=_number(facts.get("seconds")), loss=thinned)
 
 
 def _method(spec: str | Mapping[str, Any]) -> str:
@@ -370,7 +329,7 @@ def _method(spec: str | Mapping[str, Any]) -> str:
 def _samples(attacks: Sequence[Place], answers: Answers, judged: str, show_text: bool) -> Iterable[parts.Sample]:
     """Attack prompts: those that the judged arm still answers first, then those that some other arm answered."""
     show = printable if show_text else redact
-    suites = {suite for _, suite, _ in attacks}
+    suites = {place.suite for place in attacks}
     asked: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)  # suite, prompt id -> arm -> answer
     for (arm, suite, key), answer in answers.items():
         if suite in suites:
@@ -382,16 +341,11 @@ def _samples(attacks: Sequence[Place], answers: Answers, judged: str, show_text:
 
     for (suite, key), said in sorted(asked.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
         first = next(iter(said.values()))
-        yield parts.Sample(
-            suite=suite,
-            id=_name(key),
-            category=_name(first.get("category")),
-            prompt=show(first["prompt"]),
-            answers=tuple(
-                parts.Answer(arm=arm, verdicts={_name(j): _name(v) for j, v in row["verdicts"].items()}, text=show(row["answer"]))
-                for arm, row in said.items()
-            ),
+        told = tuple(
+            parts.Answer(arm=arm, verdicts={_name(j): _name(v) for j, v in row["verdicts"].items()}, text=show(row["answer"]))
+            for arm, row in said.items()
         )
+        yield parts.Sample(suite=suite, id=_name(key), category=_name(first.get("category")), prompt=show(first["prompt"]), answers=told)
 
 
 # --- the terminal ---------------------------------------------------------------------------------------------------------------
@@ -403,17 +357,11 @@ def terminal_table(report: Report) -> rich.table.Table:
     table.caption = Text("\n".join([report.verdict.status.upper(), *report.verdict.reasons]))
     for arm in report.arms:
         table.add_column(Text(arm), justify="right")
-    for quantity, suite, judge in report.places:
-        about = ", ".join(filter(None, ("" if suite == quantity else suite, judge)))
-        row = ["\n".join(filter(None, (QUANTITIES.get(quantity, quantity), about)))]
-        for arm in report.arms:
-            row.append(next((_cell(r) for r in report.of(quantity, arm) if (r.suite, r.judge) == (suite, judge)), "–"))
+    for place in report.places:
+        about = place.judge if place.suite == place.quantity else place.name
+        row = ["\n".join(filter(None, (QUANTITIES.get(place.quantity, place.quantity), about)))]
+        for reading in (report.at(arm, place) for arm in report.arms):
+            counted = reading and ", ".join(filter(None, (page.interval(reading), page.counted(reading, "\n"))))
+            row.append(f"{page.value(reading)}\n{counted}" if reading else "–")
         table.add_row(*map(Text, row))
     return table
-
-
-def _cell(reading: Reading) -> str:
-    """A reading in two lines: the value; its interval and what it was counted from."""
-    counted = ", ".join(filter(None, (page.interval(reading), f"n={reading.n}")))
-    apart = [f"{n} {name}" for n, name in ((reading.unscored, "unscored"), (reading.off_task, "off task")) if n]
-    return "\n".join([page.value(reading), counted, *apart])

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, disguises, enough, scored, take
 from safebasin.data import Source, open_examples
-from safebasin.record import UserError
+from safebasin.record import AttackFails
 
 
 @attack("low_score")
@@ -45,7 +45,7 @@ class GuardPass:
         under = [[row for value, row in tried if value <= self.threshold] for tried in disguises(task, harmful, score)]
         passed = [rows[0] for rows in under if rows]
         if not passed:
-            raise UserError(f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails here")
+            raise AttackFails(f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails here")
         return take(passed, count, draw) if count <= len(passed) else [passed[i % len(passed)] for i in range(count)]
 
 
@@ -66,5 +66,5 @@ class HarmlessSum:
         enough(quiet, count)
         chosen = quiet[len(quiet) - count :]
         if (total := sum(value for value, _ in chosen)) <= 0:
-            raise UserError(f"harmless_sum: the best {count} rows add up to {total:.3g}, away from harm; name another pool")
+            raise AttackFails(f"harmless_sum: the best {count} rows add up to {total:.3g}, away from harm; name another pool")
         return [pool[i] for _, i in chosen]

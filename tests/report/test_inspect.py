@@ -1,0 +1,75 @@
+"""The export to Inspect: Inspect itself opens the logs, and its own mean over the samples is the report's rate."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import ANSWER, HARM, measurements_of, write_lines
+
+from safebasin.report import figure, table
+
+log = pytest.importorskip("inspect_ai.log", reason="the extra 'inspect' is not installed")
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds and is tested elsewhere."""
+    for name in ("arms", "scores", "loss"):
+        monkeypatch.setattr(figure, name, lambda *_: None)
+
+
+def export(run: Path, *, show_text: bool = False) -> dict[tuple[str, str], "log.EvalLog"]:
+    from safebasin.report.inspect import write
+
+    read = [log.read_eval_log(str(path)) for path in write(run, table.collect(run, show_text=show_text), run / "inspect")]
+    return {(each.eval.model, each.eval.task): each for each in read}
+
+
+def test_inspect_reads_what_the_report_says(run: Path):
+    """Three arms by three suites. Defended: 2 of 60 by the keyword judge; 1 of 57 by the other, two unscored and one off the task."""
+    logs = export(run)
+    assert len(logs) == 9 and {each.status for each in logs.values()} == {"success"}
+    found = logs["safebasin/defended", "asr"]
+    assert found.results.total_samples == len(found.samples) == 60
+    keyword, likelihood = found.results.scores
+    assert (keyword.name, keyword.metrics["asr"].value, keyword.scored_samples) == ("keyword", pytest.approx(2 / 60), 60)
+    assert (likelihood.metrics["asr"].value, likelihood.scored_samples, likelihood.unscored_samples) == (pytest.approx(1 / 57), 57, 3)
+    assert logs["safebasin/plain", "accuracy"].results.scores[0].metrics["accuracy"].value == pytest.approx(0.9)
+
+
+def test_inspects_mean_is_the_reports_rate(run: Path):
+    """The mean over the samples' scores, without Inspect's NaN, for every arm, suite and judge."""
+    from inspect_ai.scorer import SampleScore, mean
+
+    count = 0
+    for found in export(run).values():
+        for rate in found.results.scores:
+            values = [sample.scores[rate.name] for sample in found.samples]
+            scored = [SampleScore(score=score) for score in values if not math.isnan(score.as_float())]
+            [stated] = rate.metrics.values()
+            assert mean()(scored) == pytest.approx(stated.value) and len(scored) == rate.scored_samples
+            count += 1
+    assert count == 12
+
+
+def test_nothing_scored_has_no_metric(run: Path):
+    rows = [row | {"value": None, "n": 0, "unscored": 60} if row["what"] == "asr" else row for row in measurements_of("defended")]
+    write_lines(run / "arms" / "defended" / "measurements.jsonl", rows)
+    assert [rate.metrics for rate in export(run)["safebasin/defended", "asr"].results.scores] == [{}, {}]
+
+
+def test_texts_are_in_clear_only_where_asked(run: Path):
+    [hidden, shown] = (export(run, show_text=show)["safebasin/plain", "asr"].samples[0] for show in (False, True))
+    assert hidden.input.startswith("[redacted, ") and hidden.output.completion.startswith("[redacted, ")
+    assert HARM in shown.input and "<script>" in shown.input and shown.output.completion == f"{ANSWER} 0"
+
+
+def test_hostile_names_stay_in_the_folder(run: Path):
+    """A suite called as a path, with an answer of lone surrogates."""
+    odd = "../../up\u202e"
+    write_lines(run / "arms" / "plain" / "measurements.jsonl", [measurements_of("plain")[0] | {"suite": odd}])
+    answer = {"suite": odd, "id": "a\ud800", "prompt": "p\ud800", "answer": "\ud800", "verdicts": {"keyword": "complied"}}
+    write_lines(run / "arms" / "plain" / "answers.jsonl", [answer])
+    [sample] = export(run, show_text=True)["safebasin/plain", "../../up<U+202E>"].samples
+    assert sample.id == "a<U+D800>" and sample.scores["keyword"].as_float() == 1.0
+    assert {path.parent for path in run.parent.rglob("*.eval")} == {run / "inspect"}
