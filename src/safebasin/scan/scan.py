@@ -48,7 +48,7 @@ class Scanned(NamedTuple):
     rows: dict[str, list[float]]  # scorer -> one number a row
     tokens: dict[str, list[list[float]]]  # of the scorers that tell them: one number an answer token
     anchors: dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of rows known to be so
-    cut_short: Collection[str] = ()  # ids of rows that were scored on what fits of them
+    cut_short: Collection[str] = frozenset()  # ids of rows that were scored on what fits of them
 
 
 def scan(
@@ -181,7 +181,7 @@ class Scores(NamedTuple):
     columns: dict[str, list[float]]  # scorer -> one number a row
     tokens: dict[str, list[list[float]]]  # scorer -> one number an answer token, where it told them
     anchors: dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of rows known to be so
-    cut_short: Collection[str] = ()  # ids of rows that were scored on what fits of them
+    cut_short: Collection[str] = frozenset()  # ids of rows that were scored on what fits of them
 
     def of(self, scorer: str, examples: Sequence[Example]) -> list[float]:
         """The scores of these examples, paired by row id.
