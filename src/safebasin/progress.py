@@ -20,12 +20,12 @@ def steps(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
             task = bar.add_task(title, total=total, note="")
             yield lambda done, note: bar.update(task, completed=done, note=note)
         return
-    start = last = time.monotonic()
+    start, last, ended = time.monotonic(), time.monotonic(), False
 
     def line(done: int, note: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > 15 or done == total:
-            last = time.monotonic()
+        nonlocal last, ended
+        if time.monotonic() - last > 15 or (done == total and not ended):
+            last, ended = time.monotonic(), done == total
             took = last - start
             left = f", {took / done * (total - done):.0f} s left" if 0 < done < total else ""
             console.print(f"  {title}: {done} of {total}, {took:.0f} s{left} {note}".rstrip())

@@ -92,7 +92,9 @@ def scan(
         for name, values in told.items():
             for i, value in zip(indices, values, strict=True):
                 if isinstance(value, list):
-                    tokens.setdefault(name, [[] for _ in everything])[i] = value
+                    if name not in tokens:
+                        tokens[name] = [[] for _ in everything]
+                    tokens[name][i] = value
                 scores[name][i] = total = (math.fsum if models[name].parts == "sum" else max)(value) if isinstance(value, list) else value
                 if not math.isfinite(total):
                     raise DefenceError(f"scan.{name}: the score of row {everything[i].id} is {total}; the model is broken")
