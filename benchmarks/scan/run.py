@@ -174,7 +174,7 @@ def by_ghost(loaded: Loaded, rows: Sequence[Encoded], anchors: dict[str, list[En
     return found
 
 
-def speed(data: Path, records: Records, count: int, turns_: int) -> None:
+def speed(data: Path, records: Records, count: int, turns_: int, sets: Sequence[str]) -> None:
     loaded = load("builtin:smollm2-aligned")
     anchors = {"probe": encoded(loaded, rows_of("refusals")[:100], "probe")}
     told = pools(data, count)
@@ -188,7 +188,7 @@ def speed(data: Path, records: Records, count: int, turns_: int) -> None:
         "ghost": lambda rows: by_ghost(loaded, rows, anchors, 0.25),
         "ghost.all_layers": lambda rows: by_ghost(loaded, rows, anchors, 1.0),
     }
-    for name in ("ag_news", "alpaca"):
+    for name in sets:
         rows = encoded(loaded, told[name][: count * 9 // 10] + told["advbench"][: count // 10], name)
         tuned = load("builtin:smollm2-aligned")
         model = fresh_adapter(tuned.model, ADAPTER, 0)
@@ -276,6 +276,7 @@ def main() -> None:
     ask.add_argument("--part", choices=("speed", "found"), help="only this one")
     ask.add_argument("--count", type=int, default=100, help="rows a pool")
     ask.add_argument("--turns", type=int, default=3)
+    ask.add_argument("--sets", nargs="+", choices=("ag_news", "alpaca"), default=("ag_news", "alpaca"), help="that speed is measured on")
     ask.add_argument("--model", default="builtin:smollm2-aligned")
     ask.add_argument("--label", default="", help="what the records of another model begin with, such as qwen.; with it --keep of its own")
     ask.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
@@ -284,7 +285,7 @@ def main() -> None:
     keep_memory()
     records = Records(HERE / "results.json")
     if given.part != "found":
-        speed(given.data, records, 2 * given.count, given.turns)
+        speed(given.data, records, 2 * given.count, given.turns, given.sets)
     if given.part != "speed":
         found(given.data, records, given.count, given.keep, given.model, given.label, given.scorers)
 
