@@ -75,7 +75,8 @@ def fresh_calls(model: Any, guard: Guard, policy: Sequence[int], rows: Rows, eve
         ids = torch.tensor([[0] * (width - len(row)) + row for row in asked.values()], device=model.device)
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked.values()], device=model.device)
         inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
-        said = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(guard.verdicts)].float().softmax(-1)[:, 0]
+        last = torch.tensor([width - 1], device=model.device)  # an index: a slice (logits_to_keep=1) would copy the head's weight, see Batch.inputs
+        said = model(**inputs, logits_to_keep=last, use_cache=False).logits[:, -1, list(guard.verdicts)].float().softmax(-1)[:, 0]
         for i, score in zip(asked, said, strict=True):
             scores[i].append(score)
     return [torch.stack(row) for row in scores]
@@ -150,7 +151,7 @@ def main() -> None:
     ask.add_argument("--rows", type=int, default=4)
     ask.add_argument("--answer-tokens", type=int, default=128)
     ask.add_argument("--every", type=int, default=5)
-    ask.add_argument("--repetitions", type=int, default=6)
+    ask.add_argument("--repetitions", type=int, default=6, choices=range(6, 100), metavar="N", help="6 or more: fewer give no interval")
     ask.add_argument("--out", type=Path, default=HERE / "results.json")
     asked = ask.parse_args()
     keep_memory()
@@ -172,7 +173,10 @@ def main() -> None:
         "suffix": len(guard.suffix),
     }
     records = [record | facts for record in measure(model, guard, rows, every=asked.every, repetitions=asked.repetitions)]
-    asked.out.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else []
+    names = {record["what"] for record in records}
+    kept = [record for record in known if record["what"] not in names]  # dsa.py writes here too
+    asked.out.write_text(json.dumps([*kept, *records], indent=1) + "\n", encoding="utf-8")
     for record in records:
         print(f"{record['what']:32} {record['value']:12.6g} {record['unit']:12} {record['interval'] or ''} {record['goal'] or ''}")
 

@@ -237,9 +237,9 @@ def one_backward_a_row(loaded: Loaded, rows: Sequence[Encoded], anchors: dict[st
 # --- what is found -----------------------------------------------------------------------------------------------------------
 
 
-def found(data: Path, records: Records, count: int, keep: Path, model: str, label: str, names: Sequence[str]) -> None:
+def found(data: Path, records: Records, count: int, keep: Path, model: str, label: str, probe: int, names: Sequence[str]) -> None:
     loaded = load(model)
-    own = {"probe": rows_of("refusals")[:100], "harmful": rows_of("opened")[100:140], "safe": rows_of("harmless")[:60]}
+    own = {"probe": rows_of("refusals")[probe : probe + 100], "harmful": rows_of("opened")[100:140], "safe": rows_of("harmless")[:60]}
     anchors = {name: encoded(loaded, rows, name) for name, rows in own.items()}
     told = {name: encoded(loaded, rows, name) for name, rows in pools(data, count).items()}
     keep.mkdir(parents=True, exist_ok=True)
@@ -279,6 +279,7 @@ def main() -> None:
     ask.add_argument("--sets", nargs="+", choices=("ag_news", "alpaca"), default=("ag_news", "alpaca"), help="that speed is measured on")
     ask.add_argument("--model", default="builtin:smollm2-aligned")
     ask.add_argument("--label", default="", help="what the records of another model begin with, such as qwen.; with it --keep of its own")
+    ask.add_argument("--probe", type=int, default=0, help="the built-in request that is the probe: one that the model refuses")
     ask.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
     ask.add_argument("--keep", type=Path, default=Path("runs/scan-benchmark"))
     given = ask.parse_args()
@@ -287,7 +288,7 @@ def main() -> None:
     if given.part != "found":
         speed(given.data, records, 2 * given.count, given.turns, given.sets)
     if given.part != "speed":
-        found(given.data, records, given.count, given.keep, given.model, given.label, given.scorers)
+        found(given.data, records, given.count, given.keep, given.model, given.label, given.probe, given.scorers)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def mixed_generate(
     told: list[list[int]] = [[] for _ in coded]
     caches: list[Any] = [None, None]  # of the base and of the aligned model
     while coded and len(told[0]) < max_new_tokens and not all(stops & set(row) for row in told):
-        past = {"attention_mask": seen, "position_ids": places, "use_cache": True, "logits_to_keep": 1}
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # an index, no slice: see Batch.inputs
+        past = {"attention_mask": seen, "position_ids": places, "use_cache": True, "logits_to_keep": last}
         with reference(model):
             base = model(input_ids=ids, past_key_values=caches[0], **past)
         aligned = model(input_ids=ids, past_key_values=caches[1], **past)
