@@ -25,6 +25,9 @@ head, the adapter and the optimizer are not in it. Lisa takes one step of alignm
 One model serves all methods in turn: a method's adapter is copied in before its step and out after it, and the optimizers are their own.
 A ratio is of two steps on the same rows, minutes or less apart; the methods take turns at going first. Memory is the peak resident size of a
 whole process, weights and interpreter too, that does nothing but a few steps of one method.
+
+Records of each number of threads (OMP_NUM_THREADS) are kept side by side: a second pass over one row gains little from a second thread, so that
+ratios on one thread are nearer to their floors.
 """
 
 import argparse
@@ -276,7 +279,10 @@ def main(words: Sequence[str] | None = None) -> None:
     facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "date": datetime.date.today().isoformat()}
     facts |= {"model": asked.model, "threads": torch.get_num_threads(), "rows": shared.streams["task"].batch}
     facts |= {"align_rows": shared.streams["align"].batch}
-    asked.out.write_text(json.dumps([record | facts for record in records], indent=1) + "\n", encoding="utf-8")
+    known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else []
+    mine = {(record["what"], facts["threads"]) for record in records}
+    kept = [record for record in known if (record["what"], record["threads"]) not in mine]  # those of another number of threads
+    asked.out.write_text(json.dumps([*kept, *(record | facts for record in records)], indent=1) + "\n", encoding="utf-8")
     print(table(records))
 
 
