@@ -41,6 +41,7 @@ def main() -> None:
     if given.data:
         override({name: str(given.data / file) for name, file in SETS.items()})
     target, records = ROOT / "benchmarks" / given.which, []
+    target.mkdir(parents=True, exist_ok=True)
     for name in GRIDS[given.which]:
         grid, out = read(ROOT / "recipes" / f"{name}.yaml"), given.runs / name
         only = [attack for attack in given.only if attack in grid.attacks]
