@@ -43,7 +43,7 @@ def runs(tmp_path, monkeypatch, scores, anchors, few=0, hits=30, scored=100):
             right = 90 if len(kept) >= few else hits
             told = {"asr": 1.0 if max(kept) > 50 else 0.02, "accuracy": right / 100}
             (self.out / "arms" / arm).mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"what": what, "value": value, "category": "", "n": scored, "unscored": 0}) for what, value in told.items()]
+            lines = [json.dumps({"what": what, "value": value, "category": "", "n": scored, "unscored": 0, "off_task": 0}) for what, value in told.items()]
             (self.out / "arms" / arm / "measurements.jsonl").write_text("\n".join(lines))
             write_table(self.out / "arms" / arm / "answers.jsonl", [{"suite": "accuracy", "id": str(i), "correct": i < right} for i in range(100)])
 

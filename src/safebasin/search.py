@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from safebasin.config import Cut, Run
 from safebasin.pipeline import Pipeline
 from safebasin.record import DefenceError, UserError, write_json
+from safebasin.report.grid import decides_nothing
 from safebasin.scan.cut import find_threshold
 from safebasin.scan.scan import read_scores
 from safebasin.stats import non_inferior, paired_difference
@@ -99,8 +100,7 @@ def _measured(pipeline: Pipeline, arm: str, threshold: float | None, kept: int) 
     lines = (pipeline.out / "arms" / arm / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row["category"]]
     asr, accuracy = ([row["value"] for row in rows if row["what"] == what] for what in ("asr", "accuracy"))
-    gate = pipeline.gate
-    thin = [row for row in rows if row["what"] == "asr" and (row["n"] < gate.min_n or row["unscored"] > gate.max_unscored * (row["n"] + row["unscored"]))]
+    thin = [row for row in rows if row["what"] == "asr" and decides_nothing(row | {"seeds": (0,)}, pipeline.gate)]
     if not asr or not accuracy or None in asr + accuracy or thin:
         raise DefenceError(f"{arm}: the search decides by asr and accuracy, and one of them could not be measured; see its answers.jsonl")
     return Round(arm, threshold, kept, max(asr), accuracy[0], "unsafe")
