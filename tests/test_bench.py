@@ -113,6 +113,23 @@ def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
     assert [(rank.defence, rank.worst, rank.attack) for rank in ranks] == [("steady", 0.5, "explicit"), ("plain", 0.9, "benign")]
 
 
+def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
+    """steady loses 10 points in one seed of one attack and none in three others: -2.5, and the pairs are of one attack and seed."""
+    stub.said["benign", "steady"] = [of("asr", 45, 50, judge="keyword"), of("asr", 5, 50, judge="classifier"), of("accuracy", 40, 50)]
+    stub.said["explicit", "steady", 1] = [of("asr", 0, 50, judge="keyword"), of("accuracy", 35, 50)]
+    ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
+    assert ranks["steady"].judges == {"keyword": (0.9, "benign"), "classifier": (0.1, "benign")}
+    value, (low, high) = ranks["steady"].against_plain
+    assert value == pytest.approx(-0.025) and low == pytest.approx(-0.025 - 3.18245 * 0.05 / 2) and high > 0
+    assert ranks["plain"].against_plain is None
+    record = next(r for r in json.loads((tmp_path / "out" / "grid.json").read_text()) if r["what"] == "explicit.steady.accuracy")
+    assert record["against_plain"] == {"0": 0.0, "1": pytest.approx(-0.1)}
+    page, marked = ((tmp_path / "out" / f"grid.{kind}").read_text() for kind in ("html", "md"))
+    assert "10.0 %" in page and "-2.5" in page.replace("−", "-") and "-2.5" in marked.replace("−", "-")
+    rows = marked[marked.index("| rank |") :].split("\n\n")[0].splitlines()
+    assert len(rows) == 4 and {row.count("|") for row in rows} == {11}
+
+
 def test_ties_go_to_accuracy(stub, tmp_path):
     stub.said |= {(a, "steady"): [of("asr", 0, 50, judge="keyword"), of("accuracy", 49, 50)] for a in ("explicit", "benign")}
     ranks = bench(grid_of(tmp_path), tmp_path / "out")

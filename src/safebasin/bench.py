@@ -49,6 +49,11 @@ class Grid:
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
 
     @property
+    def plain(self) -> str | None:
+        """The defence that is plain tuning, if there is one."""
+        return next((name for name, each in self.defences.items() if each.train == ("sft",) and not each.cut), None)
+
+    @property
     def published(self) -> dict[str, Published]:
         return {name: each.published for name, each in self.defences.items() if each.published}
 
@@ -121,7 +126,7 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
         """How cells ended, and the grid as it is now known."""
         ended = {arm: {"digest": _key(pipeline.config, arm), "outcome": outcome, "reason": reason} for arm in arms}
         write_json(pipeline.out / "cells.json", _known(pipeline.out) | ended)
-        return write(out, list(cells(whole, out)), grid.published, pipeline.gate)
+        return write(out, list(cells(whole, out)), grid.published, pipeline.gate, grid.plain)
 
     for pipeline in made:
         try:

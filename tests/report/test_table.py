@@ -112,6 +112,19 @@ def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
         assert (below, sum(series.counts)) == ((0, 1) if series.removed else (3, 3))
 
 
+def test_a_cut_by_several_scorers_shows_the_score_that_they_made(run: Path):
+    """Scores -0.5, -0.1 and 0.4 around the threshold 0, whatever the scan's own table holds."""
+    ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:3]]
+    pyarrow.parquet.write_table(pyarrow.table({"row_id": ids, "score": [-0.5, -0.1, 0.4]}), run / "cut" / "defended" / "scores.parquet")
+    cut = json.loads((run / "cut" / "defended" / "cut.json").read_text())
+    told = {"scorer": "gradshield, dsa", "threshold": 0.0, "removed": [{**cut["removed"][0], "row_id": ids[2]}]}
+    (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | told))
+    histogram = table.collect(run).cuts[0].histogram
+    assert histogram is not None and histogram.scorer == "gradshield, dsa" and histogram.threshold == 0
+    assert (min(histogram.edges), max(histogram.edges)) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.4, abs=0.05))
+    assert {(series.removed, sum(series.counts)) for series in histogram.series} == {(False, 2), (True, 1)}
+
+
 @pytest.mark.parametrize("origin", [{}, {"origin": "task"}])
 def test_unknown_origins_stay_unknown(run: Path, origin: dict[str, str]):
     """A set as it came has no origins, or one for all: a cut row is then neither right nor wrong."""

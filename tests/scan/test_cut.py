@@ -196,6 +196,7 @@ def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
         return
     result = cut(rows, table, ["one", "two"])
     assert result.kept == [row for row, kept in zip(rows, both, strict=True) if kept] and result.threshold == 0
+    assert list(result.scores) == [row.id for row in rows] and {r.example.id: r.score for r in result.removed}.items() <= result.scores.items()
     with pytest.raises(UserError, match="several scorers"):
         cut(rows, table, ["one", "two"], 1.0)
 
@@ -208,6 +209,18 @@ def test_the_score_of_a_cut_by_several_is_the_worst_in_steps_from_safe_to_harmfu
     table = Scores(["0", "1"], [0, 1], {"one": [0.0, 20.0], "two": [20.0, 100.0]}, {}, known)
     (gone,) = cut(rows, table, ["one", "two"]).removed
     assert gone.example.id == "1" and gone.score == pytest.approx(0.5)
+
+
+def test_only_a_score_that_several_made_is_written(tmp_path):
+    file, rows = examples(tmp_path, 3)
+    known = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
+    table = Scores([r.id for r in rows], [r.line for r in rows], {"one": [0.0, 20.0, 0.0], "two": [20.0, 100.0, 0.0]}, {}, known)
+    for scorer, there in (("one", False), (["one", "two"], True)):
+        folder = tmp_path / str(there)
+        write_cut(folder, file, cut(rows, table, scorer), scorer)
+        assert (folder / "scores.parquet").is_file() == there
+    told = {row["row_id"]: row["score"] for _, row in read_table(folder / "scores.parquet")}
+    assert told == {rows[0].id: pytest.approx(-0.4), rows[1].id: pytest.approx(0.5), rows[2].id: pytest.approx(-0.5)}
 
 
 def test_what_the_user_can_mend(tmp_path):

@@ -2,7 +2,9 @@
 
     worst(d) = max over attacks, suites and judges of ASR;    order by  (attacks not known, worst(d), - mean accuracy over attacks)
 
-What the gate would call inconclusive, a defence that could not run and a cell still to do are not known: never a zero.
+What the gate would call inconclusive, a defence that could not run and a cell still to do are not known: never a zero. Judges may disagree
+(a list of phrases reads a refusal in other words as compliance), so each judge's own worst stands beside it. What a defence costs the task is
+told against plain tuning, pair by pair of one attack and seed.
 """
 
 import datetime
@@ -22,6 +24,7 @@ from safebasin.stats import mean
 
 START = "start"  # the model as it was: in the tables, not in the ranking
 MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "could not run"
+TASK = ("accuracy", "token_accuracy")  # quantities of what the user tunes for
 Record = dict[str, Any]  # of grid.json
 
 
@@ -48,7 +51,9 @@ class Rank(NamedTuple):
     defence: str
     worst: float | None  # None: nothing is known
     attack: str  # under which
+    judges: dict[str, tuple[float, str]]  # the worst by each judge, and under which attack
     accuracy: float | None  # mean over attacks
+    against_plain: tuple[float, tuple[float, float] | None] | None  # accuracy less plain tuning's: mean and interval over pairs of attack and seed
     over_refusal: float | None  # the worst
     missing: tuple[str, ...]  # attacks under which attack success is not known
     published: Published | None
@@ -99,6 +104,16 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
             yield {"what": ".".join(filter(None, (attack, arm, named, judge)))} | about | told
 
 
+def against(found: Sequence[Record], plain: str | None) -> None:
+    """Write into every record of the task its differences to plain tuning, seed by seed."""
+    told = {(r["attack"], r["suite"], r["quantity"]): r["seeds"] for r in found if r["defence"] == plain and r["quantity"] in TASK}
+    for record in found:
+        if record["quantity"] in TASK and record["defence"] not in (START, plain) and record["value"] is not None:
+            base = told.get((record["attack"], record["suite"], record["quantity"]), {})
+            pairs = {seed: (value, base.get(seed)) for seed, value in record["seeds"].items()}
+            record["against_plain"] = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
+
+
 def average(values: Sequence[float | None]) -> float | None:
     """Of what is known."""
     known = [value for value in values if value is not None]
@@ -124,10 +139,15 @@ def ranking(found: Sequence[Record], cells: Sequence[Cell], published: Mapping[s
         doubted = [a for a, its in asr.items() if not its or (a, defence) in failed or any(decides_nothing(r, gate) for r in its)]
         known = {attack: max(values) for attack, its in asr.items() if (values := [r["value"] for r in its if r["value"] is not None])}
         worst, told = max(known, key=known.__getitem__, default=""), published.get(defence)
-        accuracy, refused = ([r["value"] for r in mine if r["quantity"] == what] for what in ("accuracy", "over_refusal"))
+        judged: dict[str, tuple[float, str]] = {}
+        for value, judge, attack in sorted((r["value"], r["judge"], a) for a, its in asr.items() for r in its if r["value"] is not None):
+            judged[judge] = (value, attack)  # the last is the largest
+        lost = [value for r in mine for value in r.get("against_plain", {}).values()]
+        beside = None if not lost else (lost[0], None) if len(lost) == 1 else mean(lost)
+        accuracy, refused = ([r["value"] for r in mine if r["quantity"] in what] for what in (TASK, ("over_refusal",)))
         refusal = max((value for value in refused if value is not None), default=None)
         ours = known.get(told.attack) if told else None
-        ranks.append(Rank(defence, known.get(worst), worst, average(accuracy), refusal, tuple(doubted), told, ours))
+        ranks.append(Rank(defence, known.get(worst), worst, judged, average(accuracy), beside, refusal, tuple(doubted), told, ours))
     return sorted(ranks, key=lambda r: (len(r.missing), math.inf if r.worst is None else round(r.worst, 6), -(r.accuracy or 0.0)))
 
 
@@ -136,15 +156,17 @@ def decides_nothing(record: Record, gate: Gate) -> bool:
     return record["value"] is None or record["n"] < gate.min_n * len(record["seeds"]) or record["unscored"] > gate.max_unscored * prompts
 
 
-def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate) -> list[Rank]:
-    """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking."""
+def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None) -> list[Rank]:
+    """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking. ``plain``: the defence that is plain tuning."""
     found = list(records(cells))
+    against(found, plain)
     ranks = ranking(found, cells, published, gate)
     reasons: dict[tuple[str, int, str, str], list[str]] = {}
     for cell in cells:
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
     facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "reasons": reasons, "seconds": found[0]["value"]}
+    facts["judges"] = list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges)))
     facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
     facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
     facts["arms"] = list(dict.fromkeys([START, *(cell.defence for cell in cells)]))

@@ -246,7 +246,7 @@ def _cuts(run: Path, arms: Sequence[str], show_text: bool) -> Iterable[parts.Cut
             removed=len(removed),
             origins=tuple(parts.OriginCount(origin=name, rows=total[name], removed=gone[name]) for name in sorted(total)) or None,
             false_share=gone["task"] / total["task"] if total["task"] else None,
-            histogram=_histogram(run, cut, origins),
+            histogram=_histogram(run, arm, cut, origins),
             shown=tuple(_removed(row, about.get(row["row_id"], {}), trained.get(row["line"]), show_text) for row in worst),
         )
 
@@ -262,11 +262,13 @@ def _removed(cut: Mapping[str, Any], about: Mapping[str, Any], row: Any, show_te
     return parts.Removed(line=cut["line"], score=cut["score"], reason=printable(cut["reason"]), text=text, **names)
 
 
-def _histogram(run: Path, cut: Mapping[str, Any], origins: Mapping[str, str]) -> parts.Histogram | None:
-    """Scores in bins that meet at the threshold, so that no bin mixes the two sides. None for a cut by several scorers."""
-    path, threshold = run / "scan" / "scores.parquet", _number(cut["threshold"])
+def _histogram(run: Path, arm: str, cut: Mapping[str, Any], origins: Mapping[str, str]) -> parts.Histogram | None:
+    """Scores in bins that meet at the threshold, so that no bin mixes the two sides. A cut by several scorers made a score of its own."""
+    threshold = _number(cut["threshold"])
+    joined, single = run / "cut" / arm / "scores.parquet", run / "scan" / "scores.parquet"
+    path, column = (joined, "score") if joined.is_file() else (single, f"score_{cut['scorer']}")
     rows = [row for _, row in read_table(path)] if path.is_file() else []
-    scores = {row["row_id"]: score for row in rows if (score := _number(row.get(f"score_{cut['scorer']}"))) is not None}
+    scores = {row["row_id"]: score for row in rows if (score := _number(row.get(column))) is not None}
     if not scores:
         return None
     values = np.array(list(scores.values()))

@@ -153,6 +153,7 @@ class Cut(NamedTuple):
     removed: list[Removed]
     threshold: float
     estimator: str  # "given" where the threshold was
+    scores: Mapping[str, float] | None = None  # by row, where several scorers made one; that of a single scorer stands in the scan
 
 
 def cut(
@@ -187,7 +188,8 @@ def cut(
         raise UserError(f"the threshold {value:g} cuts all {len(x)} rows (lowest score {x.min():g}); raise it")
     reason = f"score above the threshold {value:.6g} ({name})"
     removed = [Removed(e, score, reason) for e, score in zip(examples, x.tolist(), strict=True) if score > value]
-    return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name)
+    joined = {e.id: score for e, score in zip(examples, x.tolist(), strict=True)} if len(names) > 1 else None
+    return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name, joined)
 
 
 def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
@@ -200,7 +202,10 @@ def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
 
 
 def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Sequence[str]) -> Path:
-    """Write the kept rows, as they came and in the format of ``source``, beside cut.json; the path of the rows is returned."""
+    """Write the kept rows, as they came and in the format of ``source``, beside cut.json; the path of the rows is returned.
+
+    The score that several scorers made goes to scores.parquet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     suffixes = Path(source).suffixes
     path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
@@ -208,5 +213,7 @@ def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Seque
     removed = [{"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
     facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
+    if result.scores is not None:
+        write_table(folder / "scores.parquet", [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()])
     write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
     return path
