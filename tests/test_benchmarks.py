@@ -90,10 +90,16 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
         assert record["interval"][0] <= record["value"] <= record["interval"][1]
     assert records["sft.step_ratio"]["value"] == 1
     assert len(capsys.readouterr().out.splitlines()[-16:]) == 16  # a line a method under two of heading
+    bench.main([*words, "--accumulation", "2", "--only", "spard"])
+    again = json.loads(out.read_text())
+    assert again[: len(records)] == list(records.values())  # of other batches, and kept
+    assert [(record["what"], record["rows"]) for record in again[len(records) :]] == [
+        (what, 2 * record["rows"]) for what in ("sft.seconds", "sft.step_ratio", "spard.step_ratio")
+    ]
 
 
 def test_memory_is_of_a_process_of_its_own(folders, monkeypatch):
-    asked = argparse.Namespace(model=folders["aligned"], base=folders["base"], repetitions=2)
+    asked = argparse.Namespace(model=folders["aligned"], base=folders["base"], repetitions=2, accumulation=1)
     assert bench.peak("star_dss", asked) > 100  # torch alone takes more
     sizes = iter([100, 150, 110, 200, 260, 200])
     monkeypatch.setattr(bench, "peak", lambda name, asked: next(sizes))
