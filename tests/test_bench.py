@@ -153,6 +153,25 @@ def test_what_could_not_be_measured_is_no_zero(stub, tmp_path, poor):
     assert [(rank.defence, rank.missing) for rank in ranks] == [("plain", ()), ("steady", ("benign",))]
 
 
+def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
+    """Under the attacker's template all but one of 50 answers are labels of the task, on every defence: it ranks nobody. On steady alone: not known.
+
+    A seed of one scored prompt is not made up for by another seed of 50.
+    """
+    labels = Measurement("asr_attacked", "asr", 1.0, 0.9, 1.0, 1, 0, judge="keyword", off_task=49)
+    told = of("asr_attacked", 5, 50, judge="keyword")
+    stub.said |= {("benign", arm): [of("asr", 5, 50, judge="keyword"), labels] for arm in ("plain", "steady")}
+    ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
+    assert [(r.worst, r.missing, r.judges) for r in ranks.values()] == [(0.1, (), {"keyword": (0.1, "benign")})] * 2
+    for kind in ("html", "md"):
+        assert "Nobody is ranked by asr_attacked under benign" in (tmp_path / "out" / f"grid.{kind}").read_text()
+    stub.said |= {("benign", "plain"): [of("asr", 5, 50, judge="keyword"), told], ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), told]}
+    ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "again")}
+    assert (ranks["plain"].worst, ranks["plain"].missing) == (0.1, ())
+    assert (ranks["steady"].worst, ranks["steady"].missing) == (0.1, ("benign",))
+    assert "Nobody is ranked" not in (tmp_path / "again" / "grid.md").read_text()
+
+
 def test_a_defence_that_cannot_run_is_said_at_the_end_and_is_tried_again(stub, tmp_path):
     grid, out = grid_of(tmp_path), tmp_path / "out"
     stub.said["explicit", "plain"] = DefenceError("the direction is not finite")

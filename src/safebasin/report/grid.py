@@ -2,7 +2,8 @@
 
     worst(d) = max over attacks, suites and judges of ASR;    order by  (attacks not known, worst(d), - mean accuracy over attacks)
 
-What the gate would call inconclusive, a defence that could not run and a cell still to do are not known: never a zero. Judges may disagree
+What the gate would call inconclusive, a defence that could not run and a cell still to do are not known: never a zero, and in no maximum. A suite
+that decides nothing on any defence (answers that are only labels of the task) tells them not apart, and is asked of none. Judges may disagree
 (a list of phrases reads a refusal in other words as compliance), so each judge's own worst stands beside it. What a defence costs the task is
 told against plain tuning, pair by pair of one attack and seed.
 """
@@ -63,8 +64,8 @@ class Rank(NamedTuple):
 def records(cells: Sequence[Cell]) -> Iterator[Record]:
     """The time of all steps; one for each attack, defence, suite and judge; one without a value for each cell that has a reason instead.
 
-    The interval is over seeds, or over prompts where one seed was scored; n, unscored, off_task and seconds are sums over seeds; kappa is
-    the least of the judge's with any other.
+    The interval is over seeds, or over prompts where one seed was scored; n, unscored, off_task and seconds are sums over seeds, ``fewest`` is
+    the least n of a seed; kappa is the least of the judge's with any other.
     """
     folders = dict.fromkeys(cell.folder for cell in cells if cell.outcome == MEASURED)
     manifests = {folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders}
@@ -99,7 +100,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
             named = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
             told = {"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval}
             told |= {name: sum(getattr(m, name) for m in seeds.values()) for name in ("n", "unscored", "off_task")}
-            told |= {"unit": next(iter(seeds.values())).unit, "kappa": min(kappas, default=None)}
+            told |= {"fewest": min(m.n for m in seeds.values()), "unit": next(iter(seeds.values())).unit, "kappa": min(kappas, default=None)}
             told |= {"seeds": {seed: m.value for seed, m in seeds.items()}}
             yield {"what": ".".join(filter(None, (attack, arm, named, judge)))} | about | told
 
@@ -129,18 +130,19 @@ def over_seeds(taken: Sequence[Measurement]) -> tuple[float | None, tuple[float 
 
 
 def ranking(found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate) -> list[Rank]:
-    """Defences, the best first. An attack that was tried on one is asked of all; one that cannot be made is asked of none."""
+    """Defences, the best first. An attack that was tried on one is asked of all; one that cannot be made, or decides nothing, of none."""
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
     failed = {(cell.attack, cell.defence) for cell in cells if cell.outcome == FAILED}
-    ranks = []
+    mute, ranks = set(silent(found, gate)), []
     for defence in dict.fromkeys(cell.defence for cell in cells if cell.defence != START):
         mine = [record for record in found if record["defence"] == defence]
-        asr = {attack: [r for r in mine if (r["attack"], r["quantity"]) == (attack, "asr")] for attack in tried}
-        doubted = [a for a, its in asr.items() if not its or (a, defence) in failed or any(decides_nothing(r, gate) for r in its)]
-        known = {attack: max(values) for attack, its in asr.items() if (values := [r["value"] for r in its if r["value"] is not None])}
+        every = {a: [r for r in mine if (r["attack"], r["quantity"]) == (a, "asr") and (a, r["suite"]) not in mute] for a in tried}
+        asr = {attack: [r for r in its if not decides_nothing(r, gate)] for attack, its in every.items()}
+        doubted = [a for a, its in every.items() if not its or (a, defence) in failed or len(asr[a]) < len(its)]
+        known = {attack: max(r["value"] for r in its) for attack, its in asr.items() if its}
         worst, told = max(known, key=known.__getitem__, default=""), published.get(defence)
         judged: dict[str, tuple[float, str]] = {}
-        for value, judge, attack in sorted((r["value"], r["judge"], a) for a, its in asr.items() for r in its if r["value"] is not None):
+        for value, judge, attack in sorted((r["value"], r["judge"], a) for a, its in asr.items() for r in its):
             judged[judge] = (value, attack)  # the last is the largest
         lost = [value for r in mine for value in r.get("against_plain", {}).values()]
         beside = None if not lost else (lost[0], None) if len(lost) == 1 else mean(lost)
@@ -151,9 +153,17 @@ def ranking(found: Sequence[Record], cells: Sequence[Cell], published: Mapping[s
     return sorted(ranks, key=lambda r: (len(r.missing), math.inf if r.worst is None else round(r.worst, 6), -(r.accuracy or 0.0)))
 
 
+def silent(found: Sequence[Record], gate: Gate) -> list[tuple[str, str]]:
+    """Attacks and suites of attack success that decide nothing on any defence, where another suite of that attack decides something."""
+    asked = [r for r in found if r["quantity"] == "asr" and r["defence"] != START and "suite" in r]
+    telling = dict.fromkeys((r["attack"], r["suite"]) for r in asked if not decides_nothing(r, gate))
+    places = dict.fromkeys((r["attack"], r["suite"]) for r in asked)
+    return [(attack, suite) for attack, suite in places if (attack, suite) not in telling and attack in {a for a, _ in telling}]
+
+
 def decides_nothing(record: Record, gate: Gate) -> bool:
     prompts = record["n"] + record["unscored"] + record["off_task"]
-    return record["value"] is None or record["n"] < gate.min_n * len(record["seeds"]) or record["unscored"] > gate.max_unscored * prompts
+    return record["value"] is None or record["fewest"] < gate.min_n or record["unscored"] > gate.max_unscored * prompts
 
 
 def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None) -> list[Rank]:
@@ -166,6 +176,7 @@ def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], 
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
     facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "reasons": reasons, "seconds": found[0]["value"]}
+    facts["silent"] = silent(found, gate)
     facts["judges"] = list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges)))
     facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
     facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
