@@ -70,7 +70,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
     folders = dict.fromkeys(cell.folder for cell in cells if cell.outcome == MEASURED)
     manifests = {folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders}
     total = sum(step["seconds"] for manifest in manifests.values() for step in manifest["steps"].values())
-    yield {"what": "seconds.total", "attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "n": len(folders)}
+    yield {"what": "seconds.total", "attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s", "n": len(folders)}
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.attack, cell.defence), []).append(cell)
