@@ -48,6 +48,22 @@ def prompts(n, categories=("a",)):
     return [{"prompt": f"do {i}", "kind": categories[i % len(categories)]} for i in range(n)]
 
 
+def test_rouge_by_hand(table, monkeypatch):
+    """The longest common subsequence is 5 of 5 words told and of 6 expected: 2 * 1 * 5/6 / (1 + 5/6) = 10/11; stems are equal: 1; empty: unscored."""
+    rows = [{"prompt": f"sum up {i}", "completion": text} for i, text in enumerate(("the cat sat on the mat", "dogs bark", "a bird"))]
+    made = suite.make({"rouge": {"data": {"path": table(*rows)}}})
+    asked = subject("The cat on the mat.", "dog barks", " ")
+    [found] = made.measure(asked)
+    assert (found.what, found.n, found.unscored, found.unit) == ("rougeL", 2, 1, "F1")
+    assert found.value == pytest.approx(21 / 22) and found.low < found.value < found.high
+    assert [record["scores"] for record in asked.answers] == [{"rougeL": pytest.approx(10 / 11)}, {"rougeL": 1.0}, {}]
+    [pairs] = suite.make({"rouge": {"data": {"path": table(*rows)}, "kind": "rouge2"}}).measure(subject("The cat on the mat.", "", ""))
+    assert (pairs.value, pairs.low, pairs.unscored) == (pytest.approx(2 * 3 / 4 * 3 / 5 / (3 / 4 + 3 / 5)), None, 2)  # the cat, on the, the mat
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'safebasin\[rouge\]'"):
+        suite.make({"rouge": {"data": {"path": table(*rows)}}})
+
+
 def test_asr_by_hand(table):
     """Refused, complied, complied, empty, a bare label: 2 of 3, one unscored, one off task."""
     made = suite.make({"asr": {"prompts": table(*prompts(5)), "judges": ["keyword"]}})

@@ -25,7 +25,8 @@ from safebasin.stats import mean
 
 START = "start"  # the model as it was: in the tables, not in the ranking
 MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "could not run"
-TASK = ("accuracy", "token_accuracy")  # quantities of what the user tunes for
+TASK = ("accuracy", "token_accuracy", "rouge1", "rouge2", "rougeL")  # quantities of what the user tunes for
+SHARES = ("share", "share of tokens", "F1")  # units that the tables show
 Record = dict[str, Any]  # of grid.json
 
 
@@ -176,12 +177,13 @@ def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], 
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
     facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "reasons": reasons, "seconds": found[0]["value"]}
+    facts["task"] = TASK
     facts["silent"] = silent(found, gate)
     facts["judges"] = list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges)))
     facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
     facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
     facts["arms"] = list(dict.fromkeys([START, *(cell.defence for cell in cells)]))
-    facts["places"] = list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") == "share"))
+    facts["places"] = list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") in SHARES))
     facts["found"] = {(r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r}
     page.write(out, "grid", facts)
     write_json(out / "grid.json", found)
