@@ -100,7 +100,7 @@ def _measured(pipeline: Pipeline, arm: str, threshold: float | None, kept: int) 
     lines = (pipeline.out / "arms" / arm / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if not row["category"]]
     asr, accuracy = ([row["value"] for row in rows if row["what"] == what] for what in ("asr", "accuracy"))
-    thin = [row for row in rows if row["what"] == "asr" and decides_nothing(row | {"seeds": (0,)}, pipeline.gate)]
+    thin = [row for row in rows if row["what"] == "asr" and decides_nothing(row | {"fewest": row["n"]}, pipeline.gate)]
     if not asr or not accuracy or None in asr + accuracy or thin:
         raise DefenceError(f"{arm}: the search decides by asr and accuracy, and one of them could not be measured; see its answers.jsonl")
     return Round(arm, threshold, kept, max(asr), accuracy[0], "unsafe")
