@@ -15,7 +15,7 @@ try:
     from inspect_ai.model import ModelOutput
     from inspect_ai.scorer import Score
 except ModuleNotFoundError:
-    raise UserError("the export to Inspect needs inspect_ai, which is not installed: pip install 'safebasin[inspect]'") from None
+    raise UserError("the export to Inspect needs inspect_ai, which is not installed: it is the extra 'inspect'") from None
 
 
 def write(run: Path, report: Report, folder: Path) -> list[Path]:
