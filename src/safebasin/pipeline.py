@@ -317,13 +317,14 @@ class Pipeline:
         facts += [self.methods[name].dress(())]  # only their digest is written
         with self.folder.step(f"train.{name}", facts, [target, target.parent / "train.json"], shared=True) as needed:
             if needed:
-                self._train(name, rows_file, streams, target, target.parent / "checkpoints" / digest(facts)[:12])
+                key = digest([facts, processes().num_processes])[:12]  # a step of more processes has more rows
+                self._train(name, rows_file, streams, target, target.parent / "checkpoints" / key)
         return target
 
     def _train(self, name: str, rows_file: Path, streams: Mapping[str, Source], target: Path, checkpoints: Path) -> None:
         """Tune from the last of ``checkpoints``, whose folder is named by all that goes into the tuning: what another recipe left is removed."""
         if processes().is_main_process:
-            for old in set(checkpoints.parent.glob("*")) - {checkpoints}:
+            for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:
                 shutil.rmtree(old)
         loaded = self._load()
         examples, rows = self._rows(rows_file, loaded.tokenizer)
