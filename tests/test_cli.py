@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import tiny_model
+from tiny import LORA, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from safebasin.cli import app, guarded
 from safebasin.config import dump, parse, schema
+from safebasin.data import open_table
+from safebasin.model import fresh_adapter
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -93,9 +95,13 @@ def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, wo
         ({"arms__defended": {"train": ["asft"]}}, "needs asft.base and asft.aligned"),
         ({"arms__defended": {"train": [{"asft": {"base": "/nowhere", "aligned": "/nowhere"}}]}}, "not a folder of weights"),
         ({"train__fp16": True}, "fp16 is refused"),
-        ({"train__deepspeed": "zero.json"}, "DeepSpeed steps inside backward"),
+        ({"train__deepspeed": "zero.json"}, "DeepSpeed steps inside its own backward"),
         ({"arms__defended": {"train": ["safegrad"]}, "train__adapter__init_lora_weights": False}, "does not start fresh"),
         ({"arms__defended": {"train": ["star_dss"], "columns": {"star": "star.jsonl"}}}, "neither among scan.scorers"),
+        ({"data__task": {"path": "none.csv"}}, "no such file: none.csv"),
+        ({"data__align": {"path": "/none/rows.jsonl.gz"}}, "no such file: /none/rows.jsonl.gz"),
+        ({"measure__suites": [{"asr": {"prompts": "builtin:harmfull-test"}}]}, "no built-in set"),
+        ({"measure__suites": [{"accuracy": {"data": {"path": "some/where.csv"}}}]}, "no such file: some/where.csv"),
     ],
 )
 def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_path, capsys):
@@ -104,6 +110,26 @@ def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_pa
     assert words in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_leaves_the_hub_alone(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("safebasin.data._hub", lambda name: pytest.fail(f"{name} was fetched"))
+    for name in ("teknium/OpenHermes-2.5:train", "openai/gsm8k:main:train", "tatsu-lab/alpaca"):
+        assert run("run", recipe(data__task={"path": name}), "--out", str(tmp_path / "out"), "--dry-run") == 0
+
+
+def test_a_hub_id_may_name_a_configuration_and_a_split(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, split: asked.append((*names, split)) or [{"prompt": "p", "completion": "c"}])
+    for name in ("tatsu-lab/alpaca", "teknium/OpenHermes-2.5:train", "openai/gsm8k:main:test"):
+        assert open_table(name) == [(1, {"prompt": "p", "completion": "c"})]
+    assert asked == [("tatsu-lab/alpaca", "train"), ("teknium/OpenHermes-2.5", "train"), ("openai/gsm8k", "main", "test")]
+
+
+@pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "r.yaml", "--sed", "1"], ["gate", "a", "--seed", "x"]])
+def test_a_command_that_does_not_stand_is_the_users_error(words, capsys):
+    assert guarded(lambda: app(words, result_action="return_value", exit_on_error=False)) == 1
+    assert (said := capsys.readouterr()) and said.err + said.out
 
 
 def test_a_dry_run_counts_the_numbers_of_a_column(recipe, tmp_path, capsys):
@@ -148,6 +174,17 @@ def test_a_model_without_a_template_or_with_broken_weights(tmp_path, capsys):
         assert run("measure", "--model", str(model), "--prompts", str(prompts), "--judge", "keyword", "--out", str(tmp_path / "out")) == 1
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path, capsys):
+    """transformers would put it on its base, and tuning would put a fresh adapter in its place: the alignment in it would be gone."""
+    (prompts := tmp_path / "prompts.csv").write_text("prompt\nhello\n")
+    base = save_tiny(tmp_path / "base")
+    fresh_adapter(AutoModelForCausalLM.from_pretrained(base), LORA, seed=0).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    words = ["--model", str(tmp_path / "adapter"), "--prompts", str(prompts), "--judge", "keyword", "--out", str(tmp_path / "out")]
+    assert run("measure", *words) == 1
+    assert "is an adapter, not a model; merge it" in capsys.readouterr().err
 
 
 def test_pickled_weights_are_refused(tmp_path, capsys):

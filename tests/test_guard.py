@@ -5,16 +5,18 @@ import json
 
 import pytest
 import torch
-from aligned import BAD, GOOD, aligned_model, coded
+from aligned import BAD, GOOD, aligned_model, coded, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LORA, PAD, random_rows, tiny_model
+from tokenizers import models
+from transformers import AutoTokenizer
 
 from safebasin.batch import Batch, Encoded, collate
 from safebasin.builtin import OPENERS, rows_of
-from safebasin.guard import OPENINGS, SideGuard, base_digest, fit, hidden, own_rows
-from safebasin.model import fresh_adapter
-from safebasin.record import UserError, read_examples
+from safebasin.guard import OPENINGS, SHIPPED, SideGuard, base_digest, fit, hidden, own_rows, tokenizer_digest
+from safebasin.model import fresh_adapter, resolve
+from safebasin.record import UserError, read_examples, write_json
 from safebasin.scan import scorer
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.vector import trainable
@@ -42,7 +44,7 @@ def guard():
 
 def untrained(model, seed=0):
     torch.manual_seed(seed)
-    return SideGuard([1, 3], model.config.hidden_size, 8, base_digest(model)).eval()
+    return SideGuard([1, 3], model.config.hidden_size, 8, base_digest(model), "").eval()
 
 
 def unsafe_of(guard, *pairs):
@@ -59,7 +61,7 @@ def test_one_score_by_hand():
     at the first answer token  0 + 0.731059 + 0              = 0.731059, silu 0.493492, p = 0.620929;
     at the second              1.761594 + 0.731059 + 0.880797 = 3.373450, silu 3.261669, p = 0.963090.
     """
-    guard = SideGuard([1], 1, 1, "")
+    guard = SideGuard([1], 1, 1, "", "")
     with torch.no_grad():
         for p in guard.parameters():
             p.zero_()
@@ -195,7 +197,7 @@ def test_saved_and_loaded_it_scores_the_same_bit_for_bit(guard, tmp_path):
 
 def test_its_size_beside_smollm2():
     """576 dimensions, 4 layers: 4 (576*64 + 64) + 4 + (192*64 + 64) + (64 + 1) = 160,133 parameters; two bytes each, buffers four."""
-    guard = SideGuard([9, 15, 21, 27], 576, 64, "")
+    guard = SideGuard([9, 15, 21, 27], 576, 64, "", "")
     assert sum(p.numel() for p in guard.parameters()) == 160_133 < 500_000
 
 
@@ -206,6 +208,40 @@ def test_another_model_is_refused(guard, tmp_path):
     with pytest.raises(UserError, match=base_digest(other)):
         SideGuard.load(tmp_path / "guard", other)
     assert base_digest(fresh_adapter(tiny_model(), LORA, seed=0)) == base_digest(MODEL), "an adapter is no other model"
+
+
+def other_words():
+    """A tokenizer of as many words, two of which have changed places."""
+    words = word_tokenizer()
+    made = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = made["model"]["vocab"]
+    vocabulary["bomb"], vocabulary["cake"] = vocabulary["cake"], vocabulary["bomb"]
+    words.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    assert len(words.get_vocab()) == len(TOKENIZER.get_vocab())
+    return words
+
+
+def test_another_tokenizer_is_refused(guard, tmp_path):
+    """Of equal size, so that the model's shape does not tell; both digests are said, by the guard and by the scorer."""
+    guard.save(tmp_path / "guard")
+    loaded, other = SideGuard.load(tmp_path / "guard", MODEL), other_words()
+    assert loaded.reads(word_tokenizer()) is loaded
+    both = f"digest {tokenizer_digest(TOKENIZER)}, this tokenizer's is {tokenizer_digest(other)}"
+    for call in (lambda: loaded.reads(other), lambda: Dsa(guard=str(tmp_path / "guard")).fit(MODEL, other, {})):
+        with pytest.raises(UserError, match=both):
+            call()
+
+
+def test_a_guard_that_does_not_say_its_tokenizer_is_refused(guard, tmp_path):
+    guard.save(tmp_path / "guard")
+    write_json(tmp_path / "guard.json", {name: fact for name, fact in guard.facts.items() if name != "tokenizer"})
+    with pytest.raises(UserError, match=r"does not say which tokenizer.*train it again"):
+        SideGuard.load(tmp_path / "guard", MODEL)
+
+
+def test_the_shipped_guard_reads_the_tokenizer_of_its_model():
+    facts = json.loads(SHIPPED.with_suffix(".json").read_text(encoding="utf-8"))
+    assert facts["tokenizer"] == tokenizer_digest(AutoTokenizer.from_pretrained(resolve("builtin:smollm2-aligned")))
 
 
 def test_a_guard_that_is_not_there_or_half_there(guard, tmp_path):
@@ -229,5 +265,5 @@ def test_the_scorer_reads_a_saved_guard_and_ranks_harm_first(guard, tmp_path):
 
 def test_without_a_saved_guard_one_is_trained_here():
     fitted = Dsa(guard=None, rows=4).fit(MODEL, TOKENIZER, {})
-    assert fitted.facts["base"] == base_digest(MODEL)
+    assert fitted.facts["base"] == base_digest(MODEL) and fitted.reads(TOKENIZER) is fitted
     assert all(p.isfinite().all() for p in fitted.parameters())

@@ -148,7 +148,7 @@ def main() -> None:
     if given.safetext:
         sets["safetext"] = safetext(given.safetext)
     loaded = load(given.model)
-    guard = SideGuard.load(given.guard, loaded.model)
+    guard = SideGuard.load(given.guard, loaded.model).reads(loaded.tokenizer)
     facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": datetime.date.today().isoformat(), "model": given.model}
     records: dict[str, dict[str, Any]] = {}
 

@@ -33,6 +33,12 @@ Sets = Annotated[list[str] | None, Parameter(name="--set", help="NAME=FILE: a lo
 Changes = Annotated[list[str] | None, Parameter(name="--change", help="dotted.key=value: change a recipe.")]
 
 
+def _alone() -> None:
+    """Refuse to be one of several processes, where each would do the whole work into one folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("only run, train and scan are shared by processes; start this command without torchrun")
+
+
 def _local(sets: list[str] | None) -> None:
     from safebasin.data import override
 
@@ -47,12 +53,12 @@ def _local(sets: list[str] | None) -> None:
 def run(
     recipe: Path,
     *,
-    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/<recipe>.")] = None,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE, with --seed runs/RECIPE-SEED.")] = None,
     seed: Annotated[int | None, Parameter(help="In place of the recipe's seed.")] = None,
     set_: Sets = None,
     change: Changes = None,
     dry_run: Annotated[
-        bool, Parameter(help="Check everything that can be checked without a model, print the resolved run.", negative="")
+        bool, Parameter(help="Check everything that can be checked without a model or the network, print the resolved run.", negative="")
     ] = False,
     show_text: Annotated[bool, Parameter(help="Harmful text in clear in the report.", negative="")] = False,
     json_: Annotated[bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")] = False,
@@ -60,11 +66,12 @@ def run(
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
 
     Steps that are done already are skipped: run it again after a kill, and it goes on. The exit code says whether the run worked;
-    `safebasin gate` says whether the model passed.
+    `safebasin gate` says whether the model passed. Many processes share the scan and the tuning: `torchrun --nproc-per-node 8 -m safebasin run ...`.
     """
     from safebasin.config import dump, read
     from safebasin.pipeline import Pipeline
     from safebasin.report.table import terminal_table
+    from safebasin.run import processes
 
     _local(set_)
     changes = list(change or ()) + ([f"seed={seed}"] if seed is not None else [])
@@ -72,10 +79,13 @@ def run(
     folder = out_ or Path("runs") / (recipe.stem + (f"-{seed}" if seed is not None else ""))
     pipeline = Pipeline(config, folder)
     if dry_run:
-        pipeline.check_columns()
+        pipeline.check_files()
         out.print(dump(config), end="", markup=False)
         return 0
     report = pipeline.run(show_text=show_text)
+    processes().destroy_process_group()
+    if report is None:
+        return 0
     if json_:
         print((folder / "report.json").read_text(encoding="utf-8"))
         return 0
@@ -136,9 +146,10 @@ def scan(
     Many processes share the rows: `accelerate launch -m safebasin scan ...`.
     """
     from safebasin.config import parse
-    from safebasin.pipeline import Pipeline, processes
+    from safebasin.pipeline import Pipeline
     from safebasin.report import printable
     from safebasin.report.table import redact
+    from safebasin.run import processes
     from safebasin.scan.heat import worst as worst_of
     from safebasin.scan.scan import read_scores
 
@@ -146,9 +157,7 @@ def scan(
     sets = {"task": task, "probe": {"path": probe, "take": 100}, "max_length": max_length, "on_bad": "skip" if skip_bad else "stop"}
     tree = {"model": {"name": model}, "data": sets, "scan": {"scorers": scorers, "batch_size": batch_size}}
     pipeline, ranks = Pipeline(parse(yaml.safe_dump(tree | {"arms": {"start": {}}, "measure": {}}), "scan"), out_), processes()
-    if ranks.is_main_process:
-        pipeline.prepare()
-    ranks.wait_for_everyone()
+    pipeline.prepare()
     pipeline.scan()
     ranks.destroy_process_group()
     if not ranks.is_main_process:
@@ -197,13 +206,14 @@ def train(
     recipe: Path,
     *,
     arm: Annotated[str, Parameter(help="The arm of the recipe to tune.")],
-    out_: Annotated[Path | None, Parameter(name="--out")] = None,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder, default runs/RECIPE.")] = None,
     set_: Sets = None,
     change: Changes = None,
 ) -> int:
-    """Tune one arm of a recipe (with the scan and the cut that it needs), and measure nothing."""
+    """Tune one arm of a recipe (with the scan and the cut that it needs), and measure nothing. Processes share it as they share a run."""
     from safebasin.config import read
     from safebasin.pipeline import Pipeline
+    from safebasin.run import processes
 
     _local(set_)
     config = read(recipe, change or ())
@@ -213,7 +223,10 @@ def train(
     pipeline.prepare()
     if pipeline.scanned(arm):
         pipeline.scan()
-    out.print(f"adapter: {pipeline.train(arm)}", markup=False)
+    adapter = pipeline.train(arm)
+    processes().destroy_process_group()
+    if processes().is_main_process:
+        out.print(f"adapter: {adapter}", markup=False)
     return 0
 
 
@@ -223,7 +236,7 @@ def search(
     *,
     arm: Annotated[str, Parameter(help="The arm whose cut is searched.")] = "defended",
     rounds: Annotated[int, Parameter(help="Tunings at most, after the plain one.")] = 2,
-    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/<recipe>.")] = None,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")] = None,
     set_: Sets = None,
     change: Changes = None,
 ) -> int:
@@ -233,6 +246,7 @@ def search(
     from safebasin.search import search as rounds_of
     from safebasin.search import verdict
 
+    _alone()
     _local(set_)
     config, folder, done = read(recipe, change or ()), out_ or Path("runs") / recipe.stem, []
     for made in rounds_of(config, arm, folder, rounds=rounds):
@@ -249,13 +263,14 @@ def bench(
     only: Annotated[str, Parameter(help="Some of the attacks: explicit,trigger.")] = "",
     seeds: Annotated[str, Parameter(help="Some of the seeds: 0,1.")] = "",
     list_: Annotated[bool, Parameter(name="--list", help="Print the cells and how they ended; run nothing.", negative="")] = False,
-    out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/<grid>.")] = None,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/GRID.")] = None,
     set_: Sets = None,
 ) -> int:
     """Run a grid of attacks, defences and seeds; rank the defences by their worst attack. Run it again after a kill, and it goes on."""
     from safebasin.bench import bench as run_grid
     from safebasin.bench import cells, read
 
+    _alone()
     _local(set_)
     if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
         raise UserError(f"--seeds takes numbers with commas between them, found {seeds!r}")
@@ -302,6 +317,7 @@ def measure(
     from safebasin.model import load
     from safebasin.record import write_table
 
+    _alone()
     names = tuple(judges or ("keyword", "classifier"))
     fields = {"prompts": prompts, "column": column, "category": category, "take": take, "judges": names, "max_new_tokens": max_new_tokens}
     made = suites.make({suite: fields})
@@ -384,6 +400,8 @@ def guarded(action: Callable[[], Any]) -> int:
     """Run an action; a user's error is one line and 1, a run-time error is 2."""
     try:
         return int(action() or 0)
+    except cyclopts.CycloptsError:  # it has said what is wrong
+        return 1
     except UserError as error:
         print(f"safebasin: {error}", file=sys.stderr)
         return 1
@@ -409,4 +427,4 @@ def main() -> None:
 
     disable_progress_bar()  # of loading weights; the steps have bars of their own
     keep_memory()
-    sys.exit(guarded(lambda: app(result_action="return_value")))
+    sys.exit(guarded(lambda: app(result_action="return_value", exit_on_error=False)))

@@ -1,16 +1,17 @@
 """Sets by name: a file, a built-in set or a set of the Hub; drawn, and filled into the one form.
 
-A recipe names a public set by its Hub id and split (``fancyzhx/ag_news:train``). ``--set NAME=FILE`` puts a local copy in its place
+A recipe names a public set by its Hub id and split (``fancyzhx/ag_news:train``, ``openai/gsm8k:main:train``). ``--set NAME=FILE`` puts a local copy in its place
 (``override``): the name stays what the manifest says, the file is what is read.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safebasin.builtin import rows_of
-from safebasin.record import BadRow, Example, Rows, UserError, draw, fill, lacking, read_examples, read_table
+from safebasin.record import KINDS, BadRow, Example, Rows, UserError, draw, fill, lacking, read_examples, read_table
 
 _local: dict[str, str] = {}
 
@@ -50,18 +51,31 @@ def open_table(path: str) -> list[tuple[int, Any]]:
     path = _local.get(path, path)
     if path.startswith("builtin:"):
         return list(enumerate(rows_of(path), 1))
-    if Path(path).exists() or "/" not in path or Path(path).suffix:
-        return read_table(path)
-    return _hub(path)
+    return _hub(path) if _remote(path) else read_table(path)
+
+
+def check_file(path: str) -> None:
+    """UserError where a set is to be read from a file and the file is not there; sets of the Hub are not asked for."""
+    path = _local.get(path, path)
+    if path.startswith("builtin:"):
+        rows_of(path)
+    elif not _remote(path) and not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+
+
+def _remote(path: str) -> bool:
+    """Whether a name is a Hub id, ``owner/name``, ``owner/name:split`` or ``owner/name:configuration:split``, and no file."""
+    endings = Path(path.removesuffix(".gz")).suffix in KINDS
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}", path) is not None and not endings and not Path(path).exists()
 
 
 def _hub(name: str) -> list[tuple[int, Any]]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
-    repo, _, split = name.partition(":")
+    repo, *told = name.split(":")
     try:
-        rows = datasets.load_dataset(repo, split=split or "train")
+        rows = datasets.load_dataset(repo, *told[:-1], split=told[-1] if told else "train")
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot fetch {name!r} from the Hub ({reason}); name a local copy: --set {name}=FILE") from error

@@ -53,6 +53,11 @@ def base_digest(model: Any) -> str:
     return hashlib.blake2b(json.dumps([config.get(name) for name in CONFIG]).encode(), digest_size=8).hexdigest()
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of the vocabulary, added tokens with it: under another one the same ids are other words."""
+    return hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
+
+
 @torch.no_grad()
 def hidden(model: Any, batch: Batch, layers: Sequence[int]) -> Float[Tensor, "layers batch tokens size"]:
     """Hidden states after the named blocks of the frozen model: where there is an adapter, it is switched off."""
@@ -69,9 +74,9 @@ def hidden(model: Any, batch: Batch, layers: Sequence[int]) -> Float[Tensor, "la
 class SideGuard(nn.Module):
     """P(unsafe) at every answer token from one forward; 0.16 M parameters beside SmolLM2-135M."""
 
-    def __init__(self, layers: Sequence[int], size: int, width: int, base: str):
+    def __init__(self, layers: Sequence[int], size: int, width: int, base: str, tokenizer: str):
         super().__init__()
-        self.facts = {"layers": list(layers), "size": size, "width": width, "base": base}
+        self.facts = {"layers": list(layers), "size": size, "width": width, "base": base, "tokenizer": tokenizer}
         self.down = nn.ModuleList(nn.Linear(size, width) for _ in layers)
         self.gate = nn.Parameter(torch.zeros(len(layers)))
         self.head = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, 1))
@@ -102,15 +107,23 @@ class SideGuard(nn.Module):
 
     @classmethod
     def load(cls, stem: Path, model: Any) -> "SideGuard":
-        """The guard that was saved as ``stem``. UserError: it is not there, or it reads a model of another shape."""
+        """The guard that was saved as ``stem``, for rows that it ``reads``. UserError: it is not there, or for a model of another shape."""
         if not ((config := stem.with_suffix(".json")).is_file() and (weights := stem.with_suffix(".safetensors")).is_file()):
             raise UserError(f"no guard at {stem} (.json and .safetensors are needed); make one with scripts/guard")
         facts = json.loads(config.read_text(encoding="utf-8"))
+        if "tokenizer" not in facts:
+            raise UserError(f"the guard {stem} does not say which tokenizer's rows it reads; train it again (scripts/guard)")
         if facts["base"] != (found := base_digest(model)):
             raise UserError(f"the guard {stem} reads a model of digest {facts['base']}, this one's is {found}; train a guard for it")
         guard = cls(**facts).to(model.device).eval()
         guard.load_state_dict(safetensors.torch.load_file(weights))
         return guard
+
+    def reads(self, tokenizer: Any) -> "SideGuard":
+        """The guard, if rows come from the tokenizer that it was trained with. UserError: they do not."""
+        if self.facts["tokenizer"] != (found := tokenizer_digest(tokenizer)):
+            raise UserError(f"the guard reads a vocabulary of digest {self.facts['tokenizer']}, this tokenizer's is {found}; train one")
+        return self
 
 
 def fit(model: Any, tokenizer: Any, rows: Sequence[Example], *, depths: Sequence[float] = (0.3, 0.5, 0.7, 0.9), width: int = 64,
@@ -133,7 +146,7 @@ def fit(model: Any, tokenizer: Any, rows: Sequence[Example], *, depths: Sequence
         states |= {i: found[:, k, found.shape[2] - len(coded[i]) :].clone() for k, i in enumerate(some)}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        guard = SideGuard(layers, states[0].shape[-1], width, base_digest(model))
+        guard = SideGuard(layers, states[0].shape[-1], width, base_digest(model), tokenizer_digest(tokenizer))
         for k in range(len(layers)):
             guard.scale[k], guard.mean[k] = torch.std_mean(torch.cat([state[k] for state in states.values()]).float(), 0)
         adam = torch.optim.AdamW(guard.parameters(), lr=lr, weight_decay=0.01)

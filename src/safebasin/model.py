@@ -38,7 +38,7 @@ def load(name: str, *, dtype: str = "bfloat16", adapter: str | Path | None = Non
     Weights are read from safetensors only. On a CPU attention runs eager, which is faster there for short rows.
 
     Raises:
-        UserError: unknown name, float16, no chat template, weights that are not safetensors, not-a-number weights.
+        UserError: unknown name, an adapter, float16, no chat template, weights that are not safetensors, not-a-number weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +56,8 @@ def load(name: str, *, dtype: str = "bfloat16", adapter: str | Path | None = Non
         raise UserError(f"the model {name!r} has no chat template; use its instruct version, or save a template with its tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model, "peft_config", None):  # transformers puts it on its base: a fresh adapter would take its place and its alignment with it
+        raise UserError(f"{name!r} is an adapter, not a model; merge it into its base, save that, and name the folder")
     if adapter is not None:
         model = merge(model, adapter)
     for parameter_name, parameter in model.named_parameters():

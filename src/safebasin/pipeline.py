@@ -3,26 +3,23 @@
 data/train.*   scan/scores.parquet   cut/<arm>/   arms/<arm>/adapter/   arms/<arm>/measurements.jsonl   report.*
 """
 
-import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
 
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, conversation, poison
 from safebasin.batch import Encoded, encode_all, shorten, template_digest
 from safebasin.config import Run, digest, plain
-from safebasin.data import Source, open_examples, open_rows, open_table
+from safebasin.data import Source, check_file, open_examples, open_rows, open_table
 from safebasin.measure import suite
 from safebasin.measure.answers import Answers
 from safebasin.measure.judge import OF_ALIGNED, Judge, make_judges
@@ -33,7 +30,7 @@ from safebasin.record import BadRow, Example, Rows, UserError, file_digest, read
 from safebasin.report import Report
 from safebasin.report.gate import parse_gate
 from safebasin.report.table import write
-from safebasin.run import Folder
+from safebasin.run import Folder, processes
 from safebasin.scan import scorer
 from safebasin.scan.column import Column, from_file, keep, star
 from safebasin.scan.cut import cut as cut_rows
@@ -43,6 +40,7 @@ from safebasin.scan.scan import ANCHORS, Journal, read_scores, scan, write_score
 from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.host import Host, arguments, check_columns, check_settings, streams_of
+from safebasin.vector import trainable, whole
 
 
 def source_digests(registry: Any, specs: Iterable[Any]) -> list[str]:
@@ -50,19 +48,17 @@ def source_digests(registry: Any, specs: Iterable[Any]) -> list[str]:
     return [registry[spec if isinstance(spec, str) else next(iter(spec))].digest for spec in specs]
 
 
-def processes() -> PartialState:
-    """The processes that share a scan (``accelerate launch``, torchrun): mostly one. They may wait for one another for weeks."""
-    return PartialState(timeout=datetime.timedelta(weeks=4))
-
-
 class Pipeline:
     """One run in its folder. Built, it has checked everything that can be checked without a model.
+
+    Several processes share what a scan and a tuning cost; the first one does the rest, and the others wait.
 
     Raises:
         UserError: a method, field, set or setting that does not stand.
     """
 
     def __init__(self, config: Run, out: Path):
+        console.quiet = not processes().is_main_process
         self.config = config
         self.folder = Folder(out)
         self.out = out
@@ -102,8 +98,11 @@ class Pipeline:
         if self.methods and not config.adapter:
             raise UserError("train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)")
 
-    def check_columns(self) -> None:
-        """Columns from files against the tokens of the user's own rows: what a dry run sees beyond the recipe."""
+    def check_files(self) -> None:
+        """What a dry run sees beyond the recipe: files that are not there, columns of another length than the user's own rows."""
+        sets = [*vars(self.config.data).values(), *(getattr(made, "data", None) for made in self.suites)]
+        for path in [told.path for told in sets if isinstance(told, Source)] + [made.prompts for made in self.suites if hasattr(made, "prompts")]:
+            check_file(path)
         pairs = [(self.arms[name].columns[column], column) for name, made in self.methods.items() for column in made.needs("columns")]
         pairs = [(told, column) for told, column in pairs if told not in self.scorers]
         if not pairs or self._mixed:
@@ -256,7 +255,7 @@ class Pipeline:
         return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
 
     def scan(self) -> None:
-        """Score every row by every scorer of the run. Several processes share the rows, and the first one writes.
+        """Score every row by every scorer of the run. Processes share the rows, and the first one writes.
 
         A row longer than max_length is scored on what fits, unless an arm is tuned on it and ``on_bad`` is "stop".
         """
@@ -264,15 +263,15 @@ class Pipeline:
         target = self.out / "scan" / "scores.parquet"
         facts = [plain(config.scan), plain(config.model), source_digests(scorer, config.scan.scorers), file_digest(self.train_file)]
         facts += [[plain(source), self._origin(source)] for source in self._known().values()] + [config.data.max_length]
-        files, first = [target, target.with_name(ANCHORS), target.with_name(HEAT)], ranks.is_main_process
-        with self.folder.step("scan", facts, files) if first else contextlib.nullcontext() as needed:
-            if not broadcast_object_list([needed])[0]:
+        files = [target, target.with_name(ANCHORS), target.with_name(HEAT)]
+        with self.folder.step("scan", facts, files, shared=True) as needed:
+            if not needed:
                 return
             loaded = self._load()
             examples, rows = self._rows(self.train_file, loaded.tokenizer, short=not self.methods or config.data.on_bad == "skip")
             files[0].parent.mkdir(parents=True, exist_ok=True)
             journal = Journal(target.with_name("journal.jsonl"), digest(facts), ranks)
-            with steps("scan", len(rows)) if first else contextlib.nullcontext() as advance:
+            with steps("scan", len(rows)) as advance:
                 scanned = scan(
                     *loaded,
                     rows,
@@ -281,9 +280,9 @@ class Pipeline:
                     examples=examples,
                     batch_size=config.scan.batch_size,
                     journal=journal,
-                    progress=advance and (lambda done, _: advance(min(done * ranks.num_processes, len(rows)), "")),
+                    progress=lambda done, _: advance(min(done * ranks.num_processes, len(rows)), ""),
                 )
-            if first:
+            if ranks.is_main_process:
                 write_scores(target, examples, scanned)
                 write_json(target.with_name(HEAT), heat(loaded.tokenizer, examples, rows, scanned, self.scorers))
                 journal.clear()
@@ -305,7 +304,7 @@ class Pipeline:
         return target
 
     def train(self, name: str) -> Path | None:
-        """Tune one arm; its adapter's folder, or None for the arm that is left as it was."""
+        """Tune one arm; its adapter's folder, or None for the arm that is left as it was. Processes share the rows of a step."""
         arm = self.arms[name]
         if arm.train is None:
             return None
@@ -316,28 +315,36 @@ class Pipeline:
         facts += [self.config.data.max_length, source_digests(method, arm.train), [[plain(s), self._origin(s)] for s in streams.values()]]
         facts += [plain(arm.columns), [file_digest(path) for path in self._told(name)]]
         facts += [self.methods[name].dress(())]  # only their digest is written
-        with self.folder.step(f"train.{name}", facts, [target, target.parent / "train.json"]) as needed:
+        with self.folder.step(f"train.{name}", facts, [target, target.parent / "train.json"], shared=True) as needed:
             if needed:
-                self._train(name, rows_file, streams, target)
+                key = digest([facts, processes().num_processes])[:12]  # a step of more processes has more rows
+                self._train(name, rows_file, streams, target, target.parent / "checkpoints" / key)
         return target
 
-    def _train(self, name: str, rows_file: Path, streams: Mapping[str, Source], target: Path) -> None:
+    def _train(self, name: str, rows_file: Path, streams: Mapping[str, Source], target: Path, checkpoints: Path) -> None:
+        """Tune from the last of ``checkpoints``, whose folder is named by all that goes into the tuning: what another recipe left is removed."""
+        if processes().is_main_process:
+            for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:
+                shutil.rmtree(old)
         loaded = self._load()
         examples, rows = self._rows(rows_file, loaded.tokenizer)
         columns = {column: self._column(name, column, examples) for column in self.methods[name].needs("columns")}
         rows = [dataclasses.replace(row, columns={column: told[row.id] for column, told in columns.items()}) for row in rows]
         model = fresh_adapter(loaded.model, self.config.adapter, self.config.seed)
-        args = arguments(self.config.arguments, target.parent / "checkpoints")
+        args = arguments(self.config.arguments, checkpoints)
         dress = {"align": self.methods[name].dress}
         encoded = {"task": rows, **{s: self._encoded(source, loaded.tokenizer, dress.get(s, tuple)) for s, source in streams.items()}}
         made = streams_of(encoded, args, loaded.tokenizer.pad_token_id, self.config.align_share)
         total = args.max_steps if args.max_steps > 0 else int(made["task"].steps * args.num_train_epochs)
         with steps(f"{name}: train", total) as advance:
             host = Host(model, args, self.methods[name], made, advance=lambda loss: advance(host.state.global_step, f"loss {loss:.3f}"))
-            saved = sorted((target.parent / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
+            saved = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
             outcome = host.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
+        weights = whole(trainable(model))  # every process gathers
+        if not processes().is_main_process:
+            return
         part = target.with_name("adapter.part")
-        model.save_pretrained(part)
+        model.save_pretrained(part, state_dict=weights)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
         part.rename(target)
         facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": host.curve}
@@ -405,8 +412,8 @@ class Pipeline:
         tokenizer = self._tokenizer()
         self.folder.open(self.config, facts | {"template": template_digest(tokenizer), "data": file_digest(self.train_file)})
 
-    def run(self, *, show_text: bool = False) -> Report:
-        """All steps that are not done yet, then the report."""
+    def run(self, *, show_text: bool = False) -> Report | None:
+        """All steps that are not done yet, then the report; None where another process writes it."""
         self.prepare()
         if any(self.scanned(name) for name in self.arms):
             self._say("scan")
@@ -414,7 +421,7 @@ class Pipeline:
         for name in self.arms:
             self._say(f"arm {name}")
             self.measure(name)
-        return write(self.out, show_text=show_text, gate=self.gate)
+        return write(self.out, show_text=show_text, gate=self.gate) if processes().is_main_process else None
 
     def _say(self, what: str) -> None:
         console.print(f"[bold]{what}[/bold]")

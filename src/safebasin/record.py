@@ -94,6 +94,9 @@ def row_id(row: Mapping[str, Any]) -> str:
 # --- reading -----------------------------------------------------------------------------------------------------------------
 
 
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # and .gz of all but the last
+
+
 def read_table(path: str | Path) -> list[tuple[int, Any]]:
     """Rows of a file with their line numbers; a line that does not parse comes as a ``BadRow``.
 

@@ -2,9 +2,12 @@
 
 ``manifest.json`` holds, for each step, the digest of what went in (configuration, files, sources of methods) and its seconds. A step
 with the same digest whose artefacts stand is skipped; with another digest its artefacts are removed and made again.
+
+Several processes (torchrun, ``accelerate launch``) walk through the same steps: the first one keeps the book, and none goes on before a step is done.
 """
 
 import contextlib
+import datetime
 import json
 import platform
 import shutil
@@ -14,10 +17,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from safebasin.config import Run, digest, dump
 from safebasin.record import UserError, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "numpy")
+
+
+def processes() -> PartialState:
+    """The processes that share a run: mostly one. They may wait for one another for weeks."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=4))
 
 
 class Folder:
@@ -39,6 +51,8 @@ class Folder:
 
     def open(self, run: Run, facts: Mapping[str, Any]) -> None:
         """Write the resolved configuration and what the run stands on."""
+        if not processes().is_main_process:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "run.yaml").write_text(dump(run), encoding="utf-8")
         self.manifest["versions"] = {"safebasin": version("safebasin"), **{name: version(name) for name in PACKAGES}}
@@ -50,8 +64,18 @@ class Folder:
         write_json(self._file, self.manifest)
 
     @contextlib.contextmanager
-    def step(self, name: str, inputs: Any, artefacts: Sequence[Path]) -> Iterator[bool]:
-        """``with folder.step(...) as needed: if needed: ...``: whether there is work, and the note that it was done."""
+    def step(self, name: str, inputs: Any, artefacts: Sequence[Path], *, shared: bool = False) -> Iterator[bool]:
+        """``with folder.step(...) as needed: if needed: ...``: whether there is work, and the note that it was done.
+
+        A ``shared`` step is the work of all processes; any other is that of the first one, and the others wait.
+        """
+        ranks = processes()
+        with self._booked(name, inputs, artefacts) if ranks.is_main_process else contextlib.nullcontext(False) as needed:
+            yield broadcast_object_list([needed])[0] if shared else needed
+        ranks.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _booked(self, name: str, inputs: Any, artefacts: Sequence[Path]) -> Iterator[bool]:
         steps = self.manifest.setdefault("steps", {})
         key = digest(inputs)
         done = steps.get(name, {}).get("digest") == key and all(path.exists() for path in artefacts)

@@ -5,6 +5,7 @@ the same branch. Everything else is element by element and never leaves the shar
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from safebasin.record import DefenceError
+
+WRAPPED = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -80,7 +83,12 @@ class Vector(dict[str, Tensor]):
         return self._map(lambda tensor: torch.full_like(tensor, number))
 
 
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU with all shards gathered; every rank must ask."""
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone().contiguous() for name, t in tensors.items()}
+
+
 def trainable(model: Any) -> dict[str, Tensor]:
-    """The trainable parameters of a model by name, what DDP and activation checkpointing put into names removed."""
-    named = ((name.removeprefix("module.").replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    """The trainable parameters of a model by name, what DDP, activation checkpointing and torch.compile put into names removed."""
+    named = ((WRAPPED.sub("", name), p) for name, p in model.named_parameters())
     return {name: p for name, p in named if p.requires_grad}

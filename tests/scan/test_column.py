@@ -24,9 +24,19 @@ def test_star_by_hand():
 
 
 def test_star_of_a_probability_is_its_complement():
-    """A guard speaks of the prefix, so nothing is summed and no anchor is asked."""
+    """A guard speaks of the prefix, so nothing is summed and no anchor is needed."""
     scores = Scores(IDS[:1], [1], {"it": [0.75]}, {"it": [[0.25, 0.75, 0.5]]}, {})
     assert star(scores, "it", Dsa(), ROWS[:1]) == {IDS[0]: [0.75, 0.25, 0.5]}
+
+
+def test_star_of_a_probability_that_finds_known_harm_no_worse_is_refused():
+    """Anchors are asked where they are there, and only asked: what tells them apart is not stretched by their medians."""
+    scores = Scores(IDS[:1], [1], {"it": [0.75]}, {"it": [[0.25, 0.75, 0.5]]}, {"it": {"safe": [0.2, 0.3, 0.4], "harmful": [0.5, 0.6]}})
+    assert star(scores, "it", Dsa(), ROWS[:1]) == {IDS[0]: [0.75, 0.25, 0.5]}
+    for harmful in ([0.1, 0.2, 0.9], [0.3]):
+        known = {"it": {"safe": [0.2, 0.3, 0.4], "harmful": harmful}}
+        with pytest.raises(UserError, match=r"harmful rows \(0\.[23]\) no higher than safe ones \(0\.3\)"):
+            star(scores._replace(anchors=known), "it", Dsa(), ROWS[:1])
 
 
 def test_keep_is_what_cut_keeps():

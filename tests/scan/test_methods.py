@@ -233,3 +233,22 @@ def test_scores_on_disk(tmp_path):
     (tmp_path / "text.parquet").write_text("no table")
     with pytest.raises(UserError, match="not a Parquet file"):
         read_scores(tmp_path / "text.parquet")
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("parts", ["sum", "max"])
+def test_a_token_without_a_number_stops_the_scan(parts, place):
+    """In Python's max a number that is not one is passed over unless it comes first."""
+
+    class Broken:
+        def fit(self, model, tokenizer, anchors):
+            return None
+
+        def score(self, model, batch, fitted):
+            scores = torch.zeros(batch.mask.shape)
+            scores[:, place] = float("nan")
+            return scores
+
+    Broken.parts = parts
+    with pytest.raises(DefenceError, match="of row row1 is not finite"):
+        scan(MODEL, TOKENIZER, REFUSED[:1], {"it": Broken()}, {}, batch_size=1)

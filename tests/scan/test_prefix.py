@@ -284,7 +284,7 @@ def test_a_row_of_two_answers_is_as_bad_as_its_worst_prefix():
     row = Encoded("two", ids, (False,) * 3 + (True,) * 3 + (False,) * 3 + (True,) * 3)
     method = GuardScore(**SETTINGS)
     fitted = method.fit(MODEL, TOKENIZER, ANCHORS)
-    score = method.score(MODEL, collate([row], 0), fitted).item()
+    score = method.score(MODEL, collate([row], 0), fitted).max().item()
     policy, suffix, verdicts = fitted.guard.policy, fitted.guard.suffix, fitted.guard.verdicts
     parts = fresh(MODEL, policy, [one, [*one, *sure, *two]], [sure, sure], suffix, verdicts, 2)
     assert score == pytest.approx(1 - min(part.min().item() for part in parts), abs=1e-5)
@@ -298,7 +298,7 @@ def test_several_unsafe_verdicts():
     ids = [*fitted.guard.policy, *TOKENIZER.convert_tokens_to_ids(["make", "a", BAD[0]]), *answer, *fitted.guard.suffix]
     a, b, c = MODEL(torch.tensor([ids])).logits[0, -1, TOKENIZER.convert_tokens_to_ids(["Sure", "I", "help"])].tolist()
     whole = GuardScore(**SETTINGS | {"verdicts": ("Sure", "I cannot", "help now"), "every": 5})
-    assert whole.score(MODEL, collate(ROWS[:1], 0), fitted).item() == pytest.approx(
+    assert whole.score(MODEL, collate(ROWS[:1], 0), fitted).max().item() == pytest.approx(
         1 - 1 / (1 + math.exp(b - a) + math.exp(c - a)), abs=1e-5
     )
 

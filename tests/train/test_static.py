@@ -1,5 +1,6 @@
 """Static shaping: kept rows are learnt, dropped rows are not."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,6 +10,9 @@ from away import Tilted, adapted, assert_same
 from tiny import PAD, random_rows
 
 from safebasin.batch import Encoded, collate
+from safebasin.record import DefenceError
+from safebasin.train.compose import Composition
+from safebasin.train.host import Host, arguments
 from safebasin.train.loss import nll
 from safebasin.train.methods.star_dss import StarDss
 from safebasin.train.methods.static import Static
@@ -32,6 +36,20 @@ def test_a_dropped_row_teaches_nothing(micro):
     found = Oracle(adapted(), {"task": Stream("task", rows, 8, micro, 0, PAD)}, seed=0, loss=Static().loss).task()
     truth = Oracle(adapted(), {"task": Stream("task", kept, 8, micro, 0, PAD)}, seed=0, loss=nll).task()
     assert_same(found, share * truth)
+
+
+@pytest.mark.parametrize(("kept", "words"), [(1, ""), (0, "took nothing of any row")])
+def test_a_step_of_dropped_rows_is_no_fault_but_a_run_of_them_is(kept, words, tmp_path):
+    """Two rows a step, and those of the first step are dropped: the run goes on. Where all are, it stops and does not say that it tuned."""
+    rows = random_rows(8, 1)
+    stream = Stream("task", rows, 2, 2, 0, PAD)
+    first = {row.id for row in stream.rows_at(0)}
+    dropped = [dataclasses.replace(row, columns={"keep": int(row.id not in first) * kept}) for row in rows]
+    args = arguments({"per_device_train_batch_size": 2, "max_steps": 3}, tmp_path)
+    host = Host(adapted(), args, Composition.of(["static"]), {"task": dataclasses.replace(stream, rows=dropped)})
+    with pytest.raises(DefenceError, match=words) if words else contextlib.nullcontext():
+        host.train()
+    assert [loss == 0 for _, loss in host.curve] == [True, *[not kept] * 2]
 
 
 def test_it_is_star_dss_with_whole_row_scores_and_no_pull():

@@ -174,7 +174,7 @@ class Guard:
     """
 
     def __init__(self, aligned: Loaded):
-        self.aligned, self.guard = aligned, SideGuard.load(SHIPPED, aligned.model)
+        self.aligned, self.guard = aligned, SideGuard.load(SHIPPED, aligned.model).reads(aligned.tokenizer)
 
     def score(self, answers: Sequence[str], prompts: Sequence[str] = (), batch_size: int = 64) -> list[float | None]:
         model, tokenizer = self.aligned

@@ -1,4 +1,4 @@
-"""A run's answers and verdicts as eval logs that Inspect opens (``pip install safebasin[inspect]``): one for every arm and suite.
+"""A run's answers and verdicts as eval logs that Inspect opens (the extra ``inspect``): one for every arm and suite.
 
 A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate; what was not scored or was off the task is Inspect's NaN.
 """
@@ -15,7 +15,7 @@ try:
     from inspect_ai.model import ModelOutput
     from inspect_ai.scorer import Score
 except ModuleNotFoundError:
-    raise UserError("the export to Inspect needs inspect_ai, which is not installed: pip install 'safebasin[inspect]'") from None
+    raise UserError("the export to Inspect needs inspect_ai, which is not installed: it is the extra 'inspect'") from None
 
 
 def write(run: Path, report: Report, folder: Path) -> list[Path]:

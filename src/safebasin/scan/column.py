@@ -5,7 +5,7 @@
     star_t = 1 - clip( (s_t - a) / (h - a), 0, 1 ),   s_t = sum_(u<=t) part_u     of a scorer whose parts add up                  (3)
 
 In (3) s_t is the score of the answer up to token t, and a and h are the medians of rows known to be safe and known to be harmful. A
-scorer that tells no tokens gives one number a row.
+scorer with a >= h is refused; one of probabilities too, if such rows were scored. A scorer that tells no tokens gives one number a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,15 +32,15 @@ def star(scores: Scores, name: str, scorer: Any, examples: Sequence[Example]) ->
     """Equations 2 and 3."""
     told = dict(zip(scores.row_ids, scores.tokens.get(name, ()), strict=False))
     whole = dict(zip([e.id for e in examples], scores.of(name, examples), strict=True))
-    if getattr(scorer, "probability", False):
-        low, high = 0.0, 1.0
-    else:
-        known = scores.anchors.get(name, {})
-        if not all(len(known.get(which, ())) for which in ("safe", "harmful")):
-            raise UserError(f"the column 'star' from {name!r} needs anchor rows: set data.safe and data.harmful, and scan again")
+    known, probability = scores.anchors.get(name, {}), getattr(scorer, "probability", False)
+    if all(len(known.get(which, ())) for which in ("safe", "harmful")):
         low, high = float(np.median(known["safe"])), float(np.median(known["harmful"]))
         if not low < high:
             raise UserError(f"{name!r} scores known harmful rows ({high:g}) no higher than safe ones ({low:g}): it cannot weigh tokens")
+    elif not probability:
+        raise UserError(f"the column 'star' from {name!r} needs anchor rows: set data.safe and data.harmful, and scan again")
+    if probability:
+        low, high = 0.0, 1.0
     column: dict[str, float | list[float]] = {}
     for row, score in whole.items():
         parts = np.asarray(told.get(row, [score]))

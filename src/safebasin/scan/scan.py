@@ -95,9 +95,10 @@ def scan(
                     if name not in tokens:
                         tokens[name] = [[] for _ in everything]
                     tokens[name][i] = value
-                scores[name][i] = total = (math.fsum if models[name].parts == "sum" else max)(value) if isinstance(value, list) else value
-                if not math.isfinite(total):
-                    raise DefenceError(f"scan.{name}: the score of row {everything[i].id} is {total}; the model is broken")
+                parts = value if isinstance(value, list) else [value]
+                if not all(map(math.isfinite, parts)):  # one that is not a number would be in no maximum
+                    raise DefenceError(f"scan.{name}: a score of row {everything[i].id} is not finite; the model is broken")
+                scores[name][i] = (math.fsum if isinstance(value, list) and models[name].parts == "sum" else max)(parts)
 
     finished: set[int] = set()
 

@@ -39,7 +39,7 @@ class Composition:
             if hasattr(made, "check"):
                 made.check()  # what can be said without a model
         if not methods:
-            raise UserError("train.methods is empty; plain tuning is `methods: [sft]`")
+            raise UserError("an arm's train is empty; plain tuning is `train: [sft]`, and an arm that is left as it was has none")
         places: dict[str, Any] = {}
         for made in methods:
             for place in PLACES:
@@ -47,7 +47,7 @@ class Composition:
                     continue
                 if place in places:
                     names = [method.entry_of(m).name for m in (places[place], made)]
-                    raise UserError(f"train.methods: {names[0]} and {names[1]} both claim the {PLACES[place]}; keep one of them")
+                    raise UserError(f"train: {names[0]} and {names[1]} both claim the {PLACES[place]}; keep one of them")
                 places[place] = made
         return cls(methods, places)
 

@@ -7,6 +7,7 @@ of the step by itself, and the direction that the methods return becomes ``.grad
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,11 +23,14 @@ from safebasin.batch import Encoded
 from safebasin.model import starts_fresh
 from safebasin.record import DefenceError, UserError
 from safebasin.train.compose import Composition
-from safebasin.train.oracle import Oracle
+from safebasin.train.oracle import TASK, Oracle
 from safebasin.train.stream import Stream
-from safebasin.vector import Vector, trainable
+from safebasin.vector import Vector, trainable, whole
 
-KEPT = "kept.safetensors"  # of a checkpoint: what the methods carry from step to step, whole tensors by "name:parameter"
+FP16 = "fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out for float32"
+DEEPSPEED = "DeepSpeed steps inside its own backward, and methods hand the optimizer a direction of their own; use DDP or FSDP2"
+NOT_THE_START = "does not start fresh, so switching the adapter off is not the starting model"
+KEPT = "kept.safetensors"  # of a checkpoint: what methods carry from step to step, whole tensors by "name:parameter"; what was seen so far
 
 
 def arguments(settings: Mapping[str, Any], folder: Path) -> TrainingArguments:
@@ -40,14 +44,17 @@ def arguments(settings: Mapping[str, Any], folder: Path) -> TrainingArguments:
     if odd:
         raise UserError(f"train: unknown key {odd[0]!r}; it is neither ours nor a name of transformers.TrainingArguments")
     if settings.get("fp16") or settings.get("fp16_full_eval"):
-        raise UserError("fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out for float32")
+        raise UserError(FP16)
     ours: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "logging_steps": 10, "use_cpu": not torch.cuda.is_available()}
     ours["ddp_find_unused_parameters"] = False  # the oracle refuses a parameter without a gradient anyway
     fixed = {"output_dir": str(folder), "remove_unused_columns": False, "logging_nan_inf_filter": False, "disable_tqdm": True}
     try:
-        return TrainingArguments(**{**ours, **settings, **fixed})
+        made = TrainingArguments(**{**ours, **settings, **fixed})
     except (ValueError, TypeError, ImportError) as error:  # ImportError: DeepSpeed is asked for and not there
         raise UserError(f"train: {str(error).strip().splitlines()[0]}") from error
+    if made.mixed_precision == "fp16":  # the launcher's word
+        raise UserError(FP16)
+    return made
 
 
 class Host(Trainer):
@@ -61,7 +68,7 @@ class Host(Trainer):
         advance: called after every step with the loss, for a progress bar.
 
     Raises:
-        UserError: a stream or a role that the methods need is missing, DeepSpeed with more than one gradient.
+        UserError: a stream or a role that the methods need is missing, DeepSpeed, FSDP1.
     """
 
     def __init__(
@@ -78,14 +85,20 @@ class Host(Trainer):
         self.streams = streams
         self.curve: list[tuple[int, float]] = []  # (step, loss of the task)
         self.kept: dict[str, Vector] = {}
+        self._alive: set[str] = set()  # streams that have had a gradient
         self._advance = advance
         self._loss = math.nan  # what the bar shows
         self._oracle: Oracle | None = None
         # The oracle accumulates: for the Trainer, a step is a step.
         args = dataclasses.replace(args, gradient_accumulation_steps=1)
+        args._n_gpu = min(args.n_gpu, 1)  # one process, one device: the Trainer would split batches over all by nn.DataParallel
         super().__init__(model=model, args=args, train_dataset=range(streams["task"].steps), callbacks=[_Moved(self)])  # type: ignore[arg-type]
         if args.fsdp and not self.is_fsdp_enabled:  # accelerate drops it without a word where there is no accelerator
             raise UserError(f"train.fsdp shards over accelerators, and this run is on {args.device.type}; leave it out to run DDP")
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise UserError("FSDP1 hides shards in plain tensors, so that inner products are of one rank's part: set train.fsdp_config.version: 2")
+        if self.is_deepspeed_enabled:  # by the launcher: no recipe says so
+            raise UserError(DEEPSPEED)
         self.remove_callback(PrinterCallback)  # the bar says it
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[override]
@@ -104,7 +117,7 @@ class Host(Trainer):
                 accelerator=self.accelerator,
             )
             self._oracle.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-            self._oracle.kept = self.kept
+            self._oracle.kept, self._oracle.alive = self.kept, self._alive
         step = self.state.global_step
         direction, point = self.methods.direction(self._oracle.at_step(step)), self._oracle.parameters
         if direction.keys() != point.keys():
@@ -122,10 +135,10 @@ class Host(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        told = ((f"{key}:{name}", tensor) for key, vector in self.kept.items() for name, tensor in vector.items())
-        whole = {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu().contiguous() for name, t in told}  # every rank gathers
+        kept = whole({f"{key}:{name}": tensor for key, vector in self.kept.items() for name, tensor in vector.items()})
+        told = {"curve": self.curve, "alive": sorted(self._alive)}
         if self.args.should_save:
-            safetensors.torch.save_file(whole, Path(output_dir) / KEPT)
+            safetensors.torch.save_file(kept, Path(output_dir) / KEPT, {name: json.dumps(value) for name, value in told.items()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -133,9 +146,13 @@ class Host(Trainer):
             return
         if not (Path(checkpoint) / KEPT).is_file():
             raise UserError(f"{checkpoint} holds no {KEPT}, so the methods cannot go on from it; remove the folder to start anew")
+        with safetensors.safe_open(Path(checkpoint) / KEPT, "pt") as file:
+            told = {name: json.loads(value) for name, value in file.metadata().items()}
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        self.curve, self._alive = [(step, loss) for step, loss in told["curve"]], set(told["alive"])
         point = trainable(self.model)
-        for told, tensor in safetensors.torch.load_file(Path(checkpoint) / KEPT).items():
-            key, _, name = told.partition(":")
+        for said, tensor in kept.items():
+            key, _, name = said.partition(":")
             like, tensor = point[name], tensor.to(point[name].device)
             part = distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
             self.kept.setdefault(key, Vector())[name] = part
@@ -153,6 +170,10 @@ class _Moved(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.host._get_learning_rate() > 0 and self.host._oracle is not None:
             self.host._oracle.moved = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.host.curve and TASK not in self.host._alive:
+            raise DefenceError("no step had a gradient of the task: the methods of the run took nothing of any row")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.host._advance:
@@ -174,17 +195,22 @@ def check(model: Any, args: TrainingArguments, methods: Composition, streams: Ma
     if "reference" in methods.needs("roles"):
         if not hasattr(model, "disable_adapter"):
             raise UserError("a method needs the reference model, which is the adapter switched off: tune with train.adapter")
+        if own := [name for name in trainable(model) if name.endswith("base_layer.bias")]:
+            raise UserError(f"{own[0]} is tuned with the adapter, so switching that off is not the starting model; set bias: none")
         if not starts_fresh(model):
-            raise UserError(
-                "the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; merge it first"
-            )
+            raise UserError("the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; merge it first")
     if args.fsdp and args.world_size == 1:
         raise UserError("train.fsdp shards over several processes and this is one; start the run with torchrun, or leave it out")
     check_settings({"deepspeed": args.deepspeed}, {}, methods)
 
 
 def check_columns(rows: Iterable[Encoded], names: Iterable[str]) -> None:
-    """A column with a number for every answer token, against the tokens of its row."""
+    """A column with a number for every answer token, against the tokens of its row; or one with a number for every row."""
+    rows = list(rows)
+    for name in names:
+        alike = [isinstance(row.columns[name], int | float) for row in rows]
+        if len(set(alike)) > 1:
+            raise UserError(f"the column {name!r} has one number for row {rows[alike.index(True)].id} and several for {rows[alike.index(False)].id}")
     for row, name in itertools.product(rows, names):
         if not isinstance(told := row.columns[name], int | float) and len(told) != sum(row.answer):
             found = f"{len(told)} numbers for {sum(row.answer)} answer tokens"
@@ -193,20 +219,21 @@ def check_columns(rows: Iterable[Encoded], names: Iterable[str]) -> None:
 
 def check_settings(settings: Mapping[str, Any], adapter: Mapping[str, Any], methods: Composition) -> None:
     """What can be refused without a model, so by a dry run too: ``settings`` and ``adapter`` as a recipe's ``train`` has them."""
-    if settings.get("deepspeed") and methods.needs("streams"):
-        raise UserError("DeepSpeed steps inside backward, so a method with several gradients cannot run on it; use DDP or FSDP2")
-    if "reference" in methods.needs("roles") and adapter.get("init_lora_weights", True) not in (True, "gaussian"):
-        how = adapter["init_lora_weights"]
-        raise UserError(
-            f"train.adapter.init_lora_weights: {how!r} does not start fresh, so switching the adapter off is not the starting model"
-        )
+    if settings.get("deepspeed"):
+        raise UserError(DEEPSPEED)
+    if "reference" not in methods.needs("roles"):
+        return
+    if (how := adapter.get("init_lora_weights", True)) not in (True, "gaussian"):
+        raise UserError(f"train.adapter.init_lora_weights: {how!r} {NOT_THE_START}")
+    if (how := adapter.get("bias", "none")) != "none":
+        raise UserError(f"train.adapter.bias: {how!r} {NOT_THE_START}: it trains biases of the model's own")
 
 
 def streams_of(rows: Mapping[str, list[Any]], args: TrainingArguments, pad: int, align_share: float = 0.25) -> dict[str, Stream]:
     """Streams of a run: the task at the batch size of ``args`` over all ranks, every other at ``align_share`` of it."""
     micro = args.per_device_train_batch_size
     batch = micro * args.gradient_accumulation_steps * args.world_size
-    small = max(1, args.world_size, round(batch * align_share))
+    small = max(1, round(batch * align_share))
     return {
         name: Stream(name, tuple(chosen), batch if name == "task" else min(small, len(chosen)), micro, args.seed, pad)
         for name, chosen in rows.items()

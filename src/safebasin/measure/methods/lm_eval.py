@@ -28,7 +28,7 @@ class LmEval:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("the suite lm_eval needs lm-eval, which is not installed: pip install 'safebasin[lm-eval]'")
+            raise UserError("the suite lm_eval needs lm-eval, which is not installed: it is the extra 'lm-eval'")
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         from lm_eval import simple_evaluate

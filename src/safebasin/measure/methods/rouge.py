@@ -29,7 +29,7 @@ class Rouge:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("rouge_score") is None:
-            raise UserError("the suite rouge needs rouge-score, which is not installed: pip install 'safebasin[rouge]'")
+            raise UserError("the suite rouge needs rouge-score, which is not installed: it is the extra 'rouge'")
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         from rouge_score.rouge_scorer import RougeScorer

@@ -32,7 +32,7 @@ class Dsa:
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> SideGuard:
         if self.guard is None:
             return fit(model, tokenizer, own_rows(self.rows))
-        return SideGuard.load(SHIPPED if self.guard == "builtin" else Path(self.guard), model)
+        return SideGuard.load(SHIPPED if self.guard == "builtin" else Path(self.guard), model).reads(tokenizer)
 
     def score(self, model: Any, batch: Batch, fitted: SideGuard) -> Float[Tensor, "batch answers"]:
         return fitted.unsafe(model, batch)

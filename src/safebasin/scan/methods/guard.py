@@ -1,15 +1,20 @@
-"""Guard: the worst prefix of an answer in the eyes of a guard model (the score of STAR-DSS, arXiv:2505.17196).
+"""Guard: every prefix of an answer in the eyes of a guard model (the score of STAR-DSS, arXiv:2505.17196).
 
-    score(x, y) = 1 - min_k P(safe | x, y_1:kM)          after every M tokens of the answer, over the verdicts
+    V_k         = P(safe | x, y_1:kM)                    after every M tokens of the answer, over the verdicts
+    score_t     = 1 - V_k                                k: the chunk that the last character of token t stands in
+    score(x, y) = max_t score_t = 1 - min_k V_k
 
 Known guards are asked by their own templates (``safebasin.scan.templates``). A guard that finds known harmful rows no worse than known safe
-ones is refused. Departs from the paper: the minimum, for one number a row; raw logits of one forward pass (the official code reads the
-scores behind the samplers of ``generate``).
+ones is refused. Departs from the paper: the minimum, for one number a row; chunks are of the guard's tokens, so that a token of the row may
+end several: it has the worst of their scores; raw logits of one forward pass (the official code reads the scores behind the samplers of
+``generate``).
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise, takewhile
+from operator import eq
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -36,6 +41,26 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def chunks_of(tokenizer: Any, ids: Sequence[int], text: str, begins: Sequence[int]) -> list[int]:
+    """The chunk of ``text`` that each of ``ids``, which decode to it, ends in. ``begins``: of all chunks but the first, in characters.
+
+    A character that several tokens share stands in the chunk that completes it. What follows the text (an end mark) is in the last chunk.
+    """
+    read = [tokenizer.decode(ids[:k], skip_special_tokens=True) for k in range(1, len(ids))]  # half a character reads as another one
+    ends = [len(part) if text.startswith(part) else len([*takewhile(bool, map(eq, part, text))]) + 1 for part in read]
+    return [*(bisect_left(begins, end) for end in ends), len(begins)]
+
+
+class Turn(NamedTuple):
+    """One answer of a row."""
+
+    row: int
+    places: list[int]  # of its tokens, in the batch's tail
+    context: list[int]  # the guard's tokens: what precedes the answer
+    answer: list[int]
+    chunks: list[int]  # of ``answer``: the one that each token of the row ends in
+
+
 class Fitted(NamedTuple):
     model: Any
     tokenizer: Any  # the guard's
@@ -46,8 +71,10 @@ class Fitted(NamedTuple):
 
 @scorer("guard", paper="arXiv:2505.17196")
 class GuardScore:
-    """How unsafe a guard model finds the worst prefix of the answer."""
+    """How unsafe a guard model finds the answer up to each token, and so its worst prefix."""
 
+    parts: ClassVar[str] = "max"
+    probability: ClassVar[bool] = True
     model: str = ""  # the guard: a causal chat model; "": the model that is scanned
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     template: Name | None = None  # of a known guard; None: the three fields below
@@ -62,6 +89,8 @@ class GuardScore:
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Fitted:
         own, words = load(self.model, dtype=self.dtype) if self.model else (model, tokenizer)
+        if not words.is_fast:
+            raise UserError("scan.guard: the guard's tokenizer does not say where its tokens stand in a text; it needs a tokenizer.json")
         asked = TEMPLATES[self.template] if self.template else Template(self.policy, self.verdicts, self.opening)
         guard = read_guard(words, *asked)
         hello = text_ids(words, "Hello")
@@ -73,7 +102,8 @@ class GuardScore:
             raise UserError(f"scan.guard: the guard says none of {asked.verdicts} but {begins!r}; set `policy`, `opening` and `verdicts`")
         fitted = Fitted(own, words, tokenizer, guard, encode_policy(own, guard.policy))
         known = [anchor_rows(anchors, name, None, "guard")[:KNOWN] for name in ("harmful", "safe")]
-        harmful, safe = (float(self.score(model, collate(rows, tokenizer.pad_token_id), fitted).mean()) for rows in known)
+        scores = (self.score(model, collate(rows, tokenizer.pad_token_id), fitted) for rows in known)
+        harmful, safe = (float(each.amax(1).mean()) for each in scores)
         if not harmful > safe:
             raise UserError(
                 f"scan.guard: the guard scores known harmful rows {harmful:.3g} and known safe rows {safe:.3g}, so it does not tell them apart; "
@@ -81,18 +111,29 @@ class GuardScore:
             )
         return fitted
 
-    def score(self, model: Any, batch: Batch, fitted: Fitted) -> Float[Tensor, " batch"]:
-        asked: list[tuple[int, list[int], list[int]]] = []  # (row, what precedes the answer, the answer): one for each answer of a row
-        guard, offset = fitted.guard, batch.input_ids.shape[1] - batch.mask.shape[1]
-        for i, (ids, seen, mask) in enumerate(zip(batch.input_ids, batch.attention_mask.bool(), batch.mask.tolist(), strict=True)):
-            for turn in ([offset + k for k, _ in run] for told, run in groupby(enumerate(mask), key=lambda at: at[1]) if told):
-                texts = (fitted.rows.decode(part, skip_special_tokens=True) for part in (ids[: turn[0]][seen[: turn[0]]], ids[turn]))
-                before, answer = (text_ids(fitted.tokenizer, text) for text in texts)
-                if answer:  # an end mark alone says nothing
-                    asked.append((i, [*before, *guard.between], answer))
-        if len({row for row, *_ in asked}) < len(batch.mask):
+    def score(self, model: Any, batch: Batch, fitted: Fitted) -> Float[Tensor, "batch answers"]:
+        """1 - V at every answer token; zero for an answer that is an end mark alone, which says nothing."""
+        turns, guard = list(self.turns(batch, fitted)), fitted.guard
+        if len({turn.row for turn in turns}) < len(batch.mask):
             raise UserError("scan.guard: a row's answer holds no text, so there is no prefix to judge; leave the row out of the set")
-        rows, contexts, answers = zip(*asked, strict=True)
+        contexts, answers = [turn.context for turn in turns], [turn.answer for turn in turns]
         found = prefix_scores(fitted.model, contexts, answers, guard.suffix, guard.verdicts, every=self.every, policy=fitted.policy)
-        lowest = [float(each.min()) for each in found]
-        return torch.tensor([1 - min(low for low, row in zip(lowest, rows, strict=True) if row == i) for i in range(len(batch.mask))])
+        scores = torch.zeros(batch.mask.shape)
+        for turn, safe in zip(turns, found, strict=True):
+            unsafe = 1 - safe.cpu()
+            for place, (before, last) in zip(turn.places, pairwise([-1, *turn.chunks]), strict=True):
+                scores[turn.row, place] = unsafe[min(before + 1, last) : last + 1].max()
+        return scores.to(batch.mask.device)
+
+    def turns(self, batch: Batch, fitted: Fitted) -> Iterator[Turn]:
+        """Every answer that holds text, in the order of the rows."""
+        offset = batch.input_ids.shape[1] - batch.mask.shape[1]
+        for i, (ids, seen, mask) in enumerate(zip(batch.input_ids, batch.attention_mask.bool(), batch.mask.tolist(), strict=True)):
+            for places in ([k for k, _ in run] for said, run in groupby(enumerate(mask), key=lambda at: at[1]) if said):
+                begin, told = offset + places[0], batch.labels[i, places].tolist()
+                before, text = (fitted.rows.decode(part, skip_special_tokens=True) for part in (ids[:begin][seen[:begin]], told))
+                read = fitted.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+                if answer := read["input_ids"]:
+                    begins = [start for start, _ in read["offset_mapping"][self.every :: self.every]]
+                    context = [*text_ids(fitted.tokenizer, before), *fitted.guard.between]
+                    yield Turn(i, places, context, answer, chunks_of(fitted.rows, told, text, begins))

@@ -6,6 +6,7 @@
 
 V is the column ``star``: one number an answer token, or one a row. A guard writes it in the scan; training asks no guard.
 
+Departs from the paper: chunks are of the guard's tokens, and t stands in the one that its last character stands in (``scan.guard``).
 Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's token, ``estimator: k2``
 here); chunks are of tokens, not of words; the mean is over the answer tokens of the whole optimizer step, not of a micro-batch;
 the reference is the adapter switched off, not a second model.
