@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tiny import PAD, random_rows
 
 from safebasin.batch import collate
-from safebasin.record import DefenceError
 from safebasin.train.compose import Composition
 from safebasin.train.loss import kl_to_reference, nll
 from safebasin.train.methods import star_dss
@@ -70,5 +69,5 @@ def test_between_the_ends_it_is_equation_3(monkeypatch):
 
 
 def test_at_the_reference_nothing_is_learnt_from_what_is_all_unsafe():
-    with pytest.raises(DefenceError, match="dead"):
-        oracle(0.0, far=0.0).task()
+    """Nor is it a fault: the next rows may be safe. A run of such rows alone is refused at its end (``test_static.py``)."""
+    assert oracle(0.0, far=0.0).task().norm() == pytest.approx(0, abs=1e-6)

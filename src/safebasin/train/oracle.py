@@ -16,6 +16,7 @@ all ranks, divided once by the answer tokens of the whole step, in true scale. T
 """
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -52,6 +53,11 @@ class Grad(Protocol):
     def metric(self) -> Vector: ...
 
     def point(self) -> Vector: ...
+
+
+def _of_whole_rows(loss: Loss) -> Loss:
+    """The loss where every column is one: rows of which a method takes nothing are no sign that it is dead."""
+    return lambda model, batch: loss(model, dataclasses.replace(batch, columns={name: torch.ones_like(c) for name, c in batch.columns.items()}))
 
 
 class Oracle:
@@ -147,8 +153,7 @@ class Oracle:
         """
         gradient, value = self._mean(loss, stream, at)
         self.losses[stream] = value
-        own = nll if stream == "task" else loss  # a batch of which a method takes nothing is no fault: the plain loss tells
-        self._check(gradient, f"stream {stream!r}", lambda aside: self._mean(own, stream, aside)[0])
+        self._check(gradient, f"stream {stream!r}", lambda aside: self._mean(_of_whole_rows(loss), stream, aside)[0])
         return gradient
 
     def _mean(self, loss: Loss, stream: str, at: Vector | None) -> tuple[Vector, float]:
