@@ -7,7 +7,7 @@ import pytest
 import torch
 from away import adapted
 from tiny import PAD, random_rows
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from safebasin.record import UserError
 from safebasin.train.compose import Composition
@@ -49,6 +49,28 @@ def test_what_a_launcher_may_not_ask_for(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="fp16 is refused"):
         arguments({}, tmp_path)
+
+
+def deepspeed(trainer):
+    trainer.is_deepspeed_enabled = True
+
+
+def fsdp1(trainer):  # accelerate makes its plugin on an accelerator only
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
+
+
+@pytest.mark.parametrize(("set_up", "words"), [(deepspeed, "DeepSpeed steps inside its own backward"), (fsdp1, "FSDP1 hides shards")])
+def test_what_a_launcher_sets_up_past_the_recipe_is_refused(set_up, words, tmp_path, monkeypatch):
+    build = Trainer.create_accelerator_and_postprocess
+
+    def built(self):
+        build(self)
+        set_up(self)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", built)
+    with pytest.raises(UserError, match=words):
+        Host(adapted(), arguments({}, tmp_path), Composition.of(["sft"]), streams(random_rows(8, 1)))
 
 
 def test_one_process_drives_one_device(tmp_path, monkeypatch):
