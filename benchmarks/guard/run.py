@@ -34,8 +34,9 @@ from torch.utils._pytree import tree_leaves
 
 from safebasin.builtin import rows_of
 from safebasin.model import keep_memory, load
-from safebasin.scan.methods.guard import POLICY, text_ids
+from safebasin.scan.methods.guard import POLICY
 from safebasin.scan.prefix import Guard, encode_policy, prefix_scores, read_guard, takes_tree
+from safebasin.scan.turns import text_ids
 
 HERE = Path(__file__).parent
 POLICIES = (300, 0)  # tokens

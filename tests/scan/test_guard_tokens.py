@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from safebasin.batch import Encoded, collate, render
 from safebasin.record import UserError
 from safebasin.scan.column import star
-from safebasin.scan.methods.guard import GuardScore, chunks_of
+from safebasin.scan.methods.guard import GuardScore
 from safebasin.scan.scan import read_scores, scan, write_scores
+from safebasin.scan.turns import chunks_of
 
 MODEL, WORDS = aligned_model()
 SETTINGS = {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I"), "every": 2}

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from safebasin.batch import Encoded, collate
 from safebasin.record import UserError
 from safebasin.scan import prefix, scorer
-from safebasin.scan.methods.guard import GuardScore, text_ids
+from safebasin.scan.methods.guard import GuardScore
 from safebasin.scan.prefix import Guard, encode_policy, prefix_scores, read_guard, takes_tree
 from safebasin.scan.scan import scan
 from safebasin.scan.templates import TEMPLATES
+from safebasin.scan.turns import text_ids
 
 VERDICTS = (10, 20)
 
