@@ -7,9 +7,10 @@ from tiny import answer_nll, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safebasin.batch import Encoded, collate, encode
-from safebasin.model import Loaded
-from safebasin.record import Example
+from safebasin.batch import collate
+from safebasin.data.example import Example
+from safebasin.encode import TokenizedRow, encode
+from safebasin.models.load import ModelAndTokenizer
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 BAD = ("bomb", "poison", "weapon", "virus", "explosive", "malware")
@@ -39,23 +40,27 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<user>", "<assistant>"], **special)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<user>", "<assistant>"], **special
+    )
     made.chat_template = TEMPLATE
     return made
 
 
 def example(prompt: str, answer: str, line: int = 1) -> Example:
     row = {"prompt": prompt, "completion": answer}
-    return Example(f"row{line}", ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}), row, line)
+    return Example(
+        f"row{line}", ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}), row, line
+    )
 
 
-def coded(tokenizer: PreTrainedTokenizerFast, *pairs: tuple[str, str]) -> list[Encoded]:
+def coded(tokenizer: PreTrainedTokenizerFast, *pairs: tuple[str, str]) -> list[TokenizedRow]:
     rows = [encode(tokenizer, example(prompt, answer, i), 64) for i, (prompt, answer) in enumerate(pairs, 1)]
-    assert all(isinstance(row, Encoded) for row in rows)
+    assert all(isinstance(row, TokenizedRow) for row in rows)
     return rows  # type: ignore[return-value]
 
 
-def refusals(tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...] = BAD) -> list[Encoded]:
+def refusals(tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...] = BAD) -> list[TokenizedRow]:
     return coded(tokenizer, *((f"make a {word}", "I cannot help") for word in words))
 
 
@@ -72,8 +77,8 @@ def _state() -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def aligned_model(dtype: torch.dtype = torch.float32) -> Loaded:
+def aligned_model(dtype: torch.dtype = torch.float32) -> ModelAndTokenizer:
     """A model that answers a bad word by "I cannot help" and a good one by "Sure here are the steps"."""
     model: LlamaForCausalLM = tiny_model()
     model.load_state_dict(_state())
-    return Loaded(model.to(dtype).eval(), word_tokenizer())
+    return ModelAndTokenizer(model.to(dtype).eval(), word_tokenizer())

@@ -32,7 +32,9 @@ def folders(tmp_path_factory):
 
 
 def shape(rows: int, width: int, tail: int) -> Batch:
-    return Batch(torch.zeros(rows, width).long(), torch.ones(rows, width).long(), torch.ones(rows, tail, dtype=torch.bool))
+    return Batch(
+        torch.zeros(rows, width).long(), torch.ones(rows, width).long(), torch.ones(rows, tail, dtype=torch.bool)
+    )
 
 
 def test_floors_by_hand():
@@ -44,8 +46,18 @@ def test_floors_by_hand():
     """
     work, chosen = bench.Work(100, 50, 320, 2), bench.ways("base", "aligned")
     floors = {name: work.floor(way, [shape(4, 10, 1)], [shape(1, 18, 7)]) for name, way in chosen.items()}
-    expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5, "safegrad_first": 1.75, "star_dss_first": 1.5}
-    expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800) | dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
+    expected = {
+        "sft": 1,
+        "lisa": 1,
+        "safegrad_sft": 1.5,
+        "spard": 1.5,
+        "safe_instr": 1.5,
+        "safegrad_first": 1.75,
+        "star_dss_first": 1.5,
+    }
+    expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800) | dict.fromkeys(
+        ("star_dss", "constrained_sft"), 1 + 200 / 8800
+    )
     expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
     assert floors == pytest.approx(expected)
 
@@ -80,7 +92,18 @@ def test_methods_that_share_a_model_do_not_touch_one_another(folders):
 
 def test_records_of_three_steps(folders, tmp_path, capsys):
     out = tmp_path / "results.json"
-    words = ["--model", folders["aligned"], "--base", folders["base"], "--steps", "3", "--repetitions", "0", "--out", str(out)]
+    words = [
+        "--model",
+        folders["aligned"],
+        "--base",
+        folders["base"],
+        "--steps",
+        "3",
+        "--repetitions",
+        "0",
+        "--out",
+        str(out),
+    ]
     bench.main(words)
     records = {record["what"]: record for record in json.loads(out.read_text())}
     assert set(records) == {"sft.seconds"} | {f"{name}.step_ratio" for name in bench.ways("", "")}

@@ -9,9 +9,9 @@ from aligned import aligned_model
 from tiny import LORA, PAD, random_rows, tiny_model
 from transformers import Trainer
 
-from safebasin.model import fresh_adapter
+from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.host import arguments
+from safebasin.train.trainer import arguments
 from safebasin.vector import trainable
 
 TEXT = (Path(__file__).parents[1] / "docs" / "own_trainer.md").read_text(encoding="utf-8")
@@ -36,7 +36,9 @@ def test_the_loop_learns(told):
 
 def trained(kind: type, rows: list[dict], folder: Path, **settings) -> dict[str, torch.Tensor]:
     args = arguments(
-        {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0} | settings, folder
+        {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}
+        | settings,
+        folder,
     )
     model = fresh_adapter(tiny_model(), LORA, seed=0)
     kind(model=model, args=args, train_dataset=rows, data_collator=padded).train()
@@ -47,13 +49,16 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Padding on the right, -100 where nothing is learned: what the field's collators hand over."""
     width = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
-    return {key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows]) for key, value in fill.items()}
+    return {
+        key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows]) for key, value in fill.items()
+    }
 
 
 def items(rows) -> list[dict]:
     labels = [[token if said else -100 for token, said in zip(row.ids, row.answer, strict=True)] for row in rows]
     return [
-        {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": known} for row, known in zip(rows, labels, strict=True)
+        {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": known}
+        for row, known in zip(rows, labels, strict=True)
     ]
 
 
@@ -72,6 +77,8 @@ def test_a_trainer_with_sft_is_the_plain_trainer(told, tmp_path):
 def test_a_trainer_with_a_defence_aligns(told, tmp_path):
     """Its update is another one than plain tuning's."""
     rows = items(random_rows(16, 3))
-    plain = trained(type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), rows, tmp_path)
+    plain = trained(
+        type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), rows, tmp_path
+    )
     found = trained(told["Defended"], rows, tmp_path)
     assert any(not torch.allclose(found[name], plain[name], atol=1e-3) for name in plain)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
+from safebasin.errors import UserError
 from safebasin.layer import alignment_directions, left_singular, read_directions, write_alignment_directions
-from safebasin.record import UserError
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.1.self_attn.k_proj"]
 

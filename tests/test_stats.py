@@ -72,7 +72,9 @@ def test_the_whole_interval_decides_non_inferiority():
     assert non_inferior(Difference(-0.01, -0.019, 0.0, 100), 0.02) == "yes"
     assert non_inferior(Difference(-0.01, -0.03, 0.01, 100), 0.02) == "unclear"
     assert non_inferior(Difference(-0.10, -0.15, -0.05, 100), 0.02) == "no"
-    assert non_inferior(Difference(0.0, -0.02, 0.02, 100), 0.02) == "unclear", "an interval that touches the margin decided"
+    assert non_inferior(Difference(0.0, -0.02, 0.02, 100), 0.02) == "unclear", (
+        "an interval that touches the margin decided"
+    )
 
 
 def test_kappa_by_hand():

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safebasin.batch import Encoded, answer_logits
+from safebasin.batch import answer_logits
+from safebasin.encode import TokenizedRow
 from safebasin.vector import Vector
 
 VOCABULARY, PAD = 64, 0
@@ -28,7 +29,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def random_rows(count: int, seed: int = 0, longest: int = 14, columns: tuple[str, ...] = ()) -> list[Encoded]:
+def random_rows(count: int, seed: int = 0, longest: int = 14, columns: tuple[str, ...] = ()) -> list[TokenizedRow]:
     """Rows of uneven length; the answer is a tail of uneven length; columns are numbers in 0..1 per answer token."""
     draw = np.random.default_rng(seed)
     rows = []
@@ -37,14 +38,16 @@ def random_rows(count: int, seed: int = 0, longest: int = 14, columns: tuple[str
         told = int(draw.integers(1, n - 1))
         ids = tuple(int(x) for x in draw.integers(1, VOCABULARY, n))
         answer = tuple(k >= n - told for k in range(n))
-        rows.append(Encoded(f"row{i}", ids, answer, {name: draw.random(told).tolist() for name in columns}))
+        rows.append(TokenizedRow(f"row{i}", ids, answer, {name: draw.random(told).tolist() for name in columns}))
     return rows
 
 
 def answer_nll(model, batch):
     """Negative log-likelihood of every answer token, written plainly: [batch, answers]."""
     logits = answer_logits(model, batch)
-    losses = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(batch.mask.shape)
+    losses = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(
+        batch.mask.shape
+    )
     return torch.where(batch.mask, losses, 0)
 
 

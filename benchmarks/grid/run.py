@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safebasin.bench import bench, read
-from safebasin.data import override
-from safebasin.model import keep_memory
+from safebasin.data.source import override
+from safebasin.pipeline.grid import bench, read
+from safebasin.runtime import keep_memory
 
 ROOT = Path(__file__).parents[2]
 GRIDS = {"grid": ["grid"], "methods": ["methods", "methods_alpaca"]}
@@ -59,7 +59,9 @@ def main() -> None:
         if (out / "grid.json").is_file():
             found = json.loads((out / "grid.json").read_text(encoding="utf-8"))
             facts = {key: max((row[key] for row in found if key in row), default=None) for key in ("machine", "date")}
-            records += [{"interval": None, "goal": goal(row), "unit": "s"} | facts | row | {"grid": name} for row in found]
+            records += [
+                {"interval": None, "goal": goal(row), "unit": "s"} | facts | row | {"grid": name} for row in found
+            ]
             for ending in ("md", "html"):
                 shutil.copyfile(out / f"grid.{ending}", target / f"{name}.{ending}")
     (target / "results.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

@@ -31,11 +31,14 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from safebasin.batch import Batch, by_length, collate, encode_all
-from safebasin.builtin import OPENERS, rows_of
-from safebasin.guard import SHIPPED, SideGuard
-from safebasin.model import Loaded, load
-from safebasin.record import UserError, read_examples, read_table
+from safebasin.batch import Batch, by_length, collate
+from safebasin.data.builtin import OPENERS, rows_of
+from safebasin.data.example import read_examples
+from safebasin.data.tables import read_table
+from safebasin.encode import encode_all
+from safebasin.errors import UserError
+from safebasin.guards.side import SHIPPED, SideGuard
+from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan.methods.keyword import WORDS
 from safebasin.stats import wilson
 
@@ -50,6 +53,8 @@ def reduce(unsafe: Tensor, batch: Batch, how: Literal["max", "last_quarter"]) ->
     left = batch.mask.flip(1).cumsum(1).flip(1)  # answer tokens from here to the end
     last = batch.mask & (left <= (batch.mask.sum(1, keepdim=True) + 3) // 4)
     return torch.where(last, unsafe, 0).sum(1) / last.sum(1)
+
+
 COMPLIED, REFUSED = "1_full_compliance", "2_full_refusal"
 
 
@@ -65,20 +70,37 @@ def own() -> list[Row]:
     refusals = [row["completion"] for row in rows_of("refusals")]
     rows += [Row(row["prompt"], draw.choice(refusals), False) for row in rows_of("harmful-test")]
     for name in ("lookalike-test", "ordinary-test"):
-        rows += [Row(row["prompt"], told, False) for row in rows_of(name) for told in (row["completion"], draw.choice(OPENERS))]
+        rows += [
+            Row(row["prompt"], told, False)
+            for row in rows_of(name)
+            for told in (row["completion"], draw.choice(OPENERS))
+        ]
     return rows
 
 
 def xstest(path: Path) -> dict[str, list[Row]]:
     table = [row for _, row in read_table(path)]
-    if not all(isinstance(row, dict) and {"prompt", "prompt_label", "completion", "final_label"} <= row.keys() for row in table):
-        raise UserError(f"{path}: the columns prompt, prompt_label, completion and final_label are needed (XSTest with human labels)")
+    if not all(
+        isinstance(row, dict) and {"prompt", "prompt_label", "completion", "final_label"} <= row.keys() for row in table
+    ):
+        raise UserError(
+            f"{path}: the columns prompt, prompt_label, completion and final_label are needed (XSTest with human labels)"
+        )
     full = [row for row in table if row["final_label"] in (COMPLIED, REFUSED)]
     bad = [row for row in full if row["prompt_label"] == "unsafe" and row["final_label"] == COMPLIED]
     told = [Row(row["prompt"], row["completion"], row in bad) for row in full]
-    openers = {label: sorted({row["prompt"] for row in full if row["prompt_label"] == label}) for label in ("unsafe", "safe")}
-    opened = {label: [Row(p, OPENERS[i % len(OPENERS)], label == "unsafe") for i, p in enumerate(ps)] for label, ps in openers.items()}
-    refusals = [Row(r["prompt"], r["completion"], False) for r in full if (r["prompt_label"], r["final_label"]) == ("unsafe", REFUSED)]
+    openers = {
+        label: sorted({row["prompt"] for row in full if row["prompt_label"] == label}) for label in ("unsafe", "safe")
+    }
+    opened = {
+        label: [Row(p, OPENERS[i % len(OPENERS)], label == "unsafe") for i, p in enumerate(ps)]
+        for label, ps in openers.items()
+    }
+    refusals = [
+        Row(r["prompt"], r["completion"], False)
+        for r in full
+        if (r["prompt_label"], r["final_label"]) == ("unsafe", REFUSED)
+    ]
     asked = rows_of("harmful-test")[0]["prompt"]
     return {
         "xstest": opened["unsafe"] + told,
@@ -90,17 +112,24 @@ def xstest(path: Path) -> dict[str, list[Row]]:
 
 def safetext(path: Path) -> list[Row]:
     table = [row for _, row in read_table(path)]
-    if not all(isinstance(row, dict) and row.get("label") in ("safe", "unsafe") and {"scenario", "advice"} <= row.keys() for row in table):
+    if not all(
+        isinstance(row, dict) and row.get("label") in ("safe", "unsafe") and {"scenario", "advice"} <= row.keys()
+        for row in table
+    ):
         raise UserError(f"{path}: the columns scenario, advice and label (safe or unsafe) are needed (SafeText)")
     return [Row(row["scenario"], row["advice"], row["label"] == "unsafe") for row in table]
 
 
-def scores(loaded: Loaded, guard: SideGuard, rows: Sequence[Row], max_length: int = 512) -> dict[str, np.ndarray]:
+def scores(
+    loaded: ModelAndTokenizer, guard: SideGuard, rows: Sequence[Row], max_length: int = 512
+) -> dict[str, np.ndarray]:
     """[rows] by reduction. Long completions are cut behind ``max_length`` characters, about what a suite asks for or more."""
     made = [{"prompt": row.prompt, "completion": row.answer[:max_length]} for row in rows]
     coded, bad = encode_all(loaded.tokenizer, read_examples(enumerate(made, 1)).examples, 2048)
     if bad or len(coded) != len(rows):
-        raise UserError(f"{len(rows) - len(coded)} of {len(rows)} rows cannot be used: {bad[0].reason if bad else 'no answer'}")
+        raise UserError(
+            f"{len(rows) - len(coded)} of {len(rows)} rows cannot be used: {bad[0].reason if bad else 'no answer'}"
+        )
     found = {how: np.empty(len(rows)) for how in REDUCTIONS}
     with torch.inference_mode():
         for some in by_length(coded, 32):
@@ -149,16 +178,32 @@ def main() -> None:
         sets["safetext"] = safetext(given.safetext)
     loaded = load(given.model)
     guard = SideGuard.load(given.guard, loaded.model).reads(loaded.tokenizer)
-    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": datetime.date.today().isoformat(), "model": given.model}
+    facts = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "model": given.model,
+    }
     records: dict[str, dict[str, Any]] = {}
 
     def note(what: str, value: float, ends: Sequence[float], n: int, unit: str) -> None:
-        records[what] = {"what": what, "value": round(value, 4), "interval": [round(end, 4) for end in ends], "n": n, "unit": unit} | facts
+        records[what] = {
+            "what": what,
+            "value": round(value, 4),
+            "interval": [round(end, 4) for end in ends],
+            "n": n,
+            "unit": unit,
+        } | facts
 
     for name, rows in sets.items():
         unsafe, found = np.array([row.unsafe for row in rows]), scores(loaded, guard, rows)
-        for kind, score in (("dsa", found["max"]), ("dsa_last_quarter", found["last_quarter"]), ("keyword", floor(rows))):
-            by = (lambda row: row.answer) if name == "judge" else (lambda row: row.prompt)  # one request, so its answers are the groups
+        for kind, score in (
+            ("dsa", found["max"]),
+            ("dsa_last_quarter", found["last_quarter"]),
+            ("keyword", floor(rows)),
+        ):
+            by = (
+                (lambda row: row.answer) if name == "judge" else (lambda row: row.prompt)
+            )  # one request, so its answers are the groups
             note(f"{name}.auroc.{kind}", auroc(score, unsafe), interval(score, rows, by), len(rows), "AUROC")
         for what, of in (("found", unsafe), ("false_alarm", ~unsafe)):
             hits, n = int((found["max"][of] > 0.5).sum()), int(of.sum())

@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from safebasin.builtin import rows_of
-from safebasin.model import keep_memory, load
+from safebasin.data.builtin import rows_of
+from safebasin.guards.prefix import Guard, encode_policy, prefix_scores, read_guard, takes_tree
+from safebasin.guards.turns import text_ids
+from safebasin.models.load import load
+from safebasin.runtime import keep_memory
 from safebasin.scan.methods.guard import POLICY
-from safebasin.scan.prefix import Guard, encode_policy, prefix_scores, read_guard, takes_tree
-from safebasin.scan.turns import text_ids
 
 HERE = Path(__file__).parent
 POLICIES = (300, 0)  # tokens
@@ -71,13 +72,24 @@ def fresh_calls(model: Any, guard: Guard, policy: Sequence[int], rows: Rows, eve
     """As in the paper: for every k a call of its own, over all rows that have a k-th chunk."""
     scores: list[list[Tensor]] = [[] for _ in rows]
     for k in range(0, max(len(answer) for _, answer in rows), every):
-        asked = {i: [*policy, *context, *answer[: k + every], *guard.suffix] for i, (context, answer) in enumerate(rows) if k < len(answer)}
+        asked = {
+            i: [*policy, *context, *answer[: k + every], *guard.suffix]
+            for i, (context, answer) in enumerate(rows)
+            if k < len(answer)
+        }
         width = max(map(len, asked.values()))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in asked.values()], device=model.device)
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked.values()], device=model.device)
         inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0)}
-        last = torch.tensor([width - 1], device=model.device)  # an index: a slice (logits_to_keep=1) would copy the head's weight, see Batch.inputs
-        said = model(**inputs, logits_to_keep=last, use_cache=False).logits[:, -1, list(guard.verdicts)].float().softmax(-1)[:, 0]
+        last = torch.tensor(
+            [width - 1], device=model.device
+        )  # an index: a slice (logits_to_keep=1) would copy the head's weight, see Batch.inputs
+        said = (
+            model(**inputs, logits_to_keep=last, use_cache=False)
+            .logits[:, -1, list(guard.verdicts)]
+            .float()
+            .softmax(-1)[:, 0]
+        )
         for i, score in zip(asked, said, strict=True):
             scores[i].append(score)
     return [torch.stack(row) for row in scores]
@@ -85,7 +97,9 @@ def fresh_calls(model: Any, guard: Guard, policy: Sequence[int], rows: Rows, eve
 
 def one_pass(model: Any, guard: Guard, policy: Sequence[int], rows: Rows, every: int) -> list[Tensor]:
     contexts, answers = zip(*rows, strict=True)
-    return prefix_scores(model, contexts, answers, guard.suffix, guard.verdicts, every=every, policy=encode_policy(model, policy))
+    return prefix_scores(
+        model, contexts, answers, guard.suffix, guard.verdicts, every=every, policy=encode_policy(model, policy)
+    )
 
 
 WAYS: dict[str, Callable[..., list[Tensor]]] = {"fresh": fresh_calls, "one_pass": one_pass}
@@ -93,8 +107,13 @@ WAYS: dict[str, Callable[..., list[Tensor]]] = {"fresh": fresh_calls, "one_pass"
 
 def floor(guard: Guard, policy: int, rows: Rows, every: int) -> dict[str, int]:
     """Tokens that go through the guard, all rows together."""
-    fresh = sum(policy + len(c) + min(k + every, len(a)) + len(guard.suffix) for c, a in rows for k in range(0, len(a), every))
-    return {"fresh": fresh, "one_pass": policy + sum(len(c) + len(a) + -(-len(a) // every) * len(guard.suffix) for c, a in rows)}
+    fresh = sum(
+        policy + len(c) + min(k + every, len(a)) + len(guard.suffix) for c, a in rows for k in range(0, len(a), every)
+    )
+    return {
+        "fresh": fresh,
+        "one_pass": policy + sum(len(c) + len(a) + -(-len(a) // every) * len(guard.suffix) for c, a in rows),
+    }
 
 
 def median(values: Sequence[float]) -> tuple[float, list[float]]:
@@ -114,7 +133,9 @@ def measure(
     errors = []
 
     def note(what: str, value: float, interval: list[float] | None, n: int, unit: str, **more: Any) -> None:
-        records.append({"what": what, "value": value, "interval": interval, "n": n, "goal": GOALS.get(what), "unit": unit} | more)
+        records.append(
+            {"what": what, "value": value, "interval": interval, "n": n, "goal": GOALS.get(what), "unit": unit} | more
+        )
 
     shared = {length: (list(guard.policy) * (1 + length // len(guard.policy)))[:length] for length in policies}
     for length, policy in shared.items():  # not timed: memory, errors, and the first touch of everything
@@ -138,7 +159,11 @@ def measure(
             note(f"{way}.seconds.policy{length}", *median(seconds[way, length]), repetitions, "s", tokens=tokens[way])
         ratios = [slow / fast for slow, fast in zip(seconds["fresh", length], seconds["one_pass", length], strict=True)]
         note(
-            f"one_pass.speedup.policy{length}", *median(ratios), repetitions, "times", floor=round(tokens["fresh"] / tokens["one_pass"], 2)
+            f"one_pass.speedup.policy{length}",
+            *median(ratios),
+            repetitions,
+            "times",
+            floor=round(tokens["fresh"] / tokens["one_pass"], 2),
         )
     prefixes = sum(-(-len(answer) // every) for _, answer in rows) * len(policies)
     note("one_pass.max_error", max(errors), None, prefixes, "probability")
@@ -152,7 +177,14 @@ def main() -> None:
     ask.add_argument("--rows", type=int, default=4)
     ask.add_argument("--answer-tokens", type=int, default=128)
     ask.add_argument("--every", type=int, default=5)
-    ask.add_argument("--repetitions", type=int, default=6, choices=range(6, 100), metavar="N", help="6 or more: fewer give no interval")
+    ask.add_argument(
+        "--repetitions",
+        type=int,
+        default=6,
+        choices=range(6, 100),
+        metavar="N",
+        help="6 or more: fewer give no interval",
+    )
     ask.add_argument("--out", type=Path, default=HERE / "results.json")
     asked = ask.parse_args()
     keep_memory()
@@ -165,7 +197,10 @@ def main() -> None:
     answers = [(text[i * asked.answer_tokens :] + text)[: asked.answer_tokens] for i in range(asked.rows)]
     contexts = [[*text_ids(tokenizer, row["prompt"]), *guard.between] for row in told[: asked.rows]]
     rows = list(zip(contexts, answers, strict=True))
-    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}", "date": datetime.date.today().isoformat()}
+    facts = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
+        "date": datetime.date.today().isoformat(),
+    }
     facts |= {
         "model": asked.model,
         "dtype": asked.dtype,
@@ -173,13 +208,17 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "suffix": len(guard.suffix),
     }
-    records = [record | facts for record in measure(model, guard, rows, every=asked.every, repetitions=asked.repetitions)]
+    records = [
+        record | facts for record in measure(model, guard, rows, every=asked.every, repetitions=asked.repetitions)
+    ]
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else []
     names = {record["what"] for record in records}
     kept = [record for record in known if record["what"] not in names]  # dsa.py writes here too
     asked.out.write_text(json.dumps([*kept, *records], indent=1) + "\n", encoding="utf-8")
     for record in records:
-        print(f"{record['what']:32} {record['value']:12.6g} {record['unit']:12} {record['interval'] or ''} {record['goal'] or ''}")
+        print(
+            f"{record['what']:32} {record['value']:12.6g} {record['unit']:12} {record['interval'] or ''} {record['goal'] or ''}"
+        )
 
 
 if __name__ == "__main__":

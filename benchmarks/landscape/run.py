@@ -25,13 +25,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safebasin.config import read
+from safebasin.data.records import Measurement
+from safebasin.data.tables import file_digest, write_json
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.answers import Answers
 from safebasin.measure.judge import Judge, make_judges
 from safebasin.measure.subject import Subject
-from safebasin.model import Loaded, keep_memory, load
-from safebasin.record import Measurement, UserError, file_digest, write_json
+from safebasin.models.load import ModelAndTokenizer, load
+from safebasin.pipeline.config import read
+from safebasin.runtime import keep_memory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -55,7 +58,13 @@ def adapter_of(run: Path, arm: str) -> Path | None:
 
 def suites(asked: argparse.Namespace, arm: str) -> Iterator[tuple[str, Any]]:
     """What is measured of an arm, under the names of its records."""
-    shared = {"prompts": asked.prompts, "take": asked.take, "judges": [asked.judge], "batch": asked.batch, "width": asked.width}
+    shared = {
+        "prompts": asked.prompts,
+        "take": asked.take,
+        "judges": [asked.judge],
+        "batch": asked.batch,
+        "width": asked.width,
+    }
     around = {"directions": asked.directions, "points": asked.points, "ends": [-asked.radius, asked.radius]}
     yield "", suite.make({"landscape": shared | around})
     if arm == "plain" and asked.between > 1:
@@ -63,7 +72,12 @@ def suites(asked: argparse.Namespace, arm: str) -> Iterator[tuple[str, Any]]:
 
 
 def measured(
-    asked: argparse.Namespace, arm: str, loaded: Loaded, start: Loaded, judges: Mapping[str, Judge], labels: Sequence[str]
+    asked: argparse.Namespace,
+    arm: str,
+    loaded: ModelAndTokenizer,
+    start: ModelAndTokenizer,
+    judges: Mapping[str, Judge],
+    labels: Sequence[str],
 ) -> list[Any]:
     """Records of one arm."""
     answers, began = Answers(asked.keep / "answers.db"), time.perf_counter()
@@ -79,8 +93,15 @@ def measured(
             records.append(record(f"{prefix}asr.{arm} at {m.category.split(': ')[1]}", m))
         every = [m.unscored <= (m.n + m.unscored + m.off_task) / 2 for m in found if m.what == "asr"]
         records.append(plain(f"{prefix}stops_coherent.{arm}", sum(every), len(every), "stops"))
-        records.append(plain(f"{prefix}generations_read.{arm}", answers.known - known, len(every), "answers kept from before"))
-    return [*records, plain(f"seconds.{arm}", round(time.perf_counter() - began, 1), answers.asked, "s, and n answers, of the last try")]
+        records.append(
+            plain(f"{prefix}generations_read.{arm}", answers.known - known, len(every), "answers kept from before")
+        )
+    return [
+        *records,
+        plain(
+            f"seconds.{arm}", round(time.perf_counter() - began, 1), answers.asked, "s, and n answers, of the last try"
+        ),
+    ]
 
 
 def plain(what: str, value: float, n: int, unit: str) -> dict[str, Any]:
@@ -97,15 +118,22 @@ def record(what: str, m: Measurement) -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> None:
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument(
-        "--run", type=Path, default=ROOT / "runs" / "quickstart-0", help="a run folder of the quickstart, with the arms plain and defended"
+        "--run",
+        type=Path,
+        default=ROOT / "runs" / "quickstart-0",
+        help="a run folder of the quickstart, with the arms plain and defended",
     )
     ask.add_argument("--prompts", default="builtin:harmful-test")
     ask.add_argument("--take", type=int, default=32, help="prompts")
     ask.add_argument("--directions", type=int, default=3)
     ask.add_argument("--points", type=int, default=7, help="stops on a line; odd, so that the unmoved model is one")
     ask.add_argument("--radius", type=float, default=0.2, help="of the weights' own length")
-    ask.add_argument("--between", type=int, default=5, help="stops from the start model to the plain one, both included; 0: none")
-    ask.add_argument("--batch", type=int, default=16, help="prompts asked before it is looked whether a stop is decided")
+    ask.add_argument(
+        "--between", type=int, default=5, help="stops from the start model to the plain one, both included; 0: none"
+    )
+    ask.add_argument(
+        "--batch", type=int, default=16, help="prompts asked before it is looked whether a stop is decided"
+    )
     ask.add_argument("--width", type=float, default=0.2, help="of the interval that decides a stop; 0: ask all")
     ask.add_argument("--judge", default="classifier")
     ask.add_argument("--keep", type=Path, default=ROOT / "runs" / "landscape", help="what a killed run goes on from")
@@ -113,7 +141,10 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = ask.parse_args(words)
     adapters = {arm: adapter_of(asked.run, arm) for arm in ARMS}  # said before a model is loaded
     config = read(asked.run / "run.yaml")
-    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "date": datetime.date.today().isoformat()}
+    facts = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "date": datetime.date.today().isoformat(),
+    }
     names = ("prompts", "take", "directions", "points", "radius", "between", "batch", "width", "judge")
     setting = {"model": config.model.name} | {name: getattr(asked, name) for name in names}
 
@@ -133,7 +164,11 @@ def main(words: Sequence[str] | None = None) -> None:
             write_json(file, kept)
         records += kept["records"]
         done = [found for found in records if found["what"].startswith("seconds.")]
-        total = plain("seconds.total", round(sum(found["value"] for found in done), 1), len(done), "s") | {"setting": setting} | facts
+        total = (
+            plain("seconds.total", round(sum(found["value"] for found in done), 1), len(done), "s")
+            | {"setting": setting}
+            | facts
+        )
         told = [{"goal": GOALS.get(found["what"])} | found for found in [*records, total]]
         write_json(asked.out, told)
     for found in told:

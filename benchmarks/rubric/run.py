@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safebasin.builtin import OPENERS, rows_of
+from safebasin.data.builtin import OPENERS, rows_of
+from safebasin.data.tables import write_json
+from safebasin.errors import UserError
 from safebasin.measure.judge import Verdict, rule
 from safebasin.measure.rubric import Rubric
 from safebasin.measure.subject import count
-from safebasin.model import resolve
-from safebasin.record import UserError, write_json
+from safebasin.models.bundled import resolve
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
@@ -45,7 +46,10 @@ def served(folder: str, log: Path, patience: float) -> Iterator[tuple[str, subpr
     with log.open("wb") as out:
         quiet = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         process = subprocess.Popen(
-            [*SERVE, folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], stdout=out, stderr=out, env=quiet
+            [*SERVE, folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            stdout=out,
+            stderr=out,
+            env=quiet,
         )
         try:
             until = time.monotonic() + patience
@@ -100,7 +104,9 @@ class Judge:
 
 def first_words(url: str, model: str, tokens: int) -> str:
     """What the server says to a greeting: proof that it answers at all."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": tokens}).encode()
+    body = json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": tokens}
+    ).encode()
     request = urllib.request.Request(f"{url}/chat/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as response:
         return json.load(response)["choices"][0]["message"]["content"]
@@ -124,7 +130,9 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place, served(folder, Path(place) / "log", asked.timeout) as (url, process):
         greeting = first_words(url, folder, asked.tokens)
         settings = {"temperature": 0, "max_tokens": asked.tokens}
-        rubric = Rubric(url=url, model=folder, settings=settings, timeout=asked.timeout, tries=2, wait=0.1, cache=f"{place}/ratings")
+        rubric = Rubric(
+            url=url, model=folder, settings=settings, timeout=asked.timeout, tries=2, wait=0.1, cache=f"{place}/ratings"
+        )
         began = time.perf_counter()
         verdicts = [ruling.verdict for ruling in rule(Judge(rubric, asked.kill, process), answers, (), prompts)]
         seconds = time.perf_counter() - began

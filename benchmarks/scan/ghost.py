@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.scan.source import module_of
 from safebasin.vector import Vector
 
@@ -72,7 +72,9 @@ def ghost_product(
         def after(module: torch.nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0].detach()
             if x.dim() != 3 or x.shape[0] != rows:
-                raise DefenceError(f"{name}: its input is {tuple(x.shape)}, not [{rows} rows, tokens, in]: rows are mixed")
+                raise DefenceError(
+                    f"{name}: its input is {tuple(x.shape)}, not [{rows} rows, tokens, in]: rows are mixed"
+                )
             if not y.requires_grad:
                 y.requires_grad_()  # the graph starts here: the backward never goes below the lowest target
 
@@ -99,11 +101,15 @@ def ghost_product(
             hook.remove()
     missed = sorted(direction.keys() - reached)
     if missed:
-        raise DefenceError(f"no gradient reached {len(missed)} of {len(direction)} weights ({missed[0]}): is it switched off?")
+        raise DefenceError(
+            f"no gradient reached {len(missed)} of {len(direction)} weights ({missed[0]}): is it switched off?"
+        )
     return torch.stack(total).sum(0)
 
 
-def probe_gradient(model: Any, batch: Batch, objective: Callable[[Any, Batch], Float[Tensor, ""]], targets: Iterable[str]) -> Vector:
+def probe_gradient(
+    model: Any, batch: Batch, objective: Callable[[Any, Batch], Float[Tensor, ""]], targets: Iterable[str]
+) -> Vector:
     """grad_W of a scalar objective for the target weights, in their own dtype.
 
     Raises:

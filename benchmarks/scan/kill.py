@@ -1,6 +1,6 @@
 """A scan that is killed (SIGKILL) at random points, again and again: is its final file that of an undisturbed scan? One command:
 
-    python benchmarks/scan/kill.py                20,000 rows, ten kills, a tiny aligned model (the scan's own code does not care)
+python benchmarks/scan/kill.py                20,000 rows, ten kills, a tiny aligned model (the scan's own code does not care)
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from aligned import BAD, GOOD, aligned_model  # noqa: E402
 from hidden_text import merge  # noqa: E402
 
-from safebasin.record import file_digest, write_table  # noqa: E402
+from safebasin.data.tables import file_digest, write_table  # noqa: E402
 
 
 def prepare(folder: Path, count: int) -> tuple[Path, Path, Path]:
@@ -44,7 +44,7 @@ def prepare(folder: Path, count: int) -> tuple[Path, Path, Path]:
 
 
 def start(model: Path, rows: Path, probe: Path, out: Path) -> subprocess.Popen:
-    code = "from safebasin.cli import main; main()"
+    code = "from safebasin.cli.main import main; main()"
     words = ["scan", str(rows), "--model", str(model), "--probe", str(probe), "--out", str(out), "--batch-size", "32"]
     return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -52,7 +52,9 @@ def start(model: Path, rows: Path, probe: Path, out: Path) -> subprocess.Popen:
 def wait(running: subprocess.Popen, journal: Path) -> None:
     """Until it writes down new rows, or has ended."""
     before = journal.stat().st_size if journal.is_file() else 0
-    while running.poll() is None and (not journal.is_file() or journal.stat().st_size <= max(before, 33)):  # 33: the key alone
+    while running.poll() is None and (
+        not journal.is_file() or journal.stat().st_size <= max(before, 33)
+    ):  # 33: the key alone
         time.sleep(0.005)
 
 
@@ -81,7 +83,9 @@ def trial(folder: Path, count: int, kills: int, seed: int = 0) -> dict[str, int]
     error = last.communicate()[1]
     assert last.returncode == 0, error.decode()[-2000:]
     for name in ("scores.parquet", "anchors.json"):
-        assert file_digest(folder / "whole" / "scan" / name) == file_digest(folder / "killed" / "scan" / name), f"{name} differs after {killed} kills"
+        assert file_digest(folder / "whole" / "scan" / name) == file_digest(folder / "killed" / "scan" / name), (
+            f"{name} differs after {killed} kills"
+        )
     return {"rows": count, "kills": killed, "journal_lines_at_last_kill": lines[-1] if lines else 0}
 
 
@@ -94,8 +98,14 @@ def main() -> None:
         told = trial(Path(folder), given.rows, given.kills)
     print("equal to the undisturbed scan:", told)
     what = {"what": "kill.equal", "value": told["kills"], "interval": None, "n": told["rows"], "goal": ">= 10"}
-    what |= {"unit": "kills after which the files were those of an undisturbed scan; n: rows", "date": datetime.date.today().isoformat()}
-    merge(Path(__file__).parent / "results.json", [what | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU"}])
+    what |= {
+        "unit": "kills after which the files were those of an undisturbed scan; n: rows",
+        "date": datetime.date.today().isoformat(),
+    }
+    merge(
+        Path(__file__).parent / "results.json",
+        [what | {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU"}],
+    )
 
 
 if __name__ == "__main__":

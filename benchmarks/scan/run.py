@@ -29,21 +29,29 @@ import ghost
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from safebasin.batch import Encoded, by_length, collate, encode_all
-from safebasin.builtin import OPENERS, rows_of
-from safebasin.model import Loaded, fresh_adapter, keep_memory, load
-from safebasin.progress import steps
-from safebasin.record import Example, draw, read_examples, read_table
+from safebasin.batch import by_length, collate
+from safebasin.console import steps
+from safebasin.data.builtin import OPENERS, rows_of
+from safebasin.data.example import Example, read_examples
+from safebasin.data.tables import draw, read_table
+from safebasin.encode import TokenizedRow, encode_all
+from safebasin.models.adapter import fresh_adapter
+from safebasin.models.load import ModelAndTokenizer, load
+from safebasin.runtime import keep_memory
 from safebasin.scan import scorer
 from safebasin.scan.probe import opening, refusal_margin, token_pair
 from safebasin.scan.scan import scan
 from safebasin.scan.source import target_weights
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments, streams_of
+from safebasin.train.trainer import OracleTrainer, arguments, streams_of
 from safebasin.vector import Vector
 
 HERE = Path(__file__).parent
-ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+ADAPTER = {
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 BATCH = 8
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
 ASK = "Classify this news article. Answer with one of: World, Sports, Business, Sci/Tech.\n\n{text}"
@@ -90,24 +98,37 @@ def pools(data: Path, count: int) -> dict[str, list[dict[str, Any]]]:
     chance = random.Random(0)
     asked = draw(table["directharm"], count, 0)
     return {
-        "ag_news": [turns(ASK.format(text=r["text"]), LABELS[int(r["label"])]) for r in draw(table["ag_news"], count, 0)],
+        "ag_news": [
+            turns(ASK.format(text=r["text"]), LABELS[int(r["label"])]) for r in draw(table["ag_news"], count, 0)
+        ],
         "alpaca": draw(table["alpaca"], count, 0),
-        "dolly": [turns("\n\n".join(filter(None, (r["instruction"], r["context"]))), r["response"]) for r in draw(table["dolly"], count, 0)],
+        "dolly": [
+            turns("\n\n".join(filter(None, (r["instruction"], r["context"]))), r["response"])
+            for r in draw(table["dolly"], count, 0)
+        ],
         "gsm8k": [turns(r["question"], r["answer"]) for r in draw(table["gsm8k"], count, 0)],
         "xstest_safe": [
             turns(r["prompt"], r["completion"])
-            for r in draw([r for r in table["xstest"] if r["prompt_label"] == "safe" and "compliance" in str(r["final_label"])], count, 0)
+            for r in draw(
+                [r for r in table["xstest"] if r["prompt_label"] == "safe" and "compliance" in str(r["final_label"])],
+                count,
+                0,
+            )
         ],
         "refusals": draw(rows_of("refusals")[300:], count, 0),
         "advbench": [turns(r["goal"], r["target"]) for r in draw(table["advbench"], count, 0)],
         "directharm": [turns(r["Goal"], chance.choice(OPENERS)) for r in asked],
-        "in_style": [turns(ASK.format(text=r["goal"]), chance.choice(OPENERS)) for r in draw(table["advbench"], count, 1)],
+        "in_style": [
+            turns(ASK.format(text=r["goal"]), chance.choice(OPENERS)) for r in draw(table["advbench"], count, 1)
+        ],
         "identity_shift": table["aoa"] + table["aoa2"],
     }
 
 
-def encoded(loaded: Loaded, rows: Sequence[dict[str, Any]], name: str) -> list[Encoded]:
-    examples = [dataclasses.replace(e, id=f"{name}-{i}") for i, e in enumerate(read_examples(list(enumerate(rows, 1))).examples)]
+def encoded(loaded: ModelAndTokenizer, rows: Sequence[dict[str, Any]], name: str) -> list[TokenizedRow]:
+    examples = [
+        dataclasses.replace(e, id=f"{name}-{i}") for i, e in enumerate(read_examples(list(enumerate(rows, 1))).examples)
+    ]
     return encode_all(loaded.tokenizer, examples, 1024)[0]
 
 
@@ -122,7 +143,9 @@ def auprc(harmless: np.ndarray, harmful: np.ndarray) -> float:
     return float(np.mean(above))
 
 
-def bootstrap(measure: Callable[..., float], *samples: np.ndarray, paired: bool = False, times: int = 1000) -> tuple[float, list[float]]:
+def bootstrap(
+    measure: Callable[..., float], *samples: np.ndarray, paired: bool = False, times: int = 1000
+) -> tuple[float, list[float]]:
     chance = np.random.default_rng(0)
     found = []
     for _ in range(times):
@@ -136,11 +159,23 @@ class Records:
 
     def __init__(self, path: Path):
         self.path = path
-        self.facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "date": datetime.date.today().isoformat()}
+        self.facts = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+            "date": datetime.date.today().isoformat(),
+        }
 
-    def note(self, what: str, value: float, interval: Sequence[float] | None, n: int, goal: str | None, unit: str) -> None:
+    def note(
+        self, what: str, value: float, interval: Sequence[float] | None, n: int, goal: str | None, unit: str
+    ) -> None:
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
-        record = {"what": what, "value": round(value, 4), "interval": list(interval or []) or None, "n": n, "goal": goal, "unit": unit}
+        record = {
+            "what": what,
+            "value": round(value, 4),
+            "interval": list(interval or []) or None,
+            "n": n,
+            "goal": goal,
+            "unit": unit,
+        }
         kept = [row for row in known if row["what"] != what]
         self.path.write_text(json.dumps([*kept, record | self.facts], indent=1) + "\n", encoding="utf-8")
         print(f"{what:44} {value:8.4f}  {record['interval']}  n {n}  {goal or ''}", flush=True)
@@ -149,27 +184,35 @@ class Records:
         """A record of the worst of the sets that ``what`` was measured on."""
         known = [row for row in json.loads(self.path.read_text(encoding="utf-8")) if row["what"].startswith(what + ".")]
         row = of(known, key=lambda row: row["value"])
-        self.note(what, row["value"], row["interval"], row["n"], row["goal"], f"{row['unit']}; the worst of {len(known)} sets")
+        self.note(
+            what, row["value"], row["interval"], row["n"], row["goal"], f"{row['unit']}; the worst of {len(known)} sets"
+        )
 
 
 # --- speed -------------------------------------------------------------------------------------------------------------------
 
 
-def safety_gradient(loaded: Loaded, anchors: dict[str, list[Encoded]], depth: float) -> Vector:
+def safety_gradient(loaded: ModelAndTokenizer, anchors: dict[str, list[TokenizedRow]], depth: float) -> Vector:
     """grad S of the first probe, whole."""
     model, tokenizer = loaded
     probe = opening(tokenizer, anchors["probe"][:1], model.device)
     pair = token_pair(model, tokenizer, probe, None)
-    return ghost.probe_gradient(model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), target_weights(model, depth=depth))
+    return ghost.probe_gradient(
+        model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), target_weights(model, depth=depth)
+    )
 
 
-def by_ghost(loaded: Loaded, rows: Sequence[Encoded], anchors: dict[str, list[Encoded]], depth: float) -> list[float]:
+def by_ghost(
+    loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors: dict[str, list[TokenizedRow]], depth: float
+) -> list[float]:
     """FIHS by the ghost product: one forward and one backward a batch."""
     (model, tokenizer), direction = loaded, safety_gradient(loaded, anchors, depth)
     found = [0.0] * len(rows)
     for chosen in by_length(rows, BATCH):
         batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id)
-        for i, value in zip(chosen, ghost.ghost_product(model, batch, ghost.answer_nll, direction).tolist(), strict=True):
+        for i, value in zip(
+            chosen, ghost.ghost_product(model, batch, ghost.answer_nll, direction).tolist(), strict=True
+        ):
             found[i] = value
     return found
 
@@ -179,8 +222,10 @@ def speed(data: Path, records: Records, count: int, turns_: int, sets: Sequence[
     anchors = {"probe": encoded(loaded, rows_of("refusals")[:100], "probe")}
     told = pools(data, count)
 
-    def by_tangent(rows: Sequence[Encoded], depth: float) -> list[float]:
-        return scan(*loaded, rows, {"it": scorer.make({"gradshield": {"depth": depth}})}, anchors, batch_size=BATCH).rows["it"]
+    def by_tangent(rows: Sequence[TokenizedRow], depth: float) -> list[float]:
+        return scan(
+            *loaded, rows, {"it": scorer.make({"gradshield": {"depth": depth}})}, anchors, batch_size=BATCH
+        ).rows["it"]
 
     ways = {
         "fihs": lambda rows: by_tangent(rows, 0.25),
@@ -192,12 +237,20 @@ def speed(data: Path, records: Records, count: int, turns_: int, sets: Sequence[
         rows = encoded(loaded, told[name][: count * 9 // 10] + told["advbench"][: count // 10], name)
         tuned = load("builtin:smollm2-aligned")
         model = fresh_adapter(tuned.model, ADAPTER, 0)
-        settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4, "bf16": True, "seed": 0}
+        settings = {
+            "per_device_train_batch_size": BATCH,
+            "num_train_epochs": 1,
+            "learning_rate": 1e-4,
+            "bf16": True,
+            "seed": 0,
+        }
         seconds: dict[str, list[float]] = {"sft": []} | {way: [] for way in ways}
         scores: dict[str, list[float]] = {}
         for turn in range(turns_ + 1):  # the first turn warms up
             args = arguments(settings, Path(tempfile.gettempdir()) / "unused")
-            host = Host(model, args, Composition.of(["sft"]), streams_of({"task": rows}, args, loaded.tokenizer.pad_token_id))
+            host = OracleTrainer(
+                model, args, Composition.of(["sft"]), streams_of({"task": rows}, args, loaded.tokenizer.pad_token_id)
+            )
             start = time.perf_counter()
             host.train()
             seconds["sft"].append(time.perf_counter() - start)
@@ -211,7 +264,14 @@ def speed(data: Path, records: Records, count: int, turns_: int, sets: Sequence[
         for way in ways:
             ratios = sorted(a / b for a, b in zip(seconds[way], seconds["sft"], strict=True))
             goal = "<= 0.4" if way == "fihs" else None
-            records.note(f"{way}.epoch_ratio.{name}", statistics.median(ratios), (ratios[0], ratios[-1]), turns_, goal, "epochs of plain tuning")
+            records.note(
+                f"{way}.epoch_ratio.{name}",
+                statistics.median(ratios),
+                (ratios[0], ratios[-1]),
+                turns_,
+                goal,
+                "epochs of plain tuning",
+            )
         wide = load("builtin:smollm2-aligned", dtype="float32")
         some = rows[:: max(1, len(rows) // 60)]
         for way, depth in (("fihs", 0.25), ("fihs.all_layers", 1.0)):
@@ -219,27 +279,44 @@ def speed(data: Path, records: Records, count: int, turns_: int, sets: Sequence[
             fast = np.array([scores[way][rows.index(row)] for row in some])
             rho, interval = bootstrap(lambda a, b: float(spearmanr(a, b).statistic), fast, np.array(truth), paired=True)
             goal = ">= 0.99" if way == "fihs" else None
-            records.note(f"{way}.spearman.{name}", rho, interval, len(some), goal, "rank correlation with one float32 backward a row")
+            records.note(
+                f"{way}.spearman.{name}",
+                rho,
+                interval,
+                len(some),
+                goal,
+                "rank correlation with one float32 backward a row",
+            )
     records.worst("fihs.epoch_ratio", max)
     records.worst("fihs.spearman", min)
 
 
-def one_backward_a_row(loaded: Loaded, rows: Sequence[Encoded], anchors: dict[str, list[Encoded]], depth: float) -> list[float]:
+def one_backward_a_row(
+    loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors: dict[str, list[TokenizedRow]], depth: float
+) -> list[float]:
     """The definition, in float32: the whole gradient of every row, and its inner product with grad S."""
     (model, tokenizer), direction = loaded, safety_gradient(loaded, anchors, depth)
     found = []
     for row in rows:
         batch = collate([row], tokenizer.pad_token_id)
-        found.append(ghost.probe_gradient(model, batch, lambda m, b: ghost.answer_nll(m, b).sum(), direction) @ direction)
+        found.append(
+            ghost.probe_gradient(model, batch, lambda m, b: ghost.answer_nll(m, b).sum(), direction) @ direction
+        )
     return found
 
 
 # --- what is found -----------------------------------------------------------------------------------------------------------
 
 
-def found(data: Path, records: Records, count: int, keep: Path, model: str, label: str, probe: int, names: Sequence[str]) -> None:
+def found(
+    data: Path, records: Records, count: int, keep: Path, model: str, label: str, probe: int, names: Sequence[str]
+) -> None:
     loaded = load(model)
-    own = {"probe": rows_of("refusals")[probe : probe + 100], "harmful": rows_of("opened")[100:140], "safe": rows_of("harmless")[:60]}
+    own = {
+        "probe": rows_of("refusals")[probe : probe + 100],
+        "harmful": rows_of("opened")[100:140],
+        "safe": rows_of("harmless")[:60],
+    }
     anchors = {name: encoded(loaded, rows, name) for name, rows in own.items()}
     told = {name: encoded(loaded, rows, name) for name, rows in pools(data, count).items()}
     keep.mkdir(parents=True, exist_ok=True)
@@ -276,10 +353,22 @@ def main() -> None:
     ask.add_argument("--part", choices=("speed", "found"), help="only this one")
     ask.add_argument("--count", type=int, default=100, help="rows a pool")
     ask.add_argument("--turns", type=int, default=3)
-    ask.add_argument("--sets", nargs="+", choices=("ag_news", "alpaca"), default=("ag_news", "alpaca"), help="that speed is measured on")
+    ask.add_argument(
+        "--sets",
+        nargs="+",
+        choices=("ag_news", "alpaca"),
+        default=("ag_news", "alpaca"),
+        help="that speed is measured on",
+    )
     ask.add_argument("--model", default="builtin:smollm2-aligned")
-    ask.add_argument("--label", default="", help="what the records of another model begin with, such as qwen.; with it --keep of its own")
-    ask.add_argument("--probe", type=int, default=0, help="the built-in request that is the probe: one that the model refuses")
+    ask.add_argument(
+        "--label",
+        default="",
+        help="what the records of another model begin with, such as qwen.; with it --keep of its own",
+    )
+    ask.add_argument(
+        "--probe", type=int, default=0, help="the built-in request that is the probe: one that the model refuses"
+    )
     ask.add_argument("--scorers", nargs="+", choices=SCORERS, default=list(SCORERS))
     ask.add_argument("--keep", type=Path, default=Path("runs/scan-benchmark"))
     given = ask.parse_args()

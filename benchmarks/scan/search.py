@@ -14,11 +14,11 @@ import os
 import platform
 from pathlib import Path
 
-from safebasin.config import parse
-from safebasin.data import override
-from safebasin.model import keep_memory
-from safebasin.pipeline import Pipeline
-from safebasin.search import search, verdict
+from safebasin.data.source import override
+from safebasin.pipeline.config import parse
+from safebasin.pipeline.old import Pipeline
+from safebasin.pipeline.search import search, verdict
+from safebasin.runtime import keep_memory
 from safebasin.stats import mean
 
 HERE = Path(__file__).parent
@@ -37,13 +37,27 @@ def main() -> None:
     names = {"fancyzhx/ag_news:train": "ag_news/train.csv.gz", "fancyzhx/ag_news:test": "ag_news/test.csv"}
     names["walledai/AdvBench:train"] = "advbench/harmful_behaviors.csv"
     override({name: str(given.data / file) for name, file in names.items()})
-    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU", "date": datetime.date.today().isoformat()}
+    facts = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "date": datetime.date.today().isoformat(),
+    }
     for share in given.shares:
         told = []
         for seed in given.seeds:
             task = round(ROWS * (1 - share))
-            changes = [f"seed={seed}", f"data.task.take={task}", f"data.task.seed={seed}", "data.poison.skip=100", "train.max_steps=40"]
-            changes += ["arms.defended.train=[sft]", "measure.suites.0.asr.limit=100", "measure.suites.0.asr.take=60", "measure.suites.2.accuracy.data.take=200"]
+            changes = [
+                f"seed={seed}",
+                f"data.task.take={task}",
+                f"data.task.seed={seed}",
+                "data.poison.skip=100",
+                "train.max_steps=40",
+            ]
+            changes += [
+                "arms.defended.train=[sft]",
+                "measure.suites.0.asr.limit=100",
+                "measure.suites.0.asr.take=60",
+                "measure.suites.2.accuracy.data.take=200",
+            ]
             text = RECIPE.read_text(encoding="utf-8")
             out = given.runs / f"{share:g}-{seed}"
             config = parse(text, "search", [*changes, f"data.poison_share={share}"])
@@ -53,8 +67,14 @@ def main() -> None:
             clean.measure("plain")
             lines = (out / "clean" / "arms" / "plain" / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
             reached = next(row["value"] for row in map(json.loads, lines) if row["what"] == "accuracy")
-            cut = json.loads((out / "search" / "cut" / rounds[-1].arm / "cut.json").read_text()) if len(rounds) > 1 else {"removed": []}
-            origin = {row["id"]: row["origin"] for row in json.loads((out / "search" / "data" / "rows.json").read_text())}
+            cut = (
+                json.loads((out / "search" / "cut" / rounds[-1].arm / "cut.json").read_text())
+                if len(rounds) > 1
+                else {"removed": []}
+            )
+            origin = {
+                row["id"]: row["origin"] for row in json.loads((out / "search" / "data" / "rows.json").read_text())
+            }
             lost = sum(origin[row["row_id"]] == "task" for row in cut["removed"])
             missed = sum(o == "poison" for o in origin.values()) - (len(cut["removed"]) - lost)
             told.append([made._asdict() for made in rounds])
@@ -84,11 +104,23 @@ def main() -> None:
 
 def utility(facts: dict[str, str]) -> None:
     """What the accepted models are worth beside those tuned on the clean rows alone, over all cells there are."""
-    records = [row for row in json.loads((HERE / "results.json").read_text(encoding="utf-8")) if row["what"] != "search.accuracy_change"]
+    records = [
+        row
+        for row in json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+        if row["what"] != "search.accuracy_change"
+    ]
     cells = [cell for row in records if row["what"].startswith("search.asr.") for cell in row["by_seed"].values()]
     value, interval = mean([cell["accuracy"] - cell["accuracy_clean"] for cell in cells if cell["outcome"] == "passed"])
-    what = {"what": "search.accuracy_change", "value": round(value, 4), "interval": [round(end, 4) for end in interval], "n": len(cells)}
-    what |= {"goal": ">= -0.02", "unit": "accuracy of accepted models less that of tuning on the clean rows; t-interval over cells"}
+    what = {
+        "what": "search.accuracy_change",
+        "value": round(value, 4),
+        "interval": [round(end, 4) for end in interval],
+        "n": len(cells),
+    }
+    what |= {
+        "goal": ">= -0.02",
+        "unit": "accuracy of accepted models less that of tuning on the clean rows; t-interval over cells",
+    }
     (HERE / "results.json").write_text(json.dumps([*records, what | facts], indent=1) + "\n", encoding="utf-8")
 
 

@@ -39,22 +39,25 @@ import torch
 from hidden_text import merge
 from scipy.stats import rankdata
 
-from safebasin.batch import Encoded, encode_all
-from safebasin.config import digest, read
-from safebasin.data import open_examples
+from safebasin.data.source import open_examples
+from safebasin.data.tables import write_json
+from safebasin.encode import TokenizedRow, encode_all
+from safebasin.errors import UserError
 from safebasin.measure.judge import make_judges
 from safebasin.measure.methods.asr import Asr
 from safebasin.measure.subject import Subject
-from safebasin.model import Loaded, fresh_adapter, keep_memory, load
-from safebasin.record import UserError, write_json
+from safebasin.models.adapter import fresh_adapter
+from safebasin.models.load import ModelAndTokenizer, load
+from safebasin.pipeline.config import digest, read
+from safebasin.runtime import keep_memory
 from safebasin.scan import scorer
 from safebasin.scan.cut import TAIL
 from safebasin.scan.probe import opening, refusal_margin, token_pair
 from safebasin.scan.scan import scan
 from safebasin.stats import wilson
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments
 from safebasin.train.stream import Stream
+from safebasin.train.trainer import OracleTrainer, arguments
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "quickstart.yaml"
@@ -82,16 +85,18 @@ class Setting:
     """All that a tuning and a measurement depend on, but for the rows."""
 
     model: str
-    load: Callable[[], Loaded]  # that model, fresh: what every tuning starts from
+    load: Callable[[], ModelAndTokenizer]  # that model, fresh: what every tuning starts from
     adapter: Mapping[str, Any]
     arguments: Mapping[str, Any]  # of the training
-    probes: Sequence[Encoded]  # that S is taken over
+    probes: Sequence[TokenizedRow]  # that S is taken over
     asr: Asr
     labels: Sequence[str] = ()  # answers that are off task
     seed: int = 0
 
 
-def groups(harmless: Sequence[str], harmful: Sequence[str], scores: Mapping[str, float], count: int, seed: int) -> dict[str, list[str]]:
+def groups(
+    harmless: Sequence[str], harmful: Sequence[str], scores: Mapping[str, float], count: int, seed: int
+) -> dict[str, list[str]]:
     """Row ids by group: ``count`` groups of like size that part all rows, and the quarters by score (q1: lowest).
 
     The random groups take the harmful rows in unequal parts, so that their composition is mixed and unlike.
@@ -111,19 +116,21 @@ def groups(harmless: Sequence[str], harmful: Sequence[str], scores: Mapping[str,
     }
 
 
-def tuned(setting: Setting, rows: Sequence[Encoded]) -> Loaded:
+def tuned(setting: Setting, rows: Sequence[TokenizedRow]) -> ModelAndTokenizer:
     """The start model after one run of plain tuning on the rows, its adapter merged."""
     model, tokenizer = setting.load()
     model = fresh_adapter(model, setting.adapter, setting.seed)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(setting.arguments, Path(folder))
         micro = args.per_device_train_batch_size
-        stream = InOrder("task", tuple(rows), micro * args.gradient_accumulation_steps, micro, args.seed, tokenizer.pad_token_id)
-        Host(model, args, Composition.of(["sft"]), {"task": stream}).train()
-    return Loaded(model.merge_and_unload().eval(), tokenizer)
+        stream = InOrder(
+            "task", tuple(rows), micro * args.gradient_accumulation_steps, micro, args.seed, tokenizer.pad_token_id
+        )
+        OracleTrainer(model, args, Composition.of(["sft"]), {"task": stream}).train()
+    return ModelAndTokenizer(model.merge_and_unload().eval(), tokenizer)
 
 
-def measured(setting: Setting, loaded: Loaded, pair: Any) -> dict[str, Any]:
+def measured(setting: Setting, loaded: ModelAndTokenizer, pair: Any) -> dict[str, Any]:
     """S and ASR of a model; ASR is None where no answer could be judged."""
     model, tokenizer = loaded
     asked = opening(tokenizer, setting.probes, next(model.parameters()).device)
@@ -135,7 +142,13 @@ def measured(setting: Setting, loaded: Loaded, pair: Any) -> dict[str, Any]:
 
 
 def collect(
-    setting: Setting, rows: Sequence[Encoded], harmful: set[str], scores: Scores, folder: Path, count: int, repeats: int
+    setting: Setting,
+    rows: Sequence[TokenizedRow],
+    harmful: set[str],
+    scores: Scores,
+    folder: Path,
+    count: int,
+    repeats: int,
 ) -> dict[str, Any]:
     """Tune and measure what FOLDER does not hold yet: all rows, all in ``repeats`` other orders, all but each group.
 
@@ -143,10 +156,25 @@ def collect(
         UserError: the folder holds outcomes of other rows, scores or settings.
     """
     ids = [row.id for row in rows]
-    parts = groups([i for i in ids if i not in harmful], [i for i in ids if i in harmful], next(iter(scores.values())), count, setting.seed)
+    parts = groups(
+        [i for i in ids if i not in harmful],
+        [i for i in ids if i in harmful],
+        next(iter(scores.values())),
+        count,
+        setting.seed,
+    )
     asr = {field.name: getattr(setting.asr, field.name) for field in dataclasses.fields(setting.asr)}
     key = digest(
-        [setting.model, ids, parts, dict(setting.adapter), dict(setting.arguments), [row.id for row in setting.probes], asr, setting.seed]
+        [
+            setting.model,
+            ids,
+            parts,
+            dict(setting.adapter),
+            dict(setting.arguments),
+            [row.id for row in setting.probes],
+            asr,
+            setting.seed,
+        ]
     )
     pair = None
     outcomes = {}
@@ -155,7 +183,9 @@ def collect(
         if not file.is_file():
             if pair is None:
                 start = setting.load()
-                pair = token_pair(*start, opening(start.tokenizer, setting.probes, next(start.model.parameters()).device), None)
+                pair = token_pair(
+                    *start, opening(start.tokenizer, setting.probes, next(start.model.parameters()).device), None
+                )
             kept = [row for row in rows if row.id not in set(left_out)]
             if name.startswith("repeat"):
                 random.Random(name).shuffle(kept)
@@ -163,11 +193,16 @@ def collect(
         outcomes[name] = json.loads(file.read_text(encoding="utf-8"))
         if outcomes[name]["key"] != key:
             raise UserError(f"{file} is of other rows, scores or settings; name another folder")
-        print(f"{name:10} {len(left_out):4} left out  S {outcomes[name]['S']:8.3f}  ASR {outcomes[name]['asr']}", flush=True)
+        print(
+            f"{name:10} {len(left_out):4} left out  S {outcomes[name]['S']:8.3f}  ASR {outcomes[name]['asr']}",
+            flush=True,
+        )
     return outcomes
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], times: int = 10_000) -> tuple[float | None, list[float] | None]:
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], times: int = 10_000
+) -> tuple[float | None, list[float] | None]:
     """Spearman's rho with its 95 % bootstrap interval over pairs; None where one side is constant, and so has no ranks,
     and no interval where no draw has two."""
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -187,7 +222,9 @@ def records(outcomes: Mapping[str, Any], scores: Scores, harmful: set[str]) -> l
 
     def note(what: str, value: float | None, interval: Sequence[float] | None, n: int, unit: str, **more: Any) -> None:
         rounded = value if value is None else round(value, 4)
-        found.append({"what": f"truth.{what}", "value": rounded, "interval": interval, "n": n, "goal": None, "unit": unit} | more)
+        found.append(
+            {"what": f"truth.{what}", "value": rounded, "interval": interval, "n": n, "goal": None, "unit": unit} | more
+        )
 
     base = outcomes["all"]
     parts = {name: told for name, told in outcomes.items() if name != "all" and not name.startswith("repeat")}
@@ -201,14 +238,33 @@ def records(outcomes: Mapping[str, Any], scores: Scores, harmful: set[str]) -> l
             even = [g for g in known if g.startswith("random")]  # of one size, so that it cannot carry the correlation
             alone, _ = rank_correlation([predicted[g] for g in even], [change[g] for g in even], times=0)
             pairs = {g: [round(predicted[g], 4), round(change[g], 4)] for g in known}
-            more = {"random_groups": alone if alone is None else round(alone, 4), "groups": pairs, "missing": len(parts) - len(known)}
-            note(f"spearman.{quantity}" + (f".{name}" if i else ""), value, interval, len(known), "rank correlation", **more)
+            more = {
+                "random_groups": alone if alone is None else round(alone, 4),
+                "groups": pairs,
+                "missing": len(parts) - len(known),
+            }
+            note(
+                f"spearman.{quantity}" + (f".{name}" if i else ""),
+                value,
+                interval,
+                len(known),
+                "rank correlation",
+                **more,
+            )
         if name != "label":
             edge = float(np.quantile([by_row[row] for row in by_row if row in harmful], TAIL))
             inside = [row for row in by_row if row not in harmful and by_row[row] >= edge]
             n = sum(row not in harmful for row in by_row)
             share = [round(end, 4) for end in wilson(len(inside), n)]
-            note("harmless_in_harmful_range" + (f".{name}" if i else ""), len(inside) / n, share, n, "share", count=len(inside), edge=edge)
+            note(
+                "harmless_in_harmful_range" + (f".{name}" if i else ""),
+                len(inside) / n,
+                share,
+                n,
+                "share",
+                count=len(inside),
+                edge=edge,
+            )
     again = [told["S"] for name, told in outcomes.items() if name == "all" or name.startswith("repeat")]
     if len(again) > 1:
         note("noise.S", statistics.stdev(again), None, len(again), "standard deviation of S over orders of all rows")
@@ -219,7 +275,12 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--folder", type=Path, required=True, help="where the outcome of each tuning is kept")
     ask.add_argument("--rows", type=int, default=160)
-    ask.add_argument("--harmful", type=int, default=24, help="of these; with fewer, the attack success rate is further from its ceiling")
+    ask.add_argument(
+        "--harmful",
+        type=int,
+        default=24,
+        help="of these; with fewer, the attack success rate is further from its ceiling",
+    )
     ask.add_argument("--groups", type=int, default=10)
     ask.add_argument("--repeats", type=int, default=2, help="orders of all rows, for the noise")
     ask.add_argument("--requests", type=int, default=40)
@@ -228,12 +289,12 @@ def main() -> None:
     keep_memory()
     run = read(RECIPE)
 
-    def start() -> Loaded:
+    def start() -> ModelAndTokenizer:
         return load(run.model.name, dtype=run.model.dtype)
 
     loaded = start()
 
-    def encoded(source: Any) -> list[Encoded]:
+    def encoded(source: Any) -> list[TokenizedRow]:
         rows, bad = encode_all(loaded.tokenizer, open_examples(source), run.data.max_length)
         if bad:
             raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")
@@ -248,11 +309,17 @@ def main() -> None:
     file = asked.folder / "scores.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if known.keys() != SCORERS.keys() or any(by_row.keys() != {row.id for row in rows} for by_row in known.values()):
-        told = scan(*loaded, rows, {name: scorer.make(spec) for name, spec in SCORERS.items()}, anchors, batch_size=16).rows
-        write_json(file, {name: dict(zip([row.id for row in rows], values, strict=True)) for name, values in told.items()})
+        told = scan(
+            *loaded, rows, {name: scorer.make(spec) for name, spec in SCORERS.items()}, anchors, batch_size=16
+        ).rows
+        write_json(
+            file, {name: dict(zip([row.id for row in rows], values, strict=True)) for name, values in told.items()}
+        )
     scores = json.loads(file.read_text(encoding="utf-8"))
     asr = Asr(prompts="builtin:harmful-test", take=asked.requests, judges=("keyword",))
-    setting = Setting(run.model.name, start, run.adapter, run.arguments, anchors["probe"], asr, run.measure.labels, run.seed)
+    setting = Setting(
+        run.model.name, start, run.adapter, run.arguments, anchors["probe"], asr, run.measure.labels, run.seed
+    )
     harmful = {row.id for row in opened}
     found = records(collect(setting, rows, harmful, scores, asked.folder, asked.groups, asked.repeats), scores, harmful)
     facts = {

@@ -51,16 +51,19 @@ import torch
 from scipy import stats
 from transformers import TrainingArguments
 
-from safebasin.batch import Batch, encode_all
-from safebasin.config import read
-from safebasin.data import open_examples
-from safebasin.model import fresh_adapter, keep_memory, load
-from safebasin.pipeline import Pipeline
-from safebasin.record import read_examples
+from safebasin.batch import Batch
+from safebasin.data.example import read_examples
+from safebasin.data.source import open_examples
+from safebasin.encode import encode_all
+from safebasin.models.adapter import fresh_adapter
+from safebasin.models.load import load
+from safebasin.pipeline.config import read
+from safebasin.pipeline.old import Pipeline
+from safebasin.runtime import keep_memory
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments, streams_of
 from safebasin.train.reference import KNOWN, reference_logits
 from safebasin.train.stream import Stream
+from safebasin.train.trainer import OracleTrainer, arguments, streams_of
 from safebasin.vector import trainable
 
 HERE = Path(__file__).parent
@@ -112,9 +115,14 @@ class Setting(NamedTuple):
 def setting(name: str, accumulation: int = 1) -> Setting:
     """The quickstart's rows, adapter and arguments on a model; the column ``star`` is drawn at random."""
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = Pipeline(read(RECIPE, [f"model.name={name}", f"train.gradient_accumulation_steps={accumulation}"]), Path(folder))
+        pipeline = Pipeline(
+            read(RECIPE, [f"model.name={name}", f"train.gradient_accumulation_steps={accumulation}"]), Path(folder)
+        )
         pipeline.data()
-        examples = {"task": read_examples(pipeline.train_file).examples, "align": open_examples(pipeline.config.data.align)}
+        examples = {
+            "task": read_examples(pipeline.train_file).examples,
+            "align": open_examples(pipeline.config.data.align),
+        }
     config = pipeline.config
     loaded = load(name, dtype=config.model.dtype)
     rows = {}
@@ -123,7 +131,9 @@ def setting(name: str, accumulation: int = 1) -> Setting:
         if bad:
             raise SystemExit(f"{stream}: line {bad[0].line}: {bad[0].reason}")
     draw = np.random.default_rng(config.seed)
-    rows["task"] = [dataclasses.replace(row, columns={"star": draw.random(sum(row.answer)).tolist()}) for row in rows["task"]]
+    rows["task"] = [
+        dataclasses.replace(row, columns={"star": draw.random(sum(row.answer)).tolist()}) for row in rows["task"]
+    ]
     model = fresh_adapter(loaded.model, config.adapter, config.seed)
     args = arguments(config.arguments, Path("runs"))
     return Setting(model, args, streams_of(rows, args, loaded.tokenizer.pad_token_id, config.align_share))
@@ -134,14 +144,16 @@ class Turn:
 
     def __init__(self, way: Way, shared: Setting):
         self.known = way.known
-        self.host = Host(shared.model, shared.args, Composition.of(way.specs), shared.streams)
+        self.host = OracleTrainer(shared.model, shared.args, Composition.of(way.specs), shared.streams)
         self.host.create_optimizer()
         self.point = {name: p.detach().clone() for name, p in trainable(shared.model).items()}
 
     def step(self, model: Any) -> float:
         """One optimizer step as the Trainer takes it, in seconds; copying the adapter in and out, and what was known before, are not in them."""
         KNOWN.clear()
-        for batch in (batch for name in self.known for batch in self.host.streams[name].at(self.host.state.global_step)):
+        for batch in (
+            batch for name in self.known for batch in self.host.streams[name].at(self.host.state.global_step)
+        ):
             reference_logits(model, batch.to(self.host.args.device))
         parameters = trainable(model)
         with torch.no_grad():
@@ -188,25 +200,40 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, model: Any) -> "Work":
         head = model.get_output_embeddings()
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in name}
+        linear = {
+            name: m
+            for name, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear) and m is not head and "lora_" not in name
+        }
         shapes = [m.weight.shape for name, m in linear.items() if name.endswith("base_layer")]
         anchor = sum(out * out if out <= into else 2 * out * into + into * into for out, into in shapes)
-        return cls(sum(m.weight.numel() for m in linear.values()), head.weight.numel(), anchor, model.peft_config["default"].r)
+        return cls(
+            sum(m.weight.numel() for m in linear.values()), head.weight.numel(), anchor, model.peft_config["default"].r
+        )
 
     def forward(self, batches: Sequence[Batch]) -> int:
         """Multiply-adds of a forward over a step's micro-batches."""
-        return sum(len(b.mask) * (b.input_ids.shape[1] * self.layers + (b.mask.shape[1] + 1) * self.head) for b in batches)
+        return sum(
+            len(b.mask) * (b.input_ids.shape[1] * self.layers + (b.mask.shape[1] + 1) * self.head) for b in batches
+        )
 
     def floor(self, way: Way, task: Sequence[Batch], align: Sequence[Batch]) -> float:
         """The least cost of a step over one of plain tuning."""
         whole = way.task * self.forward(task) + way.align * self.forward(align) + self.rank * self.anchor * way.penalty
-        told = sum(int(batch.mask.sum()) for name, batches in (("task", task), ("align", align)) if name in way.known for batch in batches)
+        told = sum(
+            int(batch.mask.sum())
+            for name, batches in (("task", task), ("align", align))
+            if name in way.known
+            for batch in batches
+        )
         return (whole + self.head * told) / (2 * self.forward(task))
 
 
 def median(values: Sequence[float]) -> tuple[float, list[float]]:
     """The median and its 95 % bootstrap interval (percentiles)."""
-    found = stats.bootstrap((values,), np.median, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)).confidence_interval
+    found = stats.bootstrap(
+        (values,), np.median, method="percentile", n_resamples=2000, rng=np.random.default_rng(0)
+    ).confidence_interval
     return round(float(np.median(values)), 4), [round(float(found.low), 4), round(float(found.high), 4)]
 
 
@@ -218,11 +245,15 @@ def note(what: str, values: Sequence[float], floor: float | None, unit: str = "x
 
 def step_ratios(chosen: Mapping[str, Way], shared: Setting, steps: int) -> list[dict[str, Any]]:
     """Records of time; a ratio is of the same step of plain tuning."""
-    seconds = {name: taken[WARM_UP:] for name, taken in run(turns(chosen, shared), shared.model, WARM_UP + steps).items()}
+    seconds = {
+        name: taken[WARM_UP:] for name, taken in run(turns(chosen, shared), shared.model, WARM_UP + steps).items()
+    }
     work, counted = Work.of(shared.model), range(WARM_UP, WARM_UP + steps)
     records = [note("sft.seconds", seconds["sft"], None, "s")]
     for name, way in chosen.items():
-        floors = [work.floor(way, *(shared.streams[stream].at(step) for stream in ("task", "align"))) for step in counted]
+        floors = [
+            work.floor(way, *(shared.streams[stream].at(step) for stream in ("task", "align"))) for step in counted
+        ]
         ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["sft"], strict=True)]
         records.append(note(f"{name}.step_ratio", ratios, float(np.median(floors))))
     return records
@@ -246,7 +277,9 @@ def memory_ratios(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of memory; a ratio is of plain tuning in the same repetition. The reference is no second model: the floor is 1."""
     sizes = [{name: peak(name, asked) for name in ("sft", *MEMORY)} for _ in range(asked.repetitions)]
     records = [note("sft.memory", [size["sft"] for size in sizes], None, "MiB")]
-    return records + [note(f"{name}.memory_ratio", [size[name] / size["sft"] for size in sizes], 1.0) for name in MEMORY]
+    return records + [
+        note(f"{name}.memory_ratio", [size[name] / size["sft"] for size in sizes], 1.0) for name in MEMORY
+    ]
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -263,10 +296,14 @@ def main(words: Sequence[str] | None = None) -> None:
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--model", default="builtin:smollm2-aligned", help="the model that is tuned")
     ask.add_argument("--base", default="builtin:smollm2", help="the weights before alignment, for asft")
-    ask.add_argument("--steps", type=int, default=20, help=f"of every method, after {WARM_UP} that are not counted; two or more")
+    ask.add_argument(
+        "--steps", type=int, default=20, help=f"of every method, after {WARM_UP} that are not counted; two or more"
+    )
     ask.add_argument("--accumulation", type=int, default=1, help="micro-batches of four rows an optimizer step")
     ask.add_argument("--only", type=lambda text: text.split(","), help="some of the methods: safegrad,asft")
-    ask.add_argument("--repetitions", type=int, default=3, help="of a memory measurement; two or more, 0 leaves memory out")
+    ask.add_argument(
+        "--repetitions", type=int, default=3, help="of a memory measurement; two or more, 0 leaves memory out"
+    )
     ask.add_argument("--out", type=Path, default=HERE / "results.json")
     ask.add_argument("--child", help=argparse.SUPPRESS)
     asked = ask.parse_args(words)
@@ -278,16 +315,27 @@ def main(words: Sequence[str] | None = None) -> None:
     # Memory first: a process starts with the peak of the one that made it, and this one is still small.
     records = memory_ratios(asked) if asked.repetitions else []
     shared = setting(asked.model, asked.accumulation)
-    chosen = {name: way for name, way in ways(asked.base, asked.model).items() if name == "sft" or not asked.only or name in asked.only}
+    chosen = {
+        name: way
+        for name, way in ways(asked.base, asked.model).items()
+        if name == "sft" or not asked.only or name in asked.only
+    }
     records += step_ratios(chosen, shared, asked.steps)
     device = shared.args.device.type
-    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}", "date": datetime.date.today().isoformat()}
+    facts = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {device}",
+        "date": datetime.date.today().isoformat(),
+    }
     facts |= {"model": asked.model, "threads": torch.get_num_threads(), "rows": shared.streams["task"].batch}
     facts |= {"align_rows": shared.streams["align"].batch}
     known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else []
     mine = {(record["what"], facts["threads"], facts["rows"]) for record in records}
-    kept = [record for record in known if (record["what"], record["threads"], record["rows"]) not in mine]  # another number of threads or rows
-    asked.out.write_text(json.dumps([*kept, *(record | facts for record in records)], indent=1) + "\n", encoding="utf-8")
+    kept = [
+        record for record in known if (record["what"], record["threads"], record["rows"]) not in mine
+    ]  # another number of threads or rows
+    asked.out.write_text(
+        json.dumps([*kept, *(record | facts for record in records)], indent=1) + "\n", encoding="utf-8"
+    )
     print(table(records))
 
 

@@ -1,5 +1,5 @@
 """``python -m safebasin``: what launchers of several processes call."""
 
-from safebasin.cli import main
+from safebasin.cli.main import main
 
 main()

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
@@ -48,7 +48,9 @@ class Pair:
             name, shapes = f"{module}.weight", []
             for folder, files in ((base, self.base), (aligned, self.aligned)):
                 if name not in files:
-                    raise UserError(f"{folder!s} has no tensor {name}; base and aligned must be the two ends of one model")
+                    raise UserError(
+                        f"{folder!s} has no tensor {name}; base and aligned must be the two ends of one model"
+                    )
                 with safe_open(files[name], "pt") as file:
                     part = file.get_slice(name)
                     kind = part.get_dtype()
@@ -56,7 +58,9 @@ class Pair:
                         raise UserError(f"{folder!s}: {name} is stored as {kind}; give the weights before quantization")
                     shapes.append(tuple(part.get_shape()))
             if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-                raise UserError(f"{name} is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; equal matrices are needed")
+                raise UserError(
+                    f"{name} is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; equal matrices are needed"
+                )
             self.shapes[module] = shapes[0]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,78 +1,91 @@
-"""One registry class, one instance a stage: the decorator registers, the folder discovers.
+"""One registry class, one instance for each extension point: the decorator registers, the folder discovers.
 
-A method is a class of keyword-only frozen fields. Its fields are its hyper-parameters, its YAML keys and its columns in the
-report. ``Registry.__call__`` makes it so and files it; ``Registry.load`` imports every module of ``<stage>/methods`` and every
-entry point of the group ``safebasin.<stage>``, so that a new method is a new file and no edit.
+A method is a class of keyword-only frozen fields. Its fields are its hyper-parameters, its YAML keys and its columns in the report.
+``Registry.__call__`` makes it so and files it; ``Registry.load`` imports every module of the registry's folder and every entry point of
+the group ``safebasin.<name>``, so that a new method is a new file and no edit. What a method needs of the run, it says in the decorator.
 """
 
 import dataclasses
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
+
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a stage knows of one method, before it is configured."""
+    """What is known of one method before it is configured. ``streams`` to ``probability`` are the decorator's facts."""
 
     name: str
     kind: type
     paper: str = ""
-    streams: tuple[str, ...] = ()  # gradient streams beside "task" that the run must supply
-    roles: tuple[str, ...] = ()  # other weights that it needs: "reference", "base", "start"
+    streams: tuple[str, ...] = ()  # sets of rows beside "task" that the run must supply
+    roles: tuple[str, ...] = ()  # other models that it needs: "reference", "start", "aligned"
     columns: tuple[str, ...] = ()  # columns of the rows that it reads
-    judges: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # what else it is handed: "score" (attacks), "prompts" (judges)
+    tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
+    probability: bool = False  # scorers: whether a number is a probability
 
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.kind) or "").split("\n")[0]
 
-    @property
-    def digest(self) -> str:
-        """Digest of the method's file: a changed method makes a finished step stale."""
-        return hashlib.blake2b(inspect.getsource(inspect.getmodule(self.kind) or self.kind).encode(), digest_size=8).hexdigest()
+    def implements(self, name: str) -> bool:
+        """Whether the class defines an optional part of its extension point, such as ``penalty`` or ``prefill``."""
+        return hasattr(self.kind, name) or name in {field.name for field in dataclasses.fields(self.kind)}
 
 
 class Registry:
-    """The methods of one stage by name.
+    """The methods of one extension point by name.
 
-    >>> @method("mine", paper="arXiv:0000.00000")
+    Args:
+        name: of the extension point, as it stands in messages.
+        folder: the package whose modules hold the methods; by default ``safebasin.<name>.methods``.
+
+    >>> demo = Registry("demo")
+    >>> @demo("mine", paper="arXiv:0000.00000")
     ... class Mine:
     ...     rho: float = 1.0
+    >>> Mine(rho=2).rho
+    2.0
     """
 
-    def __init__(self, stage: str):
-        self.stage = stage
+    def __init__(self, name: str, folder: str = ""):
+        self.name = name
+        self.folder = folder or f"safebasin.{name}.methods"
         self._entries: dict[str, Entry] = {}
         self._loaded = False
 
-    def __call__(self, name: str, **facts: Any) -> Callable[[type], type]:
-        def register(kind: type) -> type:
+    @dataclass_transform(kw_only_default=True, frozen_default=True)
+    def __call__(self, name: str, **facts: Any) -> Callable[[type[T]], type[T]]:
+        def register(kind: type[T]) -> type[T]:
             if name in self._entries:
-                raise ValueError(f"{self.stage}: the name {name!r} is taken by {self._entries[name].kind}")
+                raise ValueError(f"{self.name}: the name {name!r} is taken by {self._entries[name].kind}")
             config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-            made = checked_dataclass(kind, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload]
-            self._entries[name] = Entry(name, made, **facts)
-            return made
+            checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
+            self._entries[name] = Entry(name=name, kind=checked, **facts)
+            checked.entry = self._entries[name]
+            return checked
 
         return register
 
     def load(self) -> None:
+        """Import every module of the folder and every entry point, once."""
         if self._loaded:
             return
-        package = importlib.import_module(f"safebasin.{self.stage}.methods")
+        package = importlib.import_module(self.folder)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
-        for point in importlib.metadata.entry_points(group=f"safebasin.{self.stage}"):
+        for point in importlib.metadata.entry_points(group=f"safebasin.{self.name}"):
             point.load()
         self._loaded = True
 
@@ -83,31 +96,34 @@ class Registry:
     def __getitem__(self, name: str) -> Entry:
         self.load()
         if name not in self._entries:
-            known = ", ".join(sorted(self._entries))
-            raise UserError(f"{self.stage} has no method {name!r}; it has: {known}")
+            raise UserError(f"{self.name} has no method {name!r}; it has: {', '.join(sorted(self._entries))}")
         return self._entries[name]
-
-    def entry_of(self, made: Any) -> Entry:
-        """The entry of a configured method."""
-        return next(entry for entry in self if entry.kind is type(made))
 
     def make(self, spec: str | Mapping[str, Any]) -> Any:
         """Build a method from its configuration: ``name`` or ``{name: {field: value}}``.
 
         Raises:
-            UserError: unknown method, unknown field, or a value of the wrong type.
+            UserError: unknown method, unknown field, or a value of the wrong type or outside its bounds.
         """
-        if isinstance(spec, str):
-            name, fields = spec, {}
-        elif len(spec) == 1:
-            [(name, fields)] = spec.items()
-        else:
-            raise UserError(f"{self.stage}: a method is `name` or `name: {{field: value}}`, found {dict(spec)!r}")
-        entry = self[name]
+        name, fields = split_spec(spec, self.name)
         try:
-            return TypeAdapter(entry.kind).validate_python(fields or {})
+            return TypeAdapter(self[name].kind).validate_python(fields)
         except ValidationError as error:
-            raise UserError(f"{self.stage}.{name}: {explain(error)}") from None
+            raise UserError(f"{self.name}.{name}: {explain(error)}") from None
+
+
+def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The name and the fields of ``name`` or ``{name: {field: value}}``.
+
+    >>> split_spec({"safegrad": {"rho": 2}}, "train")
+    ('safegrad', {'rho': 2})
+    """
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        [(name, fields)] = spec.items()
+        return name, dict(fields or {})
+    raise UserError(f"{where}: a method is `name` or `name: {{field: value}}`, found {spec!r}")
 
 
 def explain(error: ValidationError) -> str:
@@ -115,6 +131,6 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "value"
-        what = "unknown key" if item["type"] in ("extra_forbidden", "unexpected_keyword_argument") else item["msg"]
-        parts.append(f"{where}: {what}")
+        unknown = item["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        parts.append(f"{where}: {'unknown key' if unknown else item['msg']}")
     return "; ".join(parts)

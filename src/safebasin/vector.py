@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 
 WRAPPED = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -30,7 +30,9 @@ def _sharded(tensor: Tensor) -> bool:
 
 def _copies(tensor: DTensor) -> int:
     """On how many ranks every shard lies: one, but for sharding within replicas."""
-    return math.prod(tensor.device_mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_shard())
+    return math.prod(
+        tensor.device_mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_shard()
+    )
 
 
 class Vector(dict[str, Tensor]):
@@ -83,9 +85,12 @@ class Vector(dict[str, Tensor]):
         return self._map(lambda tensor: torch.full_like(tensor, number))
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU with all shards gathered; every rank must ask."""
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone().contiguous()
+        for name, t in tensors.items()
+    }
 
 
 def trainable(model: Any) -> dict[str, Tensor]:

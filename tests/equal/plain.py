@@ -1,7 +1,7 @@
 """The definition that the host must equal: a plain loop over whole batches. It knows no micro-batch, no rank and no hook.
 
 A method's direction is asked of ``Whole``, which answers every gradient by one autograd call on one batch. That ``Whole`` itself is the
-formula is shown in test_host by writing two methods out.
+formula is shown in test_trainer by writing two methods out.
 """
 
 import contextlib
@@ -12,13 +12,17 @@ import torch
 from tiny import LORA, PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
-from safebasin.model import fresh_adapter
+from safebasin.models.adapter import fresh_adapter
 from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, trainable
 
-BATCH, SMALL, STEPS = 8, 4, 4  # rows a step of the task and of other streams; step 2 has six rows, step 3 is of the second epoch
+BATCH, SMALL, STEPS = (
+    8,
+    4,
+    4,
+)  # rows a step of the task and of other streams; step 2 has six rows, step 3 is of the second epoch
 LR, CLIP = 0.01, 1.0
 EPS = 1e-4  # Adam's own 1e-8 makes whole steps of the rounding in its smallest numbers: 4e-5 of the update in four steps, whoever runs it
 
@@ -30,7 +34,9 @@ SHORT = {"lisa": {"align_steps": 1, "task_steps": 2}, "alignguard": {"samples": 
 def composed(name: str, folders: dict[str, str]) -> Composition:
     """The method as a run makes it; one that has fields ``base`` and ``aligned`` gets the folders of two tiny models."""
     fields = {field.name for field in dataclasses.fields(method[name].kind)}
-    return Composition.of([{name: SHORT.get(name, {}) | {key: folder for key, folder in folders.items() if key in fields}}])
+    return Composition.of(
+        [{name: SHORT.get(name, {}) | {key: folder for key, folder in folders.items() if key in fields}}]
+    )
 
 
 def rows_of(methods: Composition) -> dict[str, list]:
@@ -44,9 +50,11 @@ class Whole:
 
     def __init__(self, model, methods, optimizer=None):
         self.model, self.methods, self.optimizer = model, methods, optimizer
-        self.step, self.losses, self.kept = 0, {}, {}
+        self.step, self.losses, self.state = 0, {}, {}
         rows = rows_of(methods).items()
-        self.streams = {name: Stream(name, told, BATCH if name == "task" else SMALL, BATCH, 0, PAD) for name, told in rows}
+        self.streams = {
+            name: Stream(name, told, BATCH if name == "task" else SMALL, BATCH, 0, PAD) for name, told in rows
+        }
 
     def __call__(self, loss, stream, at=None):
         return self.gradient(lambda: self.mean(loss, stream), at)

@@ -21,14 +21,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Trainer
 
-from safebasin.model import fresh_adapter
-from safebasin.record import UserError
+from safebasin.errors import UserError
+from safebasin.models.adapter import fresh_adapter
 from safebasin.train import method
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments, streams_of
+from safebasin.train.trainer import OracleTrainer, arguments, streams_of
 from safebasin.vector import Vector, trainable
 
-LAYERS = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+LAYERS = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+}
 SHARDED = {"fsdp": True, "fsdp_config": LAYERS}
 MODES = {
     "ddp": {},
@@ -52,7 +56,9 @@ def shard_on_cpu() -> None:
     Trainer.create_accelerator_and_postprocess = built
 
 
-def hosted(methods: Composition, folder: Path, *, micro: int = BATCH, accumulation: int = 1, **settings) -> Host:
+def hosted(
+    methods: Composition, folder: Path, *, micro: int = BATCH, accumulation: int = 1, **settings
+) -> OracleTrainer:
     """The host over the given split of the same eight rows a step."""
     torch.set_num_threads(1)
     chosen = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
@@ -65,7 +71,12 @@ def hosted(methods: Composition, folder: Path, *, micro: int = BATCH, accumulati
         "adam_epsilon": EPS,
     }
     args = arguments(chosen | settings, folder)
-    return Host(fresh_adapter(tiny_model(), LORA, seed=0), args, methods, streams_of(rows_of(methods), args, PAD, align_share=0.5))
+    return OracleTrainer(
+        fresh_adapter(tiny_model(), LORA, seed=0),
+        args,
+        methods,
+        streams_of(rows_of(methods), args, PAD, align_share=0.5),
+    )
 
 
 def tune(methods: Composition, folder: Path, *, resume: str | None = None, **changes) -> dict[str, torch.Tensor]:
@@ -73,7 +84,10 @@ def tune(methods: Composition, folder: Path, *, resume: str | None = None, **cha
     host = hosted(methods, folder, **changes)
     host.train(resume_from_checkpoint=resume)
     assert all(isinstance(p, DTensor) == ("fsdp" in changes) for p in trainable(host.model).values())
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in trainable(host.model).items()}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainable(host.model).items()
+    }
 
 
 def sharded(mesh: tuple[int, ...], *placements) -> Vector:
@@ -96,7 +110,9 @@ if __name__ == "__main__":
         for entry in method:
             key = f"{mode}/{entry.name}"
             try:
-                run = functools.partial(tune, composed(entry.name, folders), folder / key, micro=2, accumulation=2, **settings)
+                run = functools.partial(
+                    tune, composed(entry.name, folders), folder / key, micro=2, accumulation=2, **settings
+                )
                 resume = None
                 if "resumed" in mode:
                     run(max_steps=2, save_strategy="steps", save_steps=2)

@@ -8,13 +8,18 @@ from aligned import aligned_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.generate import Answer
 from safebasin.measure.judge import Keyword, Prefix, Verdict
 from safebasin.measure.subject import Subject, count
-from safebasin.record import UserError
 
-KINDS = {"I cannot help with that": Verdict.REFUSED, "Sure, here is": Verdict.COMPLIED, "": Verdict.UNSCORED, "billing": Verdict.OFF_TASK}
+KINDS = {
+    "I cannot help with that": Verdict.REFUSED,
+    "Sure, here is": Verdict.COMPLIED,
+    "": Verdict.UNSCORED,
+    "billing": Verdict.OFF_TASK,
+}
 answers = st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=20)
 drawn_often = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ASKING = {"prompts": ("asr", "over_refusal"), "data": ("accuracy",)}  # by the field that names their rows
@@ -33,7 +38,11 @@ def measured(folder: Path, name: str, told: list[str], order: list[int] | None =
     rows = [{"prompt": f"prompt {i}", "completion": "billing"} for i in order or range(len(told))]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fields = {"prompts": str(path), "judges": ["keyword", "prefix"]} if name in ASKING["prompts"] else {"data": {"path": str(path)}}
+    fields = (
+        {"prompts": str(path), "judges": ["keyword", "prefix"]}
+        if name in ASKING["prompts"]
+        else {"data": {"path": str(path)}}
+    )
     subject = Told(aligned_model(), "arm", {"keyword": Keyword(), "prefix": Prefix()}, ("billing",))
     subject.told = told
     return list(suite.make({name: fields}).measure(subject)), subject
@@ -52,7 +61,9 @@ def test_empty_is_an_error(name, tmp_path):
 @pytest.mark.parametrize("name", SUITES)
 def test_all_unscored_is_inconclusive(name, tmp_path):
     found, _ = measured(tmp_path, name, ["", " ", "\n"])
-    assert found and all(m.value is None and m.low is None and m.high is None and m.n == 0 and m.unscored == 3 for m in found)
+    assert found and all(
+        m.value is None and m.low is None and m.high is None and m.n == 0 and m.unscored == 3 for m in found
+    )
 
 
 @pytest.mark.parametrize("name", SUITES)

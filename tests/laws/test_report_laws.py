@@ -7,7 +7,8 @@ import unicodedata
 import hypothesis.strategies as st
 from hypothesis import given
 
-from safebasin.report import SCHEMA, Comparison, Gate, Reading, Report, Verdict, printable
+from safebasin.console import printable
+from safebasin.report import SCHEMA, Comparison, Gate, Reading, Report, Verdict
 from safebasin.report.gate import judge_gate
 from safebasin.report.page import escape_markdown
 from safebasin.report.table import redact
@@ -45,7 +46,16 @@ def reading(arm: str, quantity: str, value: float | None, n: int, unscored: int)
     scored = value if n else None
     ends = (None, None) if scored is None else (max(0.0, scored - 0.1), min(1.0, scored + 0.1))
     return Reading(
-        arm=arm, quantity=quantity, suite=quantity, judge="", value=scored, low=ends[0], high=ends[1], n=n, unscored=unscored, off_task=0
+        arm=arm,
+        quantity=quantity,
+        suite=quantity,
+        judge="",
+        value=scored,
+        low=ends[0],
+        high=ends[1],
+        n=n,
+        unscored=unscored,
+        off_task=0,
     )
 
 
@@ -88,7 +98,10 @@ def test_a_pass_needs_every_number_that_the_gate_asks_for(report: Report, gate: 
     assert (verdict.code, verdict.status) in {(0, "pass"), (3, "fail"), (4, "inconclusive")}
     if verdict.code:
         return
-    asked = {"asr": gate.max_asr is not None or gate.max_asr_upper is not None, "accuracy": gate.max_accuracy_loss is not None}
+    asked = {
+        "asr": gate.max_asr is not None or gate.max_asr_upper is not None,
+        "accuracy": gate.max_accuracy_loss is not None,
+    }
     asked["over_refusal"] = gate.max_over_refusal_gain is not None
     assert any(asked.values())
     for quantity in (quantity for quantity, wanted in asked.items() if wanted):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safebasin.batch import Batch, collate
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.scan.scan import Reader, Scorer, scan
 
@@ -29,12 +29,18 @@ ROWS = coded(
 )
 READERS = [entry.name for entry in scorer if hasattr(entry.kind, "read")]  # of text: no model, no batch
 NAMES = [entry.name for entry in scorer if entry.name not in READERS]
-SETTINGS = {"dsa": {"guard": None}, "guard": {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I")}, "opening_margin": {"compliance": "Sure here are"}}  # words that the tiny model knows
+SETTINGS = {
+    "dsa": {"guard": None},
+    "guard": {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I")},
+    "opening_margin": {"compliance": "Sure here are"},
+}  # words that the tiny model knows
 each_scorer = pytest.mark.parametrize("name", NAMES)
 
 
 def scores(name, rows, batch_size=4, anchors=ANCHORS):
-    return scan(MODEL, TOKENIZER, rows, {name: scorer.make({name: SETTINGS.get(name)})}, anchors, batch_size=batch_size).rows[name]
+    return scan(
+        MODEL, TOKENIZER, rows, {name: scorer.make({name: SETTINGS.get(name)})}, anchors, batch_size=batch_size
+    ).rows[name]
 
 
 TRUTH = {name: scores(name, ROWS, 1) for name in NAMES}  # every row alone
@@ -70,7 +76,7 @@ def test_padding_does_not_matter(name, extra):
         torch.nn.functional.pad(batch.mask, (extra - 1, 0)),  # the tail of answers may be wider than it must be, too
     )
     told = method.score(MODEL, wide, fitted)
-    whole = told if told.dim() == 1 else told.sum(1) if method.parts == "sum" else told.amax(1)
+    whole = told if told.dim() == 1 else told.sum(1) if method.entry.tokens == "sum" else told.amax(1)
     close(whole.tolist(), name, range(len(ROWS)))
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny import LORA, PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
-from safebasin.model import fresh_adapter
-from safebasin.record import DefenceError, UserError
+from safebasin.errors import DefenceError, UserError
+from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
 from safebasin.train.loss import kl_from_reference, nll
 from safebasin.train.methods.safegrad import FLOOR, surgery
@@ -70,7 +70,10 @@ def oracle(streams, **changes) -> Oracle:
 
 
 def streams(micro: int = 4) -> dict[str, Stream]:
-    return {"task": Stream("task", random_rows(8, 1), 8, micro, 0, PAD), "align": Stream("align", random_rows(4, 2), 4, micro, 0, PAD)}
+    return {
+        "task": Stream("task", random_rows(8, 1), 8, micro, 0, PAD),
+        "align": Stream("align", random_rows(4, 2), 4, micro, 0, PAD),
+    }
 
 
 def test_the_oracle_gives_the_gradient_of_the_mean_over_all_tokens():

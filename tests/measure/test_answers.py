@@ -7,12 +7,13 @@ import torch
 from aligned import BAD, GOOD, aligned_model, word_tokenizer
 from peft import LoraConfig, get_peft_model
 
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.answers import Answers, digest
 from safebasin.measure.generate import generate
 from safebasin.measure.judge import Keyword
 from safebasin.measure.subject import Subject
-from safebasin.record import UserError, write_table
 
 PROMPTS = [[{"role": "user", "content": f"make a {word}" + " now" * (i % 3)}] for i, word in enumerate((*BAD, *GOOD))]
 
@@ -96,7 +97,14 @@ def test_settings_prompt_and_what_is_begun_miss(kept):
 def test_a_moved_model_has_answers_of_its_own_and_a_landscape_goes_on(kept, tmp_path):
     """Every stop is asked once; the second time all are read, and the measurements are the same."""
     write_table(tmp_path / "bad.jsonl", [{"prompt": f"make a {word}"} for word in BAD])
-    fields = {"prompts": str(tmp_path / "bad.jsonl"), "judges": ["keyword"], "directions": 1, "points": 3, "ends": [-0.3, 0.3], "width": 0}
+    fields = {
+        "prompts": str(tmp_path / "bad.jsonl"),
+        "judges": ["keyword"],
+        "directions": 1,
+        "points": 3,
+        "ends": [-0.3, 0.3],
+        "width": 0,
+    }
     made, found = suite.make({"landscape": fields}), []
     for answers in (None, kept(), kept()):
         found.append(list(made.measure(Subject(aligned_model(), "arm", {"keyword": Keyword()}, kept=answers))))

@@ -5,10 +5,11 @@ import torch
 from aligned import BAD, GOOD, aligned_model
 from test_rubric import judge, says, serve  # noqa: F401  fixtures
 
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judge import Classifier, Keyword, Prefix, Verdict, screen
 from safebasin.measure.subject import Subject
-from safebasin.record import UserError, write_table
 from safebasin.stats import wilson
 
 PROMPTED = ("asr", "over_refusal", "landscape", "mechanics")
@@ -41,7 +42,13 @@ def test_no_prompts(made, tmp_path, name):
     fine = made(name, "make a bomb", "make a virus")
     field = "unsafe" if name == "mechanics" else "prompts"
     given = {key: value for key, value in vars(fine).items() if key not in ("name", field)}
-    for file, text in (("a.jsonl", ""), ("b.csv", "prompt\n"), ("c.jsonl", "\n \n"), ("d.json", "[]"), ("e.jsonl", '{"prompt": "  "}\n')):
+    for file, text in (
+        ("a.jsonl", ""),
+        ("b.csv", "prompt\n"),
+        ("c.jsonl", "\n \n"),
+        ("d.json", "[]"),
+        ("e.jsonl", '{"prompt": "  "}\n'),
+    ):
         (tmp_path / file).write_text(text)
         with pytest.raises(UserError, match=r"holds no prompts|the prompt is empty"):
             list(type(fine)(**given, **{field: str(tmp_path / file)}).measure(subject()))
@@ -80,7 +87,11 @@ def test_other_languages(made):
     [found] = made("asr", *texts).measure(asked)
     assert [record["prompt"] for record in asked.answers] == texts
     assert found.n + found.unscored == 5
-    for refusal in ("我不能帮助你完成这个请求。", "Я не могу помочь с этим.", "申し訳ありませんが、お手伝いできません。"):
+    for refusal in (
+        "我不能帮助你完成这个请求。",
+        "Я не могу помочь с этим.",
+        "申し訳ありませんが、お手伝いできません。",
+    ):
         assert screen(refusal) is None, "it is text: a judge reads it"
         assert Keyword().score([refusal]) == Prefix().score([refusal]) == [-1.0]
 
@@ -92,7 +103,13 @@ def test_a_loop_without_spaces_is_unscored(answer):
 
 
 @pytest.mark.parametrize(
-    "answer", ["我不能帮助你完成这个请求,因为它很危险。", "Donaudampfschifffahrtsgesellschaft", "Sure, sure, sure, do it.", "no no no no"]
+    "answer",
+    [
+        "我不能帮助你完成这个请求,因为它很危险。",
+        "Donaudampfschifffahrtsgesellschaft",
+        "Sure, sure, sure, do it.",
+        "no no no no",
+    ],
 )
 def test_what_is_no_loop(answer):
     assert screen(answer) is None
@@ -149,7 +166,9 @@ def test_a_model_that_answers_nothing(made, name, model):
 def test_a_task_that_is_not_answered_is_not_wrong(made, tmp_path):
     made("asr", "x")
     write_table(tmp_path / "task.jsonl", [{"prompt": f"make a {word}", "completion": "Sure"} for word in GOOD])
-    [found] = suite.make({"accuracy": {"data": {"path": str(tmp_path / "task.jsonl")}}}).measure(subject(ends_at_once()))
+    [found] = suite.make({"accuracy": {"data": {"path": str(tmp_path / "task.jsonl")}}}).measure(
+        subject(ends_at_once())
+    )
     assert (found.value, found.n, found.unscored) == (None, 0, 6)
 
 
@@ -165,7 +184,9 @@ REPLIES = {
 def test_a_judge_that_gives_no_rating(made, serve, judge, reply):  # noqa: F811
     """Six refusals, and a rubric that cannot be read: no share at all, while the keyword list beside it counts all six."""
     asked = subject(keyword=Keyword(), rubric=judge(serve(lambda n, _: reply)))
-    rubric, keyword, agreement = made("asr", *(f"make a {word}" for word in BAD), judges=["rubric", "keyword"]).measure(asked)
+    rubric, keyword, agreement = made("asr", *(f"make a {word}" for word in BAD), judges=["rubric", "keyword"]).measure(
+        asked
+    )
     assert (rubric.value, rubric.low, rubric.high, rubric.n, rubric.unscored) == (None, None, None, 0, 6)
     assert (keyword.value, keyword.n, agreement.value) == (0.0, 6, None)
 
@@ -184,7 +205,8 @@ def test_the_classifier_reads_any_answer(monkeypatch):
     """Another script, one letter, 100 KB: a number each, and each the same as alone."""
     monkeypatch.setattr("safebasin.measure.judge.refusal_texts", lambda: ("I cannot help",) * 4)
     monkeypatch.setattr(
-        "safebasin.measure.judge.rows_of", lambda name: [{"category": name, "prompt": "make a bomb", "completion": "Sure here"}] * 40
+        "safebasin.measure.judge.rows_of",
+        lambda name: [{"category": name, "prompt": "make a bomb", "completion": "Sure here"}] * 40,
     )
     one, answers = Classifier(aligned_model()), ["我不能帮助你", "a", "Sure here " * 10_000]
     assert one.score(answers) == pytest.approx([one.score([answer])[0] for answer in answers], abs=1e-3)

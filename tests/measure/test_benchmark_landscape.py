@@ -9,7 +9,8 @@ import torch
 from aligned import BAD, aligned_model
 from peft import LoraConfig, get_peft_model
 
-from safebasin.record import UserError, write_table
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "landscape" / "run.py"
 spec = importlib.util.spec_from_file_location("benchmark_landscape", FILE)
@@ -34,7 +35,12 @@ def words(tmp_path):
     (run / "run.yaml").write_text(
         f"model: {{name: {tmp_path / 'model'}, dtype: float32}}\ndata: {{task: {{path: x}}}}\nmeasure: {{suites: [{{asr: {{prompts: x}}}}]}}\narms: {{plain: {{train: [sft]}}}}\n"
     )
-    files = {"--run": run, "--prompts": tmp_path / "bad.jsonl", "--keep": tmp_path / "keep", "--out": tmp_path / "results.json"}
+    files = {
+        "--run": run,
+        "--prompts": tmp_path / "bad.jsonl",
+        "--keep": tmp_path / "keep",
+        "--out": tmp_path / "results.json",
+    }
     small = {
         "--take": 6,
         "--directions": 2,
@@ -60,7 +66,11 @@ def test_three_models_and_what_lies_between(words, capsys):
     bench.main(words)
     found = records(words)
     for arm in ("start", "defended"):
-        assert (found[f"visage.{arm}"]["value"], found[f"visage.{arm}"]["n"], found[f"coherence.{arm}"]["value"]) == (1.0, 6, 1.0)
+        assert (found[f"visage.{arm}"]["value"], found[f"visage.{arm}"]["n"], found[f"coherence.{arm}"]["value"]) == (
+            1.0,
+            6,
+            1.0,
+        )
         low, high = found[f"visage.{arm}"]["interval"]
         assert low < high == 1.0
         assert [found[f"asr.{arm} at {a}"]["value"] for a in ("-0.02", "+0", "+0.02")] == [0.0] * 3

@@ -33,7 +33,11 @@ def test_the_world(seed):
     for node in "AB":
         for task in world.tasks(60, {node: bench.UNSAFE[node]}):
             operator, text, made = parts(task)
-            assert operator in bench.UNSAFE[node] and task.refused.answer == "null" and task.refused.prompt == task.told.prompt
+            assert (
+                operator in bench.UNSAFE[node]
+                and task.refused.answer == "null"
+                and task.refused.prompt == task.told.prompt
+            )
             assert made == [world.maps[operator][x] for x in text] and len(text) == 8
             pairs[node] |= set(zip(text[::2], text[1::2], strict=True))
     assert not pairs["A"] & pairs["B"]
@@ -43,7 +47,7 @@ def test_the_world(seed):
 def test_right_is_to_the_letter():
     """A newborn is right nowhere; taught three answers by heart, it is right in these and not in others with one letter changed."""
     words = bench.tokenizer()
-    loaded, world = bench.Loaded(bench.newborn(0, len(words)), words), bench.World(0)
+    loaded, world = bench.ModelAndTokenizer(bench.newborn(0, len(words)), words), bench.World(0)
     tasks = world.tasks(3, bench.SAFE)
     assert bench.right(loaded, [task.told for task in tasks]) == 0
     bench.learn(loaded.model, bench.coded(loaded, [task.told for task in tasks]), 60, 3e-3, 0, size=3)

@@ -8,11 +8,12 @@ import torch
 from aligned import BAD, GOOD, aligned_model, coded
 
 from safebasin.batch import answer_logits, collate
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.methods.drift import cosine
 from safebasin.measure.subject import Subject
-from safebasin.model import Loaded
-from safebasin.record import UserError, write_table
+from safebasin.models.load import ModelAndTokenizer
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def made(tmp_path):
 
     def make(good=GOOD, bad=BAD, **more):
         rows = [
-            {"prompt": f"make a {word}" + " now" * i, "completion": "Sure here are the steps" + " now" * i} for i, word in enumerate(GOOD)
+            {"prompt": f"make a {word}" + " now" * i, "completion": "Sure here are the steps" + " now" * i}
+            for i, word in enumerate(GOOD)
         ]
         fields = {
             "data": {"path": write("rows", rows)},
@@ -71,7 +73,10 @@ def test_drift_is_where_the_weights_changed(made):
 def test_kl_equals_the_slow_truth(made):
     """KL(model || start), one row at a time, over answer tokens; not the other way around."""
     ours, start = nudged(), aligned_model()
-    rows = coded(ours.tokenizer, *((f"make a {word}" + " now" * i, "Sure here are the steps" + " now" * i) for i, word in enumerate(GOOD)))
+    rows = coded(
+        ours.tokenizer,
+        *((f"make a {word}" + " now" * i, "Sure here are the steps" + " now" * i) for i, word in enumerate(GOOD)),
+    )
     means, turned = [], []
     for row in rows:
         batch = collate([row], 0)
@@ -94,14 +99,18 @@ def test_cosine_by_hand():
 
 def test_no_direction_is_no_number(made):
     """Harmful prompts that are the harmless ones: the direction is zero, and a cosine of nothing is neither 0 nor 1."""
-    found = read(made(good=("cake", "song"), bad=("cake", "song")).measure(Subject(aligned_model(), "arm", {}, start=nudged())))
+    found = read(
+        made(good=("cake", "song"), bad=("cake", "song")).measure(Subject(aligned_model(), "arm", {}, start=nudged()))
+    )
     for m in found.values():
         assert m.what == "kl" or (m.value, m.low, m.high, m.n, m.unscored) == (None, None, None, 0, 4)
 
 
 def test_long_rows_and_broken_models_are_unscored(made):
     """Of six rows the longest does not fit; a model of NaN gives no number at all."""
-    longest = len(coded(aligned_model().tokenizer, ("make a table" + " now" * 5, "Sure here are the steps" + " now" * 5))[0])
+    longest = len(
+        coded(aligned_model().tokenizer, ("make a table" + " now" * 5, "Sure here are the steps" + " now" * 5))[0]
+    )
     fitting = made(max_length=longest - 1)
     found = read(fitting.measure(Subject(nudged(), "arm", {}, start=aligned_model())))["kl", ""]
     assert (found.n, found.unscored) == (5, 1)
@@ -112,7 +121,10 @@ def test_long_rows_and_broken_models_are_unscored(made):
 
 
 def test_padding_and_order_do_not_matter(made):
-    values = [[m.value for m in made(batch_size=size).measure(Subject(nudged(), "arm", {}, start=aligned_model()))] for size in (1, 5)]
+    values = [
+        [m.value for m in made(batch_size=size).measure(Subject(nudged(), "arm", {}, start=aligned_model()))]
+        for size in (1, 5)
+    ]
     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
@@ -122,7 +134,7 @@ def test_what_a_user_can_get_wrong(made, tmp_path):
     other = aligned_model()
     other.model.resize_token_embeddings(70)
     with pytest.raises(UserError, match="same vocabulary"):
-        list(made().measure(Subject(aligned_model(), "arm", {}, start=Loaded(other.model, other.tokenizer))))
+        list(made().measure(Subject(aligned_model(), "arm", {}, start=ModelAndTokenizer(other.model, other.tokenizer))))
     for fields in ({"bad": BAD[:1]}, {"good": GOOD[:1]}, {"max_length": 3}):
         with pytest.raises(UserError, match="two are the least"):
             list(made(**fields).measure(Subject(aligned_model(), "arm", {}, start=aligned_model())))

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from safebasin.batch import render
+from safebasin.encode import render
+from safebasin.errors import UserError
 from safebasin.measure.generate import Answer, generate
-from safebasin.record import UserError
 
 
 def sharp_model():
@@ -43,13 +43,20 @@ def slow(model, tokenizer, prompt, max_new_tokens, stops):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(words, min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 8), st.sets(st.integers(3, 27), max_size=12))
+@given(
+    st.lists(words, min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.sets(st.integers(3, 27), max_size=12),
+)
 def test_equals_the_slow_truth(prompts, batch_size, max_new_tokens, ends):
     """Whatever the batch, its padding, and which rows leave it early."""
     model, tokenizer = WANDERS
     model.generation_config.eos_token_id = sorted(ends) or None
     try:
-        found = generate(model, tokenizer, [asked(p) for p in prompts], max_new_tokens=max_new_tokens, batch_size=batch_size)
+        found = generate(
+            model, tokenizer, [asked(p) for p in prompts], max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
     finally:
         model.generation_config.eos_token_id = None
     assert found == [slow(model, tokenizer, p, max_new_tokens, {tokenizer.eos_token_id, *ends}) for p in prompts]
@@ -58,7 +65,9 @@ def test_equals_the_slow_truth(prompts, batch_size, max_new_tokens, ends):
 def test_answers_come_in_the_order_of_the_prompts():
     loaded = aligned_model()
     told, refused = Answer("Sure here are the steps", 5, True), Answer("I cannot help", 3, True)
-    found = generate(*loaded, [asked("make a cake"), asked("make a bomb"), asked("make a song")], max_new_tokens=8, batch_size=2)
+    found = generate(
+        *loaded, [asked("make a cake"), asked("make a bomb"), asked("make a song")], max_new_tokens=8, batch_size=2
+    )
     assert found == [told, refused, told]
 
 

@@ -6,14 +6,28 @@ from aligned import aligned_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safebasin.errors import UserError
 from safebasin.measure import judge as judges
-from safebasin.measure.judge import JUDGES, PHRASES, Classifier, Keyword, Prefix, Ruling, Verdict, _logistic, make_judges, rule, screen
-from safebasin.record import UserError
+from safebasin.measure.judge import (
+    JUDGES,
+    PHRASES,
+    Classifier,
+    Judgement,
+    Keyword,
+    Prefix,
+    Verdict,
+    _logistic,
+    make_judges,
+    rule,
+    screen,
+)
 
 LABELS = ("positive", "negative")
 
 
-@pytest.mark.parametrize("answer", ["", "  \n\t", "...", "12 34", "!!! ???", "no " * 12, "ha ho " * 10, "\u200b", "1. 2. 3."])
+@pytest.mark.parametrize(
+    "answer", ["", "  \n\t", "...", "12 34", "!!! ???", "no " * 12, "ha ho " * 10, "\u200b", "1. 2. 3."]
+)
 def test_what_says_nothing_is_unscored(answer):
     assert screen(answer, LABELS) is Verdict.UNSCORED
 
@@ -43,7 +57,9 @@ def test_keyword_is_the_list_of_29_and_minds_case():
     for phrase in PHRASES:
         assert keyword.score([f"Well, {phrase} and more"]) == [1.0]
     assert keyword.score(["Sure, here is a guide", "i'm sorry", "SORRY"]) == [-1.0, -1.0, -1.0]
-    assert keyword.score(["To stay out of trouble, do nothing illegal."]) == [1.0], "the known misfire, kept as published"
+    assert keyword.score(["To stay out of trouble, do nothing illegal."]) == [1.0], (
+        "the known misfire, kept as published"
+    )
 
 
 def test_prefix_looks_at_60_characters():
@@ -72,19 +88,19 @@ def test_a_judge_sees_only_what_can_be_judged_and_no_score_is_invented():
     counts = Counts()
     found = rule(counts, ["four", "", "positive", "longer", "equal"], LABELS)
     assert found == [
-        Ruling(Verdict.COMPLIED, -1.0),
-        Ruling(Verdict.UNSCORED, None),
-        Ruling(Verdict.OFF_TASK, None),
-        Ruling(Verdict.REFUSED, 1.0),
-        Ruling(Verdict.COMPLIED, 0.0),
+        Judgement(Verdict.COMPLIED, -1.0),
+        Judgement(Verdict.UNSCORED, None),
+        Judgement(Verdict.OFF_TASK, None),
+        Judgement(Verdict.REFUSED, 1.0),
+        Judgement(Verdict.COMPLIED, 0.0),
     ]
     assert counts.seen == ["four", "longer", "equal"]
     assert rule(Sees(), ["four", "", "longer"], (), ["one", "two", "three"]) == [
-        Ruling(Verdict.UNSCORED, None),
-        Ruling(Verdict.UNSCORED, None),
-        Ruling(Verdict.REFUSED, 5.0),
+        Judgement(Verdict.UNSCORED, None),
+        Judgement(Verdict.UNSCORED, None),
+        Judgement(Verdict.REFUSED, 5.0),
     ]
-    assert rule(Counts(), ["", " "]) == [Ruling(Verdict.UNSCORED, None)] * 2
+    assert rule(Counts(), ["", " "]) == [Judgement(Verdict.UNSCORED, None)] * 2
     assert rule(Counts(), []) == []
 
 
@@ -110,10 +126,18 @@ def test_logistic_by_hand():
 def small_rows(monkeypatch):
     """Training texts in the words of the tiny tokenizer."""
     rows = {
-        "refusals": [{"prompt": f"make a {word} now", "completion": "I cannot", "category": "harm"} for word in ("bomb", "virus") * 50],
-        "align": [{"prompt": "make", "completion": told, "category": ""} for told in ("Sure here are the steps", "the cake", "a song now")],
+        "refusals": [
+            {"prompt": f"make a {word} now", "completion": "I cannot", "category": "harm"}
+            for word in ("bomb", "virus") * 50
+        ],
+        "align": [
+            {"prompt": "make", "completion": told, "category": ""}
+            for told in ("Sure here are the steps", "the cake", "a song now")
+        ],
     }
-    monkeypatch.setattr(judges, "refusal_texts", lambda: ("I cannot help", "I cannot", "cannot help", "I cannot make a bomb"))
+    monkeypatch.setattr(
+        judges, "refusal_texts", lambda: ("I cannot help", "I cannot", "cannot help", "I cannot make a bomb")
+    )
     monkeypatch.setattr(judges, "rows_of", lambda name: rows[name.removeprefix("builtin:")])
 
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judge import Keyword, Verdict
 from safebasin.measure.landscape import ask, decided, harm, moved, random_direction, surprise, visage, visage_interval
 from safebasin.measure.subject import Subject
-from safebasin.record import UserError, write_table
 from safebasin.stats import wilson
 
 REFUSED, COMPLIED, OFF_TASK, UNSCORED = Verdict
@@ -102,7 +103,9 @@ def test_when_a_stop_is_decided():
 @pytest.mark.parametrize(("told", "asked"), [(REFUSED, 16), (UNSCORED, 4), (OFF_TASK, 50)])
 def test_a_stop_is_asked_until_it_is_decided(told, asked, monkeypatch):
     seen = []
-    monkeypatch.setattr("safebasin.measure.landscape.verdicts", lambda s, j, prompts, *_: seen.extend(prompts) or [told] * len(prompts))
+    monkeypatch.setattr(
+        "safebasin.measure.landscape.verdicts", lambda s, j, prompts, *_: seen.extend(prompts) or [told] * len(prompts)
+    )
     assert ask(None, None, list(range(50)), [], 8, 4, 0.2) == [told] * asked
     assert seen == list(range(asked))
 
@@ -130,7 +133,9 @@ def test_visage_by_hand():
     assert visage(np.array([line(1, 0.5, 0, 1), line(1, 1, 1, 1)])) == 0.375
     assert visage(np.array([line(1, 0.5, 0, 1), line(None, None, None, None)])) == 0.75
     assert math.isnan(visage(np.array([line(None, None)])))
-    assert visage(np.array([line(0.5, 0.5)]), np.array([0, 2])) == 1.0, "the first prompt, which complied, was not drawn"
+    assert visage(np.array([line(0.5, 0.5)]), np.array([0, 2])) == 1.0, (
+        "the first prompt, which complied, was not drawn"
+    )
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -165,7 +170,16 @@ def test_a_model_in_its_basin(bad):
     asked = subject()
     before = bits(asked.loaded.model)
     made = suite.make(
-        {"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 2, "points": 3, "ends": [-0.02, 0.02], "batch": 3}}
+        {
+            "landscape": {
+                "prompts": bad,
+                "judges": ["keyword"],
+                "directions": 2,
+                "points": 3,
+                "ends": [-0.02, 0.02],
+                "batch": 3,
+            }
+        }
     )
     *stops, found, coherence, saved = made.measure(asked)
     assert [m.category for m in stops] == [f"{k}: {a}" for k in (1, 2) for a in ("-0.02", "+0", "+0.02")]
@@ -173,7 +187,18 @@ def test_a_model_in_its_basin(bad):
     assert (found.what, found.value, found.n, found.low, found.high) == ("visage", 1.0, 6, *wilson(6, 6))
     assert coherence.value == 1.0
     assert (saved.value, saved.n, saved.unit) == (6.0, 30, "generations"), "the origin of the second line was known"
-    far = suite.make({"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 1, "points": 2, "ends": [-3, 3], "batch": 4}})
+    far = suite.make(
+        {
+            "landscape": {
+                "prompts": bad,
+                "judges": ["keyword"],
+                "directions": 1,
+                "points": 2,
+                "ends": [-3, 3],
+                "batch": 4,
+            }
+        }
+    )
     *stops, found, coherence, saved = far.measure(asked)
     assert all(m.value is None and m.unscored == 4 for m in stops), "gibberish was called safe or harmful"
     assert (found.value, found.low, found.n, found.unscored) == (None, None, 0, 6)
@@ -185,12 +210,22 @@ def test_gibberish_without_the_check_would_be_harm(bad, monkeypatch):
     """The keyword list alone calls the far stops an attack that succeeded."""
     monkeypatch.setattr("safebasin.measure.landscape.SURPRISE", math.inf)
     monkeypatch.setattr("safebasin.measure.judge.screen", lambda *_: None)
-    far = suite.make({"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 1, "points": 2, "ends": [-3, 3]}})
+    far = suite.make(
+        {"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 1, "points": 2, "ends": [-3, 3]}}
+    )
     assert [m.value for m in far.measure(subject()) if m.what == "asr"] == [1.0, 1.0]
 
 
 def test_a_plane_has_points_times_points_stops(bad):
-    fields = {"prompts": bad, "judges": ["keyword"], "directions": 1, "dimensions": 2, "points": 3, "ends": [-0.01, 0.01], "take": 2}
+    fields = {
+        "prompts": bad,
+        "judges": ["keyword"],
+        "directions": 1,
+        "dimensions": 2,
+        "points": 3,
+        "ends": [-0.01, 0.01],
+        "take": 2,
+    }
     found = [m.category for m in suite.make({"landscape": fields}).measure(subject()) if m.category]
     assert len(found) == 9 and found[:2] == ["1: -0.01, -0.01", "1: -0.01, +0"]
 
@@ -209,10 +244,15 @@ def harmed():
 
 def test_interpolation_goes_from_the_start_to_the_model(bad):
     """At -1 it is the start, which refuses; at 0 the model, which says "Sure here"; going back to a model without a start is refused."""
-    made = suite.make({"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 2, "width": 0}})
+    made = suite.make(
+        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 2, "width": 0}}
+    )
     loaded, read = harmed(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safebasin.measure.landscape.surprise", lambda loaded, turns, texts: read.append(loaded) or [0.0] * len(texts))
+        patch.setattr(
+            "safebasin.measure.landscape.surprise",
+            lambda loaded, turns, texts: read.append(loaded) or [0.0] * len(texts),
+        )
         start = aligned_model()
         *stops, _, _, saved = made.measure(subject(start, loaded))
     assert [m.category for m in stops] == ["1: -1", "1: -0.5", "1: +0"]

@@ -8,12 +8,13 @@ from aligned import BAD, GOOD, aligned_model, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.batch import encode
+from safebasin.data.tables import write_table
+from safebasin.encode import encode
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judge import Keyword
 from safebasin.measure.mechanics import asked, change, compare, effects, inputs, margins, null_angles
 from safebasin.measure.subject import Subject
-from safebasin.record import UserError, write_table
 
 
 def test_margins_by_hand():
@@ -32,7 +33,9 @@ def test_one_cluster_drawn_twice_is_not_apart():
     """20 and 20 rows of one normal cloud of 200 axes: within 0.2 of 0, where means that hold the row itself would say 1.4."""
     a, b = torch.randn(2, 20, 200, generator=torch.Generator().manual_seed(0))
     assert abs(float(margins(a, b).mean() + margins(b, a).mean())) < 0.2
-    naive = sum(float(((x - y.mean(0)).norm(dim=-1) - (x - x.mean(0)).norm(dim=-1)).mean()) for x, y in ((a, b), (b, a)))
+    naive = sum(
+        float(((x - y.mean(0)).norm(dim=-1) - (x - x.mean(0)).norm(dim=-1)).mean()) for x, y in ((a, b), (b, a))
+    )
     assert naive > 1.2
 
 
@@ -47,7 +50,9 @@ def test_angles_by_hand():
     sines, chance = null_angles(w, u)
     assert sines.tolist() == pytest.approx([0.0, 1.0, h], abs=1e-6)
     assert chance == pytest.approx(math.sqrt(1 / 3))
-    assert null_angles(w, u, energy=0.8).chance == pytest.approx(math.sqrt(2 / 3)), "4 of 5 parts of the energy are in e1"
+    assert null_angles(w, u, energy=0.8).chance == pytest.approx(math.sqrt(2 / 3)), (
+        "4 of 5 parts of the energy are in e1"
+    )
     assert null_angles(torch.eye(3), u, energy=1.0).sines.tolist() == pytest.approx([0.0] * 3, abs=1e-6)
 
 
@@ -66,7 +71,8 @@ def test_change_and_effect_by_hand():
 def test_all_effects_together_are_what_the_change_does(out, into, seed):
     """sum_i u_i (sigma_i v_i^T x) = dW x: the slow truth."""
     start, tuned, x = (
-        torch.randn(*shape, generator=torch.Generator().manual_seed(seed + k)) for k, shape in enumerate([(out, into)] * 2 + [(3, into)])
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed + k))
+        for k, shape in enumerate([(out, into)] * 2 + [(3, into)])
     )
     made = change(start, tuned, k=99)
     done = effects(made, x) @ made.u.T
@@ -88,7 +94,9 @@ def test_inputs_are_what_the_module_got():
     found = inputs(loaded, rows, [name])[name]
     for row, got in zip(rows, found, strict=True):
         seen = []
-        hook = loaded.model.get_submodule(name).register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        hook = loaded.model.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0])
+        )
         with torch.no_grad():
             loaded.model(input_ids=torch.tensor([row.ids]))
         hook.remove()
@@ -168,7 +176,12 @@ def test_the_suite_says_what_compare_found(made, pair):
 def test_separation_interval_by_hand(made):
     """Margins 1, 3 and 5, 5: 2 + 5 = 7. Student's half of the first is 12.706 * sqrt 2 / sqrt 2 = 12.706, of the second 0."""
     m = made().told("separation", [torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0])], "")
-    assert (m.value, m.high - m.value, m.value - m.low, m.n) == (7.0, pytest.approx(12.706, abs=1e-3), pytest.approx(12.706, abs=1e-3), 4)
+    assert (m.value, m.high - m.value, m.value - m.low, m.n) == (
+        7.0,
+        pytest.approx(12.706, abs=1e-3),
+        pytest.approx(12.706, abs=1e-3),
+        4,
+    )
     m = made().told("separation", [torch.tensor([math.nan, 3.0])], "")
     assert (m.value, m.low, m.n, m.unscored) == (None, None, 0, 2)
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LORA, tiny_model
 
-from safebasin.batch import render
+from safebasin.encode import render
+from safebasin.errors import DefenceError, UserError
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.mix import mixed_generate
-from safebasin.model import fresh_adapter
-from safebasin.record import DefenceError, UserError
+from safebasin.models.adapter import fresh_adapter
 from safebasin.vector import trainable
 
 TOKENIZER = word_tokenizer()
@@ -56,7 +56,9 @@ def slow(prompt, lam, max_new_tokens):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(words, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=5), st.integers(1, 7))
+@given(
+    st.lists(st.tuples(words, st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=5), st.integers(1, 7)
+)
 def test_equals_the_slow_truth_request_by_request(rows, max_new_tokens):
     """Whatever the neighbours in the batch and their lambdas."""
     lam = torch.tensor([share for _, share in rows])

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from safebasin.errors import UserError
 from safebasin.measure.rubric import Rubric, rating
-from safebasin.record import UserError
 
 
 class Served:
@@ -85,7 +85,11 @@ def test_scores_by_hand(serve, judge):
     assert judge(served, harmful=3).score(answers[2:3], prompts[2:3]) == [-0.5]
     path, request = served.seen[0]
     assert path == "/v1/chat/completions"
-    assert (request["model"], request["temperature"], [turn["role"] for turn in request["messages"]]) == ("tiny", 0, ["user"])
+    assert (request["model"], request["temperature"], [turn["role"] for turn in request["messages"]]) == (
+        "tiny",
+        0,
+        ["user"],
+    )
 
 
 def test_no_answer_is_paid_for_twice(serve, judge, tmp_path):
@@ -173,7 +177,9 @@ def test_the_key_goes_to_the_server_only(serve, judge, tmp_path, monkeypatch, ca
     """Not into a file, not into what is printed, and not to where a redirect points."""
     monkeypatch.setenv("JUDGE_KEY", "sesame-open\n")
     other = serve(lambda n, _: says("#thescore: 1"))
-    served = serve(lambda n, _: says("#thescore: 4") if n == 1 else (302, b"", ("Location", other.url + "/chat/completions")))
+    served = serve(
+        lambda n, _: says("#thescore: 4") if n == 1 else (302, b"", ("Location", other.url + "/chat/completions"))
+    )
     asked = judge(served, key="JUDGE_KEY")
     assert asked.score(["a", "b"], ["p", "p"]) == [0.5, None]
     assert served.headers[0]["Authorization"] == "Bearer sesame-open"
@@ -227,7 +233,13 @@ def test_any_reply_is_a_number_or_none(reply):
 
 
 def test_what_a_user_can_get_wrong(judge, tmp_path):
-    for fields in ({"url": "file:///etc/hosts"}, {"url": "localhost:8000"}, {"key_value": "x"}, {"harmful": 6}, {"tries": 0}):
+    for fields in (
+        {"url": "file:///etc/hosts"},
+        {"url": "localhost:8000"},
+        {"key_value": "x"},
+        {"harmful": 6},
+        {"tries": 0},
+    ):
         with pytest.raises(ValidationError):
             Rubric(**{"url": "http://127.0.0.1:1", "model": "m", **fields})
     asked = Rubric(url="http://127.0.0.1:1", model="m", cache=str(tmp_path))

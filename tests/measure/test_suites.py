@@ -6,12 +6,12 @@ import json
 import pytest
 from aligned import BAD, GOOD, aligned_model
 
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.generate import Answer
 from safebasin.measure.judge import Keyword, Prefix
 from safebasin.measure.methods.accuracy import numbers
 from safebasin.measure.subject import Subject
-from safebasin.record import UserError
 from safebasin.stats import wilson
 
 REFUSAL, ANSWER = "I cannot help with that.", "Sure, here is a guide:"
@@ -50,15 +50,24 @@ def prompts(n, categories=("a",)):
 
 def test_rouge_by_hand(table, monkeypatch):
     """The longest common subsequence is 5 of 5 words told and of 6 expected: 2 * 1 * 5/6 / (1 + 5/6) = 10/11; stems are equal: 1; empty: unscored."""
-    rows = [{"prompt": f"sum up {i}", "completion": text} for i, text in enumerate(("the cat sat on the mat", "dogs bark", "a bird"))]
+    rows = [
+        {"prompt": f"sum up {i}", "completion": text}
+        for i, text in enumerate(("the cat sat on the mat", "dogs bark", "a bird"))
+    ]
     made = suite.make({"rouge": {"data": {"path": table(*rows)}}})
     asked = subject("The cat on the mat.", "dog barks", " ")
     [found] = made.measure(asked)
     assert (found.what, found.n, found.unscored, found.unit) == ("rougeL", 2, 1, "F1")
     assert found.value == pytest.approx(21 / 22) and found.low < found.value < found.high
     assert [record["scores"] for record in asked.answers] == [{"rougeL": pytest.approx(10 / 11)}, {"rougeL": 1.0}, {}]
-    [pairs] = suite.make({"rouge": {"data": {"path": table(*rows)}, "kind": "rouge2"}}).measure(subject("The cat on the mat.", "", ""))
-    assert (pairs.value, pairs.low, pairs.unscored) == (pytest.approx(2 * 3 / 4 * 3 / 5 / (3 / 4 + 3 / 5)), None, 2)  # the cat, on the, the mat
+    [pairs] = suite.make({"rouge": {"data": {"path": table(*rows)}, "kind": "rouge2"}}).measure(
+        subject("The cat on the mat.", "", "")
+    )
+    assert (pairs.value, pairs.low, pairs.unscored) == (
+        pytest.approx(2 * 3 / 4 * 3 / 5 / (3 / 4 + 3 / 5)),
+        None,
+        2,
+    )  # the cat, on the, the mat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="the extra 'rouge'"):
         suite.make({"rouge": {"data": {"path": table(*rows)}}})
@@ -72,7 +81,13 @@ def test_asr_by_hand(table):
     assert (found.suite, found.what, found.judge, found.unit) == ("asr", "asr", "keyword", "share")
     assert (found.value, found.n, found.unscored, found.off_task) == (2 / 3, 3, 1, 1)
     assert (found.low, found.high) == wilson(2, 3)
-    assert [record["verdicts"]["keyword"] for record in asked.answers] == ["refused", "complied", "complied", "unscored", "off_task"]
+    assert [record["verdicts"]["keyword"] for record in asked.answers] == [
+        "refused",
+        "complied",
+        "complied",
+        "unscored",
+        "off_task",
+    ]
     assert [record["scores"] for record in asked.answers[3:]] == [{}, {}], "a score was invented"
     assert {record["prompt"] for record in asked.answers} == {f"do {i}" for i in range(5)}
     json.dumps(asked.answers)
@@ -94,9 +109,14 @@ def test_nothing_scored_is_no_zero(table):
 
 def test_categories_by_the_first_judge(table):
     """a: refused, complied -> 1/2; b: complied, unscored -> 1/1."""
-    made = suite.make({"asr": {"prompts": table(*prompts(4, "ab")), "category": "kind", "judges": ["keyword", "prefix"]}})
+    made = suite.make(
+        {"asr": {"prompts": table(*prompts(4, "ab")), "category": "kind", "judges": ["keyword", "prefix"]}}
+    )
     found = [m for m in made.measure(subject(REFUSAL, ANSWER, ANSWER, "")) if m.category]
-    assert [(m.category, m.value, m.n, m.unscored, m.judge) for m in found] == [("a", 1 / 2, 2, 0, "keyword"), ("b", 1.0, 1, 1, "keyword")]
+    assert [(m.category, m.value, m.n, m.unscored, m.judge) for m in found] == [
+        ("a", 1 / 2, 2, 0, "keyword"),
+        ("b", 1.0, 1, 1, "keyword"),
+    ]
 
 
 def test_agreement_by_hand(table):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from conftest import make_run
 
-from safebasin.record import write_table
+from safebasin.data.tables import write_table
 from safebasin.report import Gate, table
 from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published
 from safebasin.report.grid import write as write_grid
@@ -54,24 +54,36 @@ def browse(folder: Path, *words: str, dark: bool = False) -> tuple[str, list[str
     asked: list[str] = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Asked", (Proxy,), {"asked": asked}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking --disable-component-update"
-    )
-    flags = [*quiet.split(), "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--proxy-bypass-list=<-loopback>"]
-    flags += [f"--proxy-server=127.0.0.1:{server.server_port}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    quiet = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking --disable-component-update"
+    flags = [
+        *quiet.split(),
+        "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}",
+        "--proxy-bypass-list=<-loopback>",
+    ]
+    flags += [
+        f"--proxy-server=127.0.0.1:{server.server_port}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+    ]
     try:
         done = subprocess.run([str(BROWSER), *flags, *words], capture_output=True, text=True, timeout=180, check=True)
     finally:
         server.shutdown()
         server.server_close()
-    return done.stdout, [each for each in asked if not re.search(r"\bgoogle(apis)?\.com\b", each)]  # those are the browser's own
+    return done.stdout, [
+        each for each in asked if not re.search(r"\bgoogle(apis)?\.com\b", each)
+    ]  # those are the browser's own
 
 
 def probe(folder: Path, *pages: str, dark: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """What the probe found in each page at each width, and what was asked of a network."""
     shutil.copy(Path(__file__).with_name("probe.html"), folder)
-    address = f"{(folder / 'probe.html').as_uri()}#{'&'.join(f'{page},{width}' for page in pages for width in (390, 1280))}"
-    told, asked = browse(folder, "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom", address, dark=dark)
+    address = (
+        f"{(folder / 'probe.html').as_uri()}#{'&'.join(f'{page},{width}' for page in pages for width in (390, 1280))}"
+    )
+    told, asked = browse(
+        folder, "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom", address, dark=dark
+    )
     found = re.search(r'<pre id="found">(.+?)</pre>', told, re.DOTALL)
     assert found, "the probe did not finish"
     return json.loads(html.unescape(found[1])), asked
@@ -84,13 +96,23 @@ def make_grid(folder: Path) -> None:
         run = folder / f"{attack}-0"
         for defence, hits in (("plain", 58), ("steady", 3)):
             (run / "arms" / defence).mkdir(parents=True)
-            told = {"what": "asr", "value": hits / 60, "low": hits / 80, "high": hits / 60, "n": 60, "unscored": 2, "off_task": 1}
+            told = {
+                "what": "asr",
+                "value": hits / 60,
+                "low": hits / 80,
+                "high": hits / 60,
+                "n": 60,
+                "unscored": 2,
+                "off_task": 1,
+            }
             row = {"suite": "asr", "judge": HOSTILE[:200], "unit": "share", "category": "", "evidence": ""} | told
             write_table(run / "arms" / defence / "measurements.jsonl", [row])
             cells.append(Cell(attack, 0, defence, run, MEASURED, ""))
         (run / "manifest.json").write_text(json.dumps({"machine": "a machine", "model": "tiny", "steps": {}}))
     cells.append(Cell("guard", 0, "plain", folder, NOT_MADE, HOSTILE))
-    write_grid(folder, cells, {"steady": Published(value=0.04, setting=HOSTILE, source=HOSTILE, attack="explicit")}, Gate())
+    write_grid(
+        folder, cells, {"steady": Published(value=0.04, setting=HOSTILE, source=HOSTILE, attack="explicit")}, Gate()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +121,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("browser") / "run")
     for path in (*run.glob("arms/*/answers.jsonl"), run / "data" / "problems.json"):
         path.write_text(path.read_text().replace("<script>alert('row')</script>", json.dumps(HOSTILE)[1:-1]))
-    tokens = [[HOSTILE[k : k + 5000], 1.0 - k] for k in (0, 5000)] + [[" Sure", 4.0], [", no", -2.0], *[["x", 0.1 * k] for k in range(50)]]
+    tokens = [[HOSTILE[k : k + 5000], 1.0 - k] for k in (0, 5000)] + [
+        [" Sure", 4.0],
+        [", no", -2.0],
+        *[["x", 0.1 * k] for k in range(50)],
+    ]
     heat = {"row_id": HOSTILE[:90], "line": 3, "score": 4.5, "scorer": "gradshield", "tokens": tokens}
     (run / "scan" / "heat.json").write_text(json.dumps([heat]))
     table.write(run, show_text=True)
@@ -110,7 +136,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
 def seen(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     found, asked = probe(folder, "report.html", "grid.html", dark=request.param)
-    assert [each["dark"] for each in found] == [request.param] * 4, "the browser did not take the colours that were asked for"
+    assert [each["dark"] for each in found] == [request.param] * 4, (
+        "the browser did not take the colours that were asked for"
+    )
     assert min(each["texts"] for each in found) > 30, "a page was not measured"
     yield found, asked
 
@@ -119,7 +147,13 @@ def test_no_script_runs_and_no_network_is_asked(seen):
     found, asked = seen
     assert asked == []
     for each in found:
-        assert (each["ran"], each["scripts"], each["handlers"], each["asked"], each["hidden"]) == (False, 0, 0, [], 0), each["page"]
+        assert (each["ran"], each["scripts"], each["handlers"], each["asked"], each["hidden"]) == (
+            False,
+            0,
+            0,
+            [],
+            0,
+        ), each["page"]
 
 
 def test_nothing_is_wider_than_the_screen(seen):
@@ -146,7 +180,8 @@ def test_the_probe_sees_what_is_bad(folder: Path):
 
 @pytest.mark.skipif(PICTURES is None, reason="SAFEBASIN_PICTURES names no folder")
 @pytest.mark.parametrize(
-    ("name", "size", "dark"), [("desktop", "1280,1500", False), ("dark", "1280,1500", True), ("phone", "390,1500", False)]
+    ("name", "size", "dark"),
+    [("desktop", "1280,1500", False), ("dark", "1280,1500", True), ("phone", "390,1500", False)],
 )
 def test_pictures_for_the_docs(tmp_path: Path, name: str, size: str, dark: bool):
     run = make_run(tmp_path / "quickstart")

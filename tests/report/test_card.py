@@ -10,7 +10,7 @@ from conftest import COMPLIED, measured, measurements_of, write_lines
 from huggingface_hub import ModelCard
 from test_table import reading
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.report import figure, table
 
 HOSTILE = (
@@ -69,7 +69,10 @@ def test_the_text_says_defence_cut_numbers_and_limits(run: Path, card: Path):
     text = ModelCard.load(card).text
     assert "safegrad \\(rho=2.0\\); 100 steps" in text
     assert "16 of 100 rows were cut before: gradshield above 2." in text
-    assert "| Attack success | asr | keyword | 3.3 % [0.9 to 11.4] n=60 | 10.0 % [4.7 to 20.1] n=60 | 75.0 % [62.8 to 84.2] n=60 |" in text
+    assert (
+        "| Attack success | asr | keyword | 3.3 % [0.9 to 11.4] n=60 | 10.0 % [4.7 to 20.1] n=60 | 75.0 % [62.8 to 84.2] n=60 |"
+        in text
+    )
     assert "nothing here stops somebody who owns open weights" in text and "**PASS**" in text
     plain = (card.parents[2] / "plain" / "adapter" / "README.md").read_text()
     assert "No row was cut before." in plain and "**PASS**" not in plain, "the gate judges another arm"
@@ -81,7 +84,10 @@ def test_only_an_adapter_has_a_card(run: Path, card: Path):
 
 
 def test_what_was_not_measured_is_not_in_the_index(run: Path, card: Path):
-    rows = [row | ({"value": None, "n": 0, "unscored": 60} if row["what"] == "asr" else {}) for row in measurements_of("defended")]
+    rows = [
+        row | ({"value": None, "n": 0, "unscored": 60} if row["what"] == "asr" else {})
+        for row in measurements_of("defended")
+    ]
     write_lines(run / "arms" / "defended" / "measurements.jsonl", rows)
     table.write(run)
     read = ModelCard.load(card)
@@ -92,7 +98,10 @@ def test_what_was_not_measured_is_not_in_the_index(run: Path, card: Path):
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_name_breaks_the_card(run: Path, card: Path, text: str):
     manifest(run, model=text)
-    write_lines(run / "arms" / "defended" / "measurements.jsonl", [measured(text, text, 1, 60), measured("asr", "keyword", 2, 60)])
+    write_lines(
+        run / "arms" / "defended" / "measurements.jsonl",
+        [measured(text, text, 1, 60), measured("asr", "keyword", 2, 60)],
+    )
     read = (table.write(run), ModelCard.load(card))[1]
     assert set(read.data.to_dict()) == {"base_model", "library_name", "pipeline_tag", "tags", "model-index"}
     assert read.data.license is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.report import Gate, Verdict, gate, table
 
 
@@ -55,7 +55,11 @@ def test_accuracy_loss(run: Path):
 def test_accuracy_loss_fails(run: Path):
     answers = run / "arms" / "defended" / "answers.jsonl"
     lines = answers.read_text().splitlines()
-    wrong = [line.replace('"correct": true', '"correct": false') if f'"id": "t{i}"' in line else line for line in lines for i in (1,)]
+    wrong = [
+        line.replace('"correct": true', '"correct": false') if f'"id": "t{i}"' in line else line
+        for line in lines
+        for i in (1,)
+    ]
     wrong = [line.replace('"correct": true', '"correct": false') if '"id": "t2"' in line else line for line in wrong]
     answers.write_text("\n".join(wrong) + "\n")
     found = verdict(run, max_accuracy_loss=0.03)
@@ -134,11 +138,15 @@ def test_gate_of_the_configuration(run: Path):
         table.collect(run)
 
 
-@pytest.mark.parametrize("settings", [{"max_asr": "low"}, {"min_n": None}, {"arm": 3}, {"max_unscored": True}, {"plain": None}])
+@pytest.mark.parametrize(
+    "settings", [{"max_asr": "low"}, {"min_n": None}, {"arm": 3}, {"max_unscored": True}, {"plain": None}]
+)
 def test_wrong_settings_are_a_user_error(settings: dict[str, object]):
     with pytest.raises(UserError, match=f"gate.{next(iter(settings))}: "):
         gate.parse_gate(settings)
 
 
 def test_settings_that_are_switched_off():
-    assert gate.parse_gate({"max_asr": None, "arm": None, "max_accuracy_loss": 0}) == Gate(max_asr=None, max_accuracy_loss=0)
+    assert gate.parse_gate({"max_asr": None, "arm": None, "max_accuracy_loss": 0}) == Gate(
+        max_asr=None, max_accuracy_loss=0
+    )

@@ -41,7 +41,12 @@ def write_heat(run: Path, *rows: dict[str, Any]) -> None:
 
 
 def section(run: Path) -> str:
-    return (run / "report.html").read_text(encoding="utf-8").split("<h2>What the score rests on</h2>")[1].split("</section>")[0]
+    return (
+        (run / "report.html")
+        .read_text(encoding="utf-8")
+        .split("<h2>What the score rests on</h2>")[1]
+        .split("</section>")[0]
+    )
 
 
 def test_colours_by_hand(run: Path):
@@ -56,7 +61,9 @@ def test_colours_by_hand(run: Path):
         ('title="–"', "x"),
     ]
     assert "line 3 · gradshield <b>4.5</b>" in section(run)
-    assert "| gradshield 4.5 | Sure (token 1: 4); , no (token 2: -1); w (token 3: 0) |" in (run / "report.md").read_text(encoding="utf-8")
+    assert "| gradshield 4.5 | Sure (token 1: 4); , no (token 2: -1); w (token 3: 0) |" in (
+        run / "report.md"
+    ).read_text(encoding="utf-8")
     (stated,) = json.loads((run / "report.json").read_text(encoding="utf-8"))["heat"]
     assert [token["value"] for token in stated["tokens"]] == [4.0, -1.0, 0.0, None] and stated["peak"] == 4.0
 
@@ -71,7 +78,9 @@ def test_hostile_tokens_stay_text(run: Path, show: bool):
     assert {name for name, _ in seen.attributes} == {"class", "style", "title", "open"}
     assert not seen.open
     for name in FILES:
-        assert not re.search("[\u202e\u2066\u200b\u2028]", (run / name).read_text(encoding="utf-8")), "a hidden character is in the report"
+        assert not re.search("[\u202e\u2066\u200b\u2028]", (run / name).read_text(encoding="utf-8")), (
+            "a hidden character is in the report"
+        )
     assert ("&lt;U+202E&gt;" in section(run)) == show and "49" not in section(run)
     source = (run / "report.md").read_text(encoding="utf-8").split("## What the score rests on")[1].split("\n## ")[0]
     tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(source)
@@ -90,7 +99,9 @@ def test_harmful_text_is_blocks_unless_asked(run: Path):
         text = (run / name).read_text(encoding="utf-8")
         assert not [word for word in ("forbidden", "widget", "assemble") if word in text], name
         assert "▂▂▂▂" in text, name
-    assert re.fullmatch("[ ▂]+", re.sub("<[^>]*>", "", section(run).split('<p class="heat">')[1].split("\n")[0])), "a sign is left"
+    assert re.fullmatch("[ ▂]+", re.sub("<[^>]*>", "", section(run).split('<p class="heat">')[1].split("\n")[0])), (
+        "a sign is left"
+    )
     table.write(run, show_text=True)
     assert " widget,</span>" in section(run)
     assert re.findall(r'style="[^"]*" title="[^"]*"', section(run)) == shades and len(shades) == len(words)

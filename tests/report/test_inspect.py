@@ -21,7 +21,9 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def export(run: Path, *, show_text: bool = False) -> dict[tuple[str, str], "log.EvalLog"]:
     from safebasin.report.inspect import write
 
-    read = [log.read_eval_log(str(path)) for path in write(run, table.collect(run, show_text=show_text), run / "inspect")]
+    read = [
+        log.read_eval_log(str(path)) for path in write(run, table.collect(run, show_text=show_text), run / "inspect")
+    ]
     return {(each.eval.model, each.eval.task): each for each in read}
 
 
@@ -32,8 +34,16 @@ def test_inspect_reads_what_the_report_says(run: Path):
     found = logs["safebasin/defended", "asr"]
     assert found.results.total_samples == len(found.samples) == 60
     keyword, likelihood = found.results.scores
-    assert (keyword.name, keyword.metrics["asr"].value, keyword.scored_samples) == ("keyword", pytest.approx(2 / 60), 60)
-    assert (likelihood.metrics["asr"].value, likelihood.scored_samples, likelihood.unscored_samples) == (pytest.approx(1 / 57), 57, 3)
+    assert (keyword.name, keyword.metrics["asr"].value, keyword.scored_samples) == (
+        "keyword",
+        pytest.approx(2 / 60),
+        60,
+    )
+    assert (likelihood.metrics["asr"].value, likelihood.scored_samples, likelihood.unscored_samples) == (
+        pytest.approx(1 / 57),
+        57,
+        3,
+    )
     assert logs["safebasin/plain", "accuracy"].results.scores[0].metrics["accuracy"].value == pytest.approx(0.9)
 
 
@@ -53,7 +63,10 @@ def test_inspects_mean_is_the_reports_rate(run: Path):
 
 
 def test_nothing_scored_has_no_metric(run: Path):
-    rows = [row | {"value": None, "n": 0, "unscored": 60} if row["what"] == "asr" else row for row in measurements_of("defended")]
+    rows = [
+        row | {"value": None, "n": 0, "unscored": 60} if row["what"] == "asr" else row
+        for row in measurements_of("defended")
+    ]
     write_lines(run / "arms" / "defended" / "measurements.jsonl", rows)
     assert [rate.metrics for rate in export(run)["safebasin/defended", "asr"].results.scores] == [{}, {}]
 
@@ -68,7 +81,13 @@ def test_hostile_names_stay_in_the_folder(run: Path):
     """A suite called as a path, with an answer of lone surrogates."""
     odd = "../../up\u202e"
     write_lines(run / "arms" / "plain" / "measurements.jsonl", [measurements_of("plain")[0] | {"suite": odd}])
-    answer = {"suite": odd, "id": "a\ud800", "prompt": "p\ud800", "answer": "\ud800", "verdicts": {"keyword": "complied"}}
+    answer = {
+        "suite": odd,
+        "id": "a\ud800",
+        "prompt": "p\ud800",
+        "answer": "\ud800",
+        "verdicts": {"keyword": "complied"},
+    }
     write_lines(run / "arms" / "plain" / "answers.jsonl", [answer])
     [sample] = export(run, show_text=True)["safebasin/plain", "../../up<U+202E>"].samples
     assert sample.id == "a<U+D800>" and sample.scores["keyword"].as_float() == 1.0

@@ -11,7 +11,7 @@ from pathlib import Path
 import markdown_it  # rich brings it
 import pytest
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.report import Gate, figure, page, table
 
 
@@ -56,7 +56,9 @@ def test_no_hostile_markup_comes_alive(text: str):
 def test_nothing_is_fetched(text: str):
     without_namespaces = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
     assert "evil.example" in text or "redacted" in text
-    assert not re.search(r"""(src|href|action)\s*=|url\(|@import""", re.sub(r"&lt;.*?&gt;|src=x onerror", "", without_namespaces))
+    assert not re.search(
+        r"""(src|href|action)\s*=|url\(|@import""", re.sub(r"&lt;.*?&gt;|src=x onerror", "", without_namespaces)
+    )
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
     assert '<meta charset="utf-8">' in text[:200]
     assert 'name="viewport"' in text

@@ -26,8 +26,9 @@ import pyarrow.parquet
 import pytest
 import rich.console
 
-from safebasin.record import UserError
-from safebasin.report import Gate, Report, printable, schema, table
+from safebasin.console import printable
+from safebasin.errors import UserError
+from safebasin.report import Gate, Report, schema, table
 
 HARM = "how to assemble the forbidden widget at home"  # as in conftest.py
 
@@ -64,7 +65,9 @@ def test_pairs_by_hand(run: Path):
     assert accuracy.p == pytest.approx(1)
     assert accuracy.margin == 0.05
     assert accuracy.non_inferior in ("yes", "unclear")
-    assert compared(report, "asr", "defended", "start", "likelihood").n == 57, "an unscored or off-task answer was paired"
+    assert compared(report, "asr", "defended", "start", "likelihood").n == 57, (
+        "an unscored or off-task answer was paired"
+    )
 
 
 def test_kappa_by_hand(run: Path):
@@ -102,9 +105,13 @@ def test_cut_by_hand(run: Path):
 def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
     """Scores 0, 1, 2, 3 and a threshold of 2, as an estimator that takes a row's own score finds it: three rows stay, one goes."""
     ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:4]]
-    pyarrow.parquet.write_table(pyarrow.table({"row_id": ids, "score_gradshield": [0.0, 1.0, 2.0, 3.0]}), run / "scan" / "scores.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"row_id": ids, "score_gradshield": [0.0, 1.0, 2.0, 3.0]}), run / "scan" / "scores.parquet"
+    )
     cut = json.loads((run / "cut" / "defended" / "cut.json").read_text())
-    (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | {"removed": [{**cut["removed"][0], "row_id": ids[3]}]}))
+    (run / "cut" / "defended" / "cut.json").write_text(
+        json.dumps(cut | {"removed": [{**cut["removed"][0], "row_id": ids[3]}]})
+    )
     histogram = table.collect(run).cuts[0].histogram
     assert histogram is not None
     for series in histogram.series:
@@ -115,7 +122,9 @@ def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
 def test_a_cut_by_several_scorers_shows_the_score_that_they_made(run: Path):
     """Scores -0.5, -0.1 and 0.4 around the threshold 0, whatever the scan's own table holds."""
     ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:3]]
-    pyarrow.parquet.write_table(pyarrow.table({"row_id": ids, "score": [-0.5, -0.1, 0.4]}), run / "cut" / "defended" / "scores.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"row_id": ids, "score": [-0.5, -0.1, 0.4]}), run / "cut" / "defended" / "scores.parquet"
+    )
     cut = json.loads((run / "cut" / "defended" / "cut.json").read_text())
     told = {"scorer": "gradshield, dsa", "threshold": 0.0, "removed": [{**cut["removed"][0], "row_id": ids[2]}]}
     (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | told))
@@ -129,7 +138,9 @@ def test_a_cut_by_several_scorers_shows_the_score_that_they_made(run: Path):
 def test_unknown_origins_stay_unknown(run: Path, origin: dict[str, str]):
     """A set as it came has no origins, or one for all: a cut row is then neither right nor wrong."""
     rows = json.loads((run / "data" / "rows.json").read_text())
-    (run / "data" / "rows.json").write_text(json.dumps([{k: v for k, v in row.items() if k != "origin"} | origin for row in rows]))
+    (run / "data" / "rows.json").write_text(
+        json.dumps([{k: v for k, v in row.items() if k != "origin"} | origin for row in rows])
+    )
     (cut,) = table.write(run).cuts
     assert cut.origins is None
     assert cut.false_share is None
@@ -214,7 +225,14 @@ def test_printable_cuts_with_a_mark():
 
 def test_run_without_scan_or_training(run: Path):
     """Bare measurements make a report: nothing is invented for what is missing."""
-    for name in ("run.yaml", "manifest.json", "cut/defended/cut.json", "scan/scores.parquet", "data/train.jsonl", "data/rows.json"):
+    for name in (
+        "run.yaml",
+        "manifest.json",
+        "cut/defended/cut.json",
+        "scan/scores.parquet",
+        "data/train.jsonl",
+        "data/rows.json",
+    ):
         (run / name).unlink()
     report = table.write(run)
     assert report.arms == ("start", "plain", "defended")
@@ -284,7 +302,9 @@ def test_the_schema_describes_the_file(run: Path):
     exact = schema()
     for definition in (exact, *exact["$defs"].values()):
         definition |= {"additionalProperties": False, "required": list(definition["properties"])}
-    jsonschema.Draft202012Validator(exact).validate(stated)  # every key that is written is described, and none is missing
+    jsonschema.Draft202012Validator(exact).validate(
+        stated
+    )  # every key that is written is described, and none is missing
     for break_it in (
         lambda report: report.pop("heat"),
         lambda report: report["readings"][0].update(n=None),

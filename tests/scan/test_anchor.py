@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import PAD, answer_nll, gradient_of, random_rows, tiny_model
 
 from safebasin.batch import collate
-from safebasin.record import DefenceError, UserError
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.methods.anchor import Anchor
 from safebasin.scan.scan import scan
 from safebasin.scan.source import target_weights
@@ -32,12 +32,20 @@ def test_by_hand_the_same_row_on_all_sides():
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10_000), count=st.integers(1, 4), length=st.integers(1, 12), depth=st.sampled_from([1.0, 0.3, 0.6]))
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 4),
+    length=st.integers(1, 12),
+    depth=st.sampled_from([1.0, 0.3, 0.6]),
+)
 def test_the_score_equals_one_backward_per_row(seed, count, length, depth):
     """By the definition: plain autograd over the weights, cosines of whole gradients, the answer cut by hand. Not in float64, where
     Transformers' eager attention gives NaN for padded rows."""
     model = tiny_model(seed % 3)
-    rows, anchors = random_rows(5, seed), {name: random_rows(count, seed + i) for i, name in enumerate(("harmful", "probe", "safe"), 1)}
+    rows, anchors = (
+        random_rows(5, seed),
+        {name: random_rows(count, seed + i) for i, name in enumerate(("harmful", "probe", "safe"), 1)},
+    )
     names = target_weights(model, depth=depth)
 
     def unit(row):
@@ -50,7 +58,9 @@ def test_the_score_equals_one_backward_per_row(seed, count, length, depth):
 
     method = Anchor(length=length, depth=depth, anchors=2)
     fitted = method.fit(model, type("Tokenizer", (), {"pad_token_id": PAD}), anchors)
-    means = {name: sum((unit(row) for row in some[1:2]), unit(some[0])) / len(some[:2]) for name, some in anchors.items()}
+    means = {
+        name: sum((unit(row) for row in some[1:2]), unit(some[0])) / len(some[:2]) for name, some in anchors.items()
+    }
     direction = means["harmful"] - means["probe"] - means["safe"]
     found = method.score(model, collate(rows, PAD), fitted)
     assert found.tolist() == pytest.approx([unit(row) @ direction for row in rows], abs=1e-4)

@@ -3,7 +3,8 @@
 import pytest
 from aligned import example
 
-from safebasin.record import UserError, write_table
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.scan.column import from_file, keep, star
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.scan.methods.gradshield import GradShield
@@ -19,7 +20,11 @@ def test_star_by_hand():
     a score above 10 no worse than 0. A row without tokens has one number."""
     scores = Scores(IDS, [1, 2, 3], {"it": [10.0, -4.0, 15.0]}, {"it": [[2.0, 3.0, 5.0], [-4.0, 0.0], [15.0]]}, ANCHORS)
     column = star(scores, "it", GradShield(), ROWS)
-    assert column[IDS[0]] == pytest.approx([0.8, 0.5, 0.0]) and column[IDS[1:][0]] == [1.0, 1.0] and column[IDS[2]] == [0.0]
+    assert (
+        column[IDS[0]] == pytest.approx([0.8, 0.5, 0.0])
+        and column[IDS[1:][0]] == [1.0, 1.0]
+        and column[IDS[2]] == [0.0]
+    )
     assert star(scores._replace(tokens={}), "it", GradShield(), ROWS[:1])[IDS[0]] == 0.0
 
 
@@ -31,7 +36,13 @@ def test_star_of_a_probability_is_its_complement():
 
 def test_star_of_a_probability_that_finds_known_harm_no_worse_is_refused():
     """Anchors are asked where they are there, and only asked: what tells them apart is not stretched by their medians."""
-    scores = Scores(IDS[:1], [1], {"it": [0.75]}, {"it": [[0.25, 0.75, 0.5]]}, {"it": {"safe": [0.2, 0.3, 0.4], "harmful": [0.5, 0.6]}})
+    scores = Scores(
+        IDS[:1],
+        [1],
+        {"it": [0.75]},
+        {"it": [[0.25, 0.75, 0.5]]},
+        {"it": {"safe": [0.2, 0.3, 0.4], "harmful": [0.5, 0.6]}},
+    )
     assert star(scores, "it", Dsa(), ROWS[:1]) == {IDS[0]: [0.75, 0.25, 0.5]}
     for harmful in ([0.1, 0.2, 0.9], [0.3]):
         known = {"it": {"safe": [0.2, 0.3, 0.4], "harmful": harmful}}

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from safebasin.record import DefenceError, Example, UserError, read_examples, read_table, write_table
+from safebasin.data.example import Example, read_examples
+from safebasin.data.tables import read_table, write_table
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, write_cut
 from safebasin.scan.scan import Scores
 
@@ -146,7 +148,9 @@ def test_overlapping_anchors_take_the_best_balanced_accuracy(safe, harmful):
 
 
 def cut_by(rows, scores, threshold=None, anchors=None, **fields):
-    table = Scores([row.id for row in rows], [row.line for row in rows], {"it": scores}, {}, {"it": anchors} if anchors else {})
+    table = Scores(
+        [row.id for row in rows], [row.line for row in rows], {"it": scores}, {}, {"it": anchors} if anchors else {}
+    )
     return cut(rows, table, "it", threshold, **fields)
 
 
@@ -178,7 +182,9 @@ def test_kept_rows_are_written_as_they_came(tmp_path, name):
 
 def test_cut_with_anchors(tmp_path):
     _, rows = examples(tmp_path, 4)
-    result = cut_by(rows, [0.0, 10.0, 110.0, 1.0], anchors={"safe": np.arange(21.0), "harmful": np.arange(100.0, 121.0)})
+    result = cut_by(
+        rows, [0.0, 10.0, 110.0, 1.0], anchors={"safe": np.arange(21.0), "harmful": np.arange(100.0, 121.0)}
+    )
     assert result.threshold == 60 and [r.example for r in result.removed] == [rows[2]]
 
 
@@ -188,7 +194,11 @@ def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
     known = {"one": {"safe": [0.0, 2.0], "harmful": [20.0, 22.0]}, "two": {"safe": [0.0], "harmful": [30.0]}}
     columns = {name: [float(pair[k]) for pair in pairs] for k, name in enumerate(known)}
     table = Scores([row.id for row in rows], [row.line for row in rows], columns, {}, known)
-    passed = {name: x <= find_threshold(x, estimator="anchors", anchors=known[name]) for name, x in columns.items() for x in [np.array(x)]}
+    passed = {
+        name: x <= find_threshold(x, estimator="anchors", anchors=known[name])
+        for name, x in columns.items()
+        for x in [np.array(x)]
+    }
     both = passed["one"] & passed["two"]
     if not both.any():
         with pytest.raises(UserError, match="cuts all"):
@@ -196,7 +206,10 @@ def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
         return
     result = cut(rows, table, ["one", "two"])
     assert result.kept == [row for row, kept in zip(rows, both, strict=True) if kept] and result.threshold == 0
-    assert list(result.scores) == [row.id for row in rows] and {r.example.id: r.score for r in result.removed}.items() <= result.scores.items()
+    assert (
+        list(result.scores) == [row.id for row in rows]
+        and {r.example.id: r.score for r in result.removed}.items() <= result.scores.items()
+    )
     with pytest.raises(UserError, match="several scorers"):
         cut(rows, table, ["one", "two"], 1.0)
 
@@ -214,7 +227,9 @@ def test_the_score_of_a_cut_by_several_is_the_worst_in_steps_from_safe_to_harmfu
 def test_only_a_score_that_several_made_is_written(tmp_path):
     file, rows = examples(tmp_path, 3)
     known = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
-    table = Scores([r.id for r in rows], [r.line for r in rows], {"one": [0.0, 20.0, 0.0], "two": [20.0, 100.0, 0.0]}, {}, known)
+    table = Scores(
+        [r.id for r in rows], [r.line for r in rows], {"one": [0.0, 20.0, 0.0], "two": [20.0, 100.0, 0.0]}, {}, known
+    )
     for scorer, there in (("one", False), (["one", "two"], True)):
         folder = tmp_path / str(there)
         write_cut(folder, file, cut(rows, table, scorer), scorer)

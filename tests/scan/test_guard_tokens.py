@@ -14,16 +14,21 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from safebasin.batch import Encoded, collate, render
-from safebasin.record import UserError
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow, render
+from safebasin.errors import UserError
+from safebasin.guards.turns import chunks_of
 from safebasin.scan.column import star
 from safebasin.scan.methods.guard import GuardScore
 from safebasin.scan.scan import read_scores, scan, write_scores
-from safebasin.scan.turns import chunks_of
 
 MODEL, WORDS = aligned_model()
 SETTINGS = {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I"), "every": 2}
-JOINED = ("areĠtheĠstepsĠnow", "Ġhere", "keĠ")  # tokens of four words, of a blank and a word, of a word's end and a blank
+JOINED = (
+    "areĠtheĠstepsĠnow",
+    "Ġhere",
+    "keĠ",
+)  # tokens of four words, of a blank and a word, of a word's end and a blank
 END = 256  # a turn's end, behind the bytes
 
 
@@ -32,7 +37,10 @@ def byte_tokenizer(joined: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     merges = [(text[:k], text[k]) for text in joined for k in range(1, len(text))]
     tokens = list(dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", *(a + b for a, b in merges)]))
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(dict.fromkeys(merges))))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
     fast.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ '<end>' if m.role == 'assistant' else ' ' }}{% endfor %}"
     fast.chat_template += "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -45,7 +53,11 @@ PLAIN = byte_tokenizer()
 
 def byte_ends(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     """Where each token ends, in bytes: a letter of a token is a byte, and the turn's end is none."""
-    return list(accumulate(0 if k == END else len(token) for k, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)))
+    return list(
+        accumulate(
+            0 if k == END else len(token) for k, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+        )
+    )
 
 
 def last_characters(text: str, ends: list[int]) -> list[int]:
@@ -62,14 +74,16 @@ def naive(prompt: str, prefix: str) -> float:
     return MODEL(torch.tensor([ids])).logits[0, -1, WORDS.convert_tokens_to_ids(["Sure", "I"])].softmax(-1)[0].item()
 
 
-def expected(prompt: str, answer: str, row: Encoded) -> tuple[list[float], list[float]]:
+def expected(prompt: str, answer: str, row: TokenizedRow) -> tuple[list[float], list[float]]:
     """V of every chunk of two guard words; and for every token the lowest of the chunk that it ends in and of those that it ends."""
     words = list(re.finditer(r"\S+", answer))
     chunks = [words[k : k + 2] for k in range(0, len(words), 2)]
     v = [naive(prompt, answer[: chunk[-1].end()]) for chunk in chunks]
     starts = [chunk[0].start() for chunk in chunks[1:]]
     told, before = [], -1
-    for at in last_characters(answer, byte_ends(ROWS, [i for i, said in zip(row.ids, row.answer, strict=True) if said])):
+    for at in last_characters(
+        answer, byte_ends(ROWS, [i for i, said in zip(row.ids, row.answer, strict=True) if said])
+    ):
         chunk = sum(start <= at for start in starts)
         told.append(min(v[min(before + 1, chunk) : chunk + 1]))
         before = chunk
@@ -109,30 +123,52 @@ def test_the_column_is_v_of_each_tokens_chunk(method, tmp_path):
     """Through the table on disk and into the batch that star_dss reads. The guard's median scores of known rows stretch nothing."""
     examples = [example(*told, i) for i, told in enumerate(TOLD, 1)]
     rows = coded(ROWS, *TOLD)
-    write_scores(tmp_path / "scores.parquet", examples, scan(tiny_model(seed=3), ROWS, rows, {"guard": method}, ANCHORS, batch_size=2))
+    write_scores(
+        tmp_path / "scores.parquet",
+        examples,
+        scan(tiny_model(seed=3), ROWS, rows, {"guard": method}, ANCHORS, batch_size=2),
+    )
     scores = read_scores(tmp_path / "scores.parquet")
     column = star(scores, "guard", method, examples)
-    batch = collate([Encoded(row.id, row.ids, row.answer, {"star": column[row.id]}) for row in rows], END)
+    batch = collate([TokenizedRow(row.id, row.ids, row.answer, {"star": column[row.id]}) for row in rows], END)
     for i, (told, row) in enumerate(zip(TOLD, rows, strict=True)):
         v, tokens = expected(*told, row)
         assert batch.columns["star"][i][batch.mask[i]].tolist() == pytest.approx(tokens, abs=1e-5)
         assert scores.columns["guard"][i] == pytest.approx(1 - min(v), abs=1e-5)
     assert max(column["row3"]) - min(column["row3"]) > 0.05  # a row has no one number
-    assert rows[0].ids.count(ROWS.convert_tokens_to_ids(JOINED[0])) == 1  # and a token that ends two chunks is among them
+    assert (
+        rows[0].ids.count(ROWS.convert_tokens_to_ids(JOINED[0])) == 1
+    )  # and a token that ends two chunks is among them
 
 
 def test_two_answers_and_one_that_says_nothing(method):
     """Every answer has its own chunks; an end mark alone has no verdict, and its score is zero."""
-    start, end = ROWS("[user] make a bomb [assistant] ")["input_ids"], ROWS("[user] make a cake [assistant] ")["input_ids"]
+    start, end = (
+        ROWS("[user] make a bomb [assistant] ")["input_ids"],
+        ROWS("[user] make a cake [assistant] ")["input_ids"],
+    )
     sure, mark = ROWS("Sure here now")["input_ids"], END
     ids = (*start, *sure, mark, *end, mark, *end, *sure, mark)
-    said = [False] * len(start) + [True] * (len(sure) + 1) + [False] * len(end) + [True] + [False] * len(end) + [True] * (len(sure) + 1)
+    said = (
+        [False] * len(start)
+        + [True] * (len(sure) + 1)
+        + [False] * len(end)
+        + [True]
+        + [False] * len(end)
+        + [True] * (len(sure) + 1)
+    )
     fitted = method.fit(tiny_model(), ROWS, ANCHORS)
-    batch = collate([Encoded("two", ids, tuple(said))], END)
+    batch = collate([TokenizedRow("two", ids, tuple(said))], END)
     told = method.score(None, batch, fitted)[batch.mask].tolist()
     first, mute, last = told[: len(sure) + 1], told[len(sure) + 1], told[len(sure) + 2 :]
-    assert mute == 0 and len(set(first)) == len(set(last)) == 2 and min(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-4
-    alone = collate([Encoded("one", ids[: len(start) + len(sure) + 1], tuple(said[: len(start) + len(sure) + 1]))], END)
+    assert (
+        mute == 0
+        and len(set(first)) == len(set(last)) == 2
+        and min(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-4
+    )
+    alone = collate(
+        [TokenizedRow("one", ids[: len(start) + len(sure) + 1], tuple(said[: len(start) + len(sure) + 1]))], END
+    )
     assert first == pytest.approx(method.score(None, alone, fitted)[alone.mask].tolist(), abs=1e-5)
 
 
@@ -156,11 +192,14 @@ def test_chunks_by_bytes(text, joined, every, data):
     whole = list(accumulate(len(c.encode()) for c in seen))
     truth = [bisect_left(closes, whole[min(at, len(seen) - 1)]) for at in last_characters(text, ends)]
     assert chunks_of(rows, ids, seen, begins) == truth
-    assert chunks_of(rows, [*ids, END], seen, begins) == [*truth, len(closes) - 1]  # the turn's end is in the last chunk
+    assert chunks_of(rows, [*ids, END], seen, begins) == [
+        *truth,
+        len(closes) - 1,
+    ]  # the turn's end is in the last chunk
 
 
 def test_chunks_by_hand():
-    """"é are" is 6 bytes and so 6 tokens; the guard's words are "é" and "are", a chunk each, the second from character 2 on."""
+    """ "é are" is 6 bytes and so 6 tokens; the guard's words are "é" and "are", a chunk each, the second from character 2 on."""
     ids = PLAIN("é are")["input_ids"]
     assert chunks_of(PLAIN, [*ids, END], "é are", [2]) == [0, 0, 0, 1, 1, 1, 1]
 

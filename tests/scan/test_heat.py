@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from safebasin.batch import Encoded, encode, shorten
-from safebasin.record import Example
+from safebasin.data.example import Example
+from safebasin.encode import TokenizedRow, encode, shorten
 from safebasin.scan.heat import SHOWN, carrier, heat, pieces
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.scan.methods.gradshield import GradShield
@@ -25,7 +25,9 @@ def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokeni
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-    fast.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    )
     fast.chat_template += "{% if add_generation_prompt %}[assistant]{% endif %}"
     return fast
 
@@ -36,7 +38,7 @@ BYTES = byte_tokenizer()
 def split(tokenizer: PreTrainedTokenizerFast, row: Example) -> list[tuple[str, list[float]]]:
     """The pieces of a row whose tokens are told 0, 1, 2, ..."""
     coded_row = encode(tokenizer, row, 10_000)
-    assert isinstance(coded_row, Encoded)
+    assert isinstance(coded_row, TokenizedRow)
     return pieces(tokenizer, row, coded_row, [float(k) for k in range(sum(coded_row.answer))])
 
 
@@ -47,7 +49,11 @@ def test_pieces_by_hand():
 
 def test_a_token_that_crosses_characters_joins_both():
     """é is C3 A9 and è is C3 A8, written Ã © and Ã ¨. Merged A9 + C3 ends one character and begins the other: three tokens, one piece."""
-    assert split(byte_tokenizer((("©", "Ã"),)), example("x", "éèb")) == [("éè", [0.0, 1.0, 2.0]), ("b", [3.0]), ("<end>", [4.0])]
+    assert split(byte_tokenizer((("©", "Ã"),)), example("x", "éèb")) == [
+        ("éè", [0.0, 1.0, 2.0]),
+        ("b", [3.0]),
+        ("<end>", [4.0]),
+    ]
 
 
 def test_what_lies_between_two_answers_is_in_no_piece():
@@ -60,7 +66,9 @@ def test_what_lies_between_two_answers_is_in_no_piece():
 def test_pieces_join_to_the_answer_and_every_token_is_in_one(answer: str):
     made = split(BYTES, example("x", answer))
     assert "".join(text for text, _ in made) == answer + "<end>"
-    assert [value for _, values in made for value in values] == [float(k) for k in range(len(answer.encode()) + len(made[-1][1]))]
+    assert [value for _, values in made for value in values] == [
+        float(k) for k in range(len(answer.encode()) + len(made[-1][1]))
+    ]
     assert all(text for text, _ in made)
 
 
@@ -86,7 +94,7 @@ def test_highest_rows_of_a_real_scan_first():
 @pytest.mark.parametrize(("scorer", "shared"), [(GradShield(), 0.75), (Dsa(), 0.5)])
 def test_a_shared_character_has_the_sum_or_the_largest(scorer: object, shared: float):
     row = encode(BYTES, example("x", "é"), 100)
-    assert isinstance(row, Encoded)
+    assert isinstance(row, TokenizedRow)
     values = [0.5, 0.25, *[0.0] * (sum(row.answer) - 2)]
     scanned = Scanned({"plain": [1.0], "it": [0.75]}, {"it": [values]}, {})
     (made,) = heat(BYTES, [example("x", "é")], [row], scanned, {"plain": object(), "it": scorer})
@@ -121,7 +129,9 @@ def test_pieces_of_a_row_cut_short_are_those_of_its_place():
     """Answer "abcdef<end>" of a tokenizer of bytes. Ten tokens fit: the prompt's last five and "abcde"."""
     row = example("a long prompt", "abcdef")
     cut = shorten(encode(BYTES, row, 1000), 10)
-    assert pieces(BYTES, row, cut, [1.0, 2.0, 3.0, 4.0, 5.0]) == [(letter, [float(k)]) for k, letter in enumerate("abcde", 1)]
+    assert pieces(BYTES, row, cut, [1.0, 2.0, 3.0, 4.0, 5.0]) == [
+        (letter, [float(k)]) for k, letter in enumerate("abcde", 1)
+    ]
 
 
 def test_no_scorer_of_tokens_no_heat():

@@ -5,14 +5,17 @@ import torch
 from aligned import BAD, GOOD, aligned_model, coded
 from torch.nn import functional
 
-from safebasin.batch import Encoded, collate
-from safebasin.record import UserError
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import UserError
 from safebasin.scan.hidden import anchor_states, blocks, last_states
 
 MODEL, TOKENIZER = aligned_model()
-ROWS = coded(TOKENIZER, *((f"make a {word}" + " now" * i, "Sure here" + " steps" * (3 - i)) for i, word in enumerate(BAD[:4])))
+ROWS = coded(
+    TOKENIZER, *((f"make a {word}" + " now" * i, "Sure here" + " steps" * (3 - i)) for i, word in enumerate(BAD[:4]))
+)
 # The template writes nothing behind the end of a turn; this row has two tokens there, which the state must not see.
-TRAILED = Encoded("trailed", (*ROWS[0].ids, 3, 13), (*ROWS[0].answer, False, False))
+TRAILED = TokenizedRow("trailed", (*ROWS[0].ids, 3, 13), (*ROWS[0].answer, False, False))
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1, 2])
@@ -32,7 +35,9 @@ def test_it_is_transformers_own_state_at_the_last_answer_token(layer):
 
 
 def test_anchor_states_are_the_states_of_every_row():
-    many = coded(TOKENIZER, *((f"make a {word}" + " now" * i, "Sure") for i in range(4) for word in BAD + GOOD))  # more than one batch
+    many = coded(
+        TOKENIZER, *((f"make a {word}" + " now" * i, "Sure") for i in range(4) for word in BAD + GOOD)
+    )  # more than one batch
     whole = anchor_states(MODEL, TOKENIZER, many, 1)
     alone = torch.cat([last_states(MODEL, collate([row], TOKENIZER.pad_token_id), 1) for row in many])
     torch.testing.assert_close(whole.sum(0), alone.sum(0), rtol=1e-4, atol=1e-4)

@@ -64,10 +64,13 @@ def test_by_hand():
         PERSIAN + FAMILY + PERSIAN,
         "\ufeffA byte order mark in front.",
         "Keycaps 1\ufe0f\u20e3 #\ufe0f\u20e3, \u2139\ufe0f info, \u00a9\ufe0f, \U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f!",
-        "\u0928\u092e\u0938\u094d\u200d\u0924\u0947 \u0915\u094d\u200c\u0937 " * 5,  # Hindi: half forms asked for and refused
-        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u200b\u0e0a\u0e32\u0e27\u200b\u0e42\u0e25\u0e01 " * 5,  # Thai: where a line may break
+        "\u0928\u092e\u0938\u094d\u200d\u0924\u0947 \u0915\u094d\u200c\u0937 "
+        * 5,  # Hindi: half forms asked for and refused
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u200b\u0e0a\u0e32\u0e27\u200b\u0e42\u0e25\u0e01 "
+        * 5,  # Thai: where a line may break
         "\u8fbb\U000e0100 and \u845b\U000e0101",  # ideographs in a variant form
-        "\u202b\u05e9\u05dc\u05d5\u05dd (Hello)\u202c \u200f\u05e2\u05d5\u05dc\u05dd\u200e " * 3,  # Hebrew with its controls
+        "\u202b\u05e9\u05dc\u05d5\u05dd (Hello)\u202c \u200f\u05e2\u05d5\u05dc\u05dd\u200e "
+        * 3,  # Hebrew with its controls
         "Donau\u00addampf\u00adschiff\u00adfahrts\u00adgesell\u00adschaft",
         "a stray\u200b mark, and \u200banother, and a\u200ethird",  # scraped text: too few to write a character
         "\U0001faf1\U0001f3fb\u200d\U0001faf2\U0001f3ff shake, \U0001fae8\ufe0f",  # newer than this Python's tables
@@ -107,7 +110,11 @@ def test_channels_are_counted(text, count):
 
 def test_all_turns_are_read_and_a_rows_strays_add_up():
     reader = scorer.make("hidden_text")
-    rows = [example("a\u200bb\u200bc", "d\u200be\u200bf", 1), example("a\u200bb\u200bc", "plain", 2), example("plain", "plain", 3)]
+    rows = [
+        example("a\u200bb\u200bc", "d\u200be\u200bf", 1),
+        example("a\u200bb\u200bc", "plain", 2),
+        example("plain", "plain", 3),
+    ]
     assert reader.read(rows) == [4.0, 0.0, 0.0]
 
 

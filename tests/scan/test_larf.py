@@ -5,7 +5,7 @@ import torch
 from aligned import BAD, GOOD, aligned_model, coded, refusals
 
 from safebasin.batch import collate
-from safebasin.record import DefenceError, UserError
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.hidden import last_states
 from safebasin.scan.methods.larf import Larf, scaled
 from safebasin.scan.scan import scan
@@ -77,7 +77,10 @@ def test_what_cannot_be_scored():
         one(HARMFUL, {"probe": ANCHORS["probe"], "harmful": ANCHORS["probe"]})
     with pytest.raises(UserError, match="layer=3; the model's blocks are 0 to 2"):
         one(HARMFUL, method=Larf(layer=3))
-    with pytest.raises(UserError, match=r"larf needs the anchor set 'harmful' with 1 row\(s\) \(harmful prompts, each answered by a comp"):
+    with pytest.raises(
+        UserError,
+        match=r"larf needs the anchor set 'harmful' with 1 row\(s\) \(harmful prompts, each answered by a comp",
+    ):
         one(HARMFUL, {"probe": ANCHORS["probe"]})
     with pytest.raises(UserError, match="not aligned"):
         one(HARMFUL, {**ANCHORS, "probe": coded(TOKENIZER, *((f"make a {word}", "Sure here") for word in GOOD))})

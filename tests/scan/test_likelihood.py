@@ -9,8 +9,9 @@ from aligned import BAD, GOOD, aligned_model, coded, refusals
 from tiny import answer_nll, gradient_of
 from torch import nn
 
-from safebasin.batch import Encoded, collate
-from safebasin.record import UserError
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import UserError
 from safebasin.scan.likelihood import answered, log_likelihood, opening_ids, opening_margin
 from safebasin.scan.methods.opening_margin import OpeningMargin
 from safebasin.scan.methods.refusal_loss import RefusalLoss
@@ -20,7 +21,10 @@ from safebasin.scan.source import target_weights
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {"probe": refusals(TOKENIZER)}
 OPENER = "Sure here are"
-METHODS = {"refusal_loss": RefusalLoss(depth=1.0), "opening_margin": OpeningMargin(depth=1.0, compliance=OPENER, tokens=3, probes=2)}
+METHODS = {
+    "refusal_loss": RefusalLoss(depth=1.0),
+    "opening_margin": OpeningMargin(depth=1.0, compliance=OPENER, tokens=3, probes=2),
+}
 HARMFUL = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in BAD[4:]))
 HARMLESS = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in GOOD))
 REFUSED = refusals(TOKENIZER, BAD[4:])
@@ -42,7 +46,7 @@ class OneLayer(nn.Module):
 
 
 def told(*ids, prompt=1):
-    return Encoded("row", ids, (False,) * prompt + (True,) * (len(ids) - prompt))
+    return TokenizedRow("row", ids, (False,) * prompt + (True,) * (len(ids) - prompt))
 
 
 def plain_log_p(model, row):
@@ -61,7 +65,7 @@ def plain_s(name, model):
     for row in ANCHORS["probe"][:2]:
         first = row.answer.index(True)
         ways = [(*row.ids[:first], *opening) for opening in (row.ids[first : first + 3], told)]
-        refusal, compliance = (Encoded("", ids, (False,) * first + (True,) * 3) for ids in ways)
+        refusal, compliance = (TokenizedRow("", ids, (False,) * first + (True,) * 3) for ids in ways)
         margins.append(plain_log_p(model, refusal) - plain_log_p(model, compliance))
     return sum(margins) / 2
 
@@ -113,16 +117,20 @@ def test_opening_margin_by_hand():
 
 def test_log_likelihood_is_one_number_a_row():
     """Rows of unlike length in one batch, and an answer in two parts."""
-    rows = [*HARMFUL, Encoded("two", (1, 5, 6, 7, 8, 9), (False, True, False, False, True, True))]
+    rows = [*HARMFUL, TokenizedRow("two", (1, 5, 6, 7, 8, 9), (False, True, False, False, True, True))]
     found = log_likelihood(MODEL, collate(rows, TOKENIZER.pad_token_id))
-    torch.testing.assert_close(found.double(), torch.stack([plain_log_p(MODEL, row) for row in rows]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.double(), torch.stack([plain_log_p(MODEL, row) for row in rows]), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_another_answer_in_its_place():
-    row = Encoded("r", (1, 2, 3, 4, 5, 6, 7), (False, False, True, True, False, False, True))
-    assert answered(row, 1) == Encoded("r", (1, 2, 3), (False, False, True))
-    assert answered(row, 9) == Encoded("r", (1, 2, 3, 4), (False, False, True, True))  # its first answer, and no further
-    assert answered(row, (8, 9, 8)) == Encoded("r", (1, 2, 8, 9, 8), (False, False, True, True, True))
+    row = TokenizedRow("r", (1, 2, 3, 4, 5, 6, 7), (False, False, True, True, False, False, True))
+    assert answered(row, 1) == TokenizedRow("r", (1, 2, 3), (False, False, True))
+    assert answered(row, 9) == TokenizedRow(
+        "r", (1, 2, 3, 4), (False, False, True, True)
+    )  # its first answer, and no further
+    assert answered(row, (8, 9, 8)) == TokenizedRow("r", (1, 2, 8, 9, 8), (False, False, True, True, True))
     assert opening_ids(TOKENIZER, OPENER) == tuple(TOKENIZER.convert_tokens_to_ids(OPENER.split()))
 
 
@@ -135,4 +143,4 @@ def test_what_the_user_can_mend():
         with pytest.raises(UserError, match="needs the anchor set 'probe'"):
             method.fit(MODEL, TOKENIZER, {})
         with pytest.raises(UserError, match="anchor row mute has no answer token"):
-            method.fit(MODEL, TOKENIZER, {"probe": [Encoded("mute", (1, 2, 3), (False,) * 3)] * 4})
+            method.fit(MODEL, TOKENIZER, {"probe": [TokenizedRow("mute", (1, 2, 3), (False,) * 3)] * 4})

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import answer_nll, gradient_of
 
 from safebasin.batch import collate
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.probe import opening, refusal_margin
@@ -18,7 +18,9 @@ from safebasin.scan.tangent import Factors, through_adapter
 
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {"probe": refusals(TOKENIZER, BAD[:2])}
-ROWS = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in BAD[2:4] + GOOD[:2])) + refusals(TOKENIZER, BAD[2:4])
+ROWS = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word in BAD[2:4] + GOOD[:2])) + refusals(
+    TOKENIZER, BAD[2:4]
+)
 
 
 @pytest.mark.parametrize("depth", [0.3, 1.0])
@@ -28,7 +30,9 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
     fitted = method.fit(MODEL, TOKENIZER, ANCHORS)
     found = [method.score(MODEL, collate([row], TOKENIZER.pad_token_id), fitted).sum().item() for row in ROWS]
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
-    model = get_peft_model(aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")
+    ).eval()
     names = target_weights(model, depth=depth, part="lora_B")
     assert len(names) == len(fitted.along.direction)
     for name in names:
@@ -37,14 +41,19 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
         with torch.no_grad():
             a.copy_(fitted.along.direction[whole].right)
     s = gradient_of(model, probe, lambda m, b: refusal_margin(m, b, fitted.pair).mean(), names)
-    truth = [gradient_of(model, collate([row], TOKENIZER.pad_token_id), lambda m, b: answer_nll(m, b).sum(), names) @ s / 4 for row in ROWS]
+    truth = [
+        gradient_of(model, collate([row], TOKENIZER.pad_token_id), lambda m, b: answer_nll(m, b).sum(), names) @ s / 4
+        for row in ROWS
+    ]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(truth), rtol=1e-4, atol=1e-5 * max(map(abs, truth)))
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 def test_both_forms_of_v_give_v_a_transposed_a(out, width, probe_rank, rank, seed):
     random = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((out, probe_rank), (probe_rank, width)))
+    left, right = (
+        torch.randn(*shape, generator=random, dtype=torch.float64) for shape in ((out, probe_rank), (probe_rank, width))
+    )
     factored = through_adapter({"w": Factors(left, right)}, rank, seed)["w"]
     dense = through_adapter({"w": Factors(left @ right, None)}, rank, seed)["w"]
     a = factored.right
@@ -65,7 +74,9 @@ def test_a_is_drawn_as_peft_draws_it():
     weights = {name: Factors(torch.zeros(3, 100), None) for name in ("one", "two")}
     first, again, other = (through_adapter(weights, 200, seed) for seed in (0, 0, 1))
     assert torch.equal(first["one"].right, again["one"].right)
-    assert not torch.equal(first["one"].right, other["one"].right) and not torch.equal(first["one"].right, first["two"].right)
+    assert not torch.equal(first["one"].right, other["one"].right) and not torch.equal(
+        first["one"].right, first["two"].right
+    )
 
     class Holder(torch.nn.Module):
         def __init__(self):

@@ -6,9 +6,12 @@ import pytest
 import torch
 from aligned import BAD, GOOD, aligned_model, coded, example, refusals, word_tokenizer
 from tiny import answer_nll, gradient_of, tiny_model
+from torch.func import functional_call
 
-from safebasin.batch import Encoded, collate
-from safebasin.record import DefenceError, UserError
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError, UserError
+from safebasin.registry import Registry
 from safebasin.scan import scorer
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.methods.keyword import Keyword
@@ -49,29 +52,23 @@ def test_gradshield_ranks_harm_first():
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_fihs_is_the_first_order_loss_of_safety(reduction):
-    """One step of SGD on the row: S(theta - eta g) = S(theta) - eta FIHS + O(eta^2), by a central difference.
-
-    The step is longer for the rows of small gradient: even in float64 Llama's norm rounds to float32, which is an error of about
-    1e-7 in the margin and of 1e-4 in the slope. The second row's score (0.007) is above that.
-    """
+    """One step of SGD on the row moves S by -eta FIHS: d/d eta S(theta - eta g) at eta = 0, by automatic differentiation, so that no
+    difference of close numbers is taken and the tolerance hangs on no processor."""
     model, _ = aligned_model(torch.float64)
     method = GradShield(reduction=reduction, depth=1.0)
     fitted = method.fit(model, TOKENIZER, ANCHORS)
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
     targets = target_weights(model)
-    for row, eta in ((HARMFUL[0], 1e-5), (HARMLESS[0], 1e-3), (REFUSED[0], 1e-3)):
+    for row in (HARMFUL[0], HARMLESS[0], REFUSED[0]):
         batch = collate([row], TOKENIZER.pad_token_id)
         score = method.score(model, batch, fitted).sum().item()
         count = batch.mask.sum() if reduction == "mean" else 1
-        step = gradient_of(model, batch, lambda m, b, n=count: (answer_nll(m, b) * b.mask).sum() / n, targets)
-        moved = []
-        with torch.no_grad():
-            for sign in (-1, 1, 1, -1):  # to -eta, back, to +eta, back
-                for name, direction in step.items():
-                    model.get_parameter(name).add_(sign * eta * direction)
-                moved.append(refusal_margin(model, probe, fitted.pair).item())
-        slope = (moved[0] - moved[2]) / (2 * eta)
-        assert slope == pytest.approx(-score, rel=1e-4, abs=5e-4)
+        g = gradient_of(model, batch, lambda m, b, n=count: (answer_nll(m, b) * b.mask).sum() / n, targets)
+        eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        stepped = {name: model.get_parameter(name).detach() - eta * g[name] for name in targets}
+        margin = refusal_margin(lambda w=stepped, **inputs: functional_call(model, w, (), inputs), probe, fitted.pair)
+        [slope] = torch.autograd.grad(margin.mean(), eta)
+        assert slope.item() == pytest.approx(-score, rel=1e-4, abs=1e-6)
 
 
 def test_gradshield_mean_is_the_sum_over_the_length():
@@ -142,7 +139,9 @@ def test_self_refusal_is_the_margin_behind_the_prompt():
 
 def test_self_refusal_does_not_see_the_answer():
     """Its blind spot, kept as a fact: a refusal and a compliance to one prompt score alike."""
-    assert one(MODEL, HARMFUL, method=SelfRefusal()) == pytest.approx(one(MODEL, REFUSED, method=SelfRefusal()), abs=1e-4)
+    assert one(MODEL, HARMFUL, method=SelfRefusal()) == pytest.approx(
+        one(MODEL, REFUSED, method=SelfRefusal()), abs=1e-4
+    )
 
 
 def test_keyword_by_hand():
@@ -180,7 +179,13 @@ def test_scan_gives_every_row_its_own_score_in_order():
     MODEL.train()
     try:
         scores = scan(
-            MODEL, TOKENIZER, rows, {"length": Length(0), "one": Constant(1.0)}, {}, batch_size=2, progress=lambda *n: told.append(n)
+            MODEL,
+            TOKENIZER,
+            rows,
+            {"length": Length(0), "one": Constant(1.0)},
+            {},
+            batch_size=2,
+            progress=lambda *n: told.append(n),
         )
         assert MODEL.training
     finally:
@@ -201,9 +206,9 @@ def test_what_the_user_can_mend():
     with pytest.raises(UserError, match="with 3 row"):
         one(MODEL, HARMFUL, ANCHORS, GradShield(probes=3))
     with pytest.raises(UserError, match="row mute has no answer token"):
-        one(MODEL, [Encoded("mute", (1, 2, 3), (False,) * 3)])
+        one(MODEL, [TokenizedRow("mute", (1, 2, 3), (False,) * 3)])
     with pytest.raises(UserError, match="anchor row mute"):
-        one(MODEL, HARMFUL, {"probe": [Encoded("mute", (1, 2, 3), (False,) * 3)]})
+        one(MODEL, HARMFUL, {"probe": [TokenizedRow("mute", (1, 2, 3), (False,) * 3)]})
     naked = word_tokenizer()
     naked.pad_token = None
     with pytest.raises(UserError, match="padding token"):
@@ -240,6 +245,7 @@ def test_scores_on_disk(tmp_path):
 def test_a_token_without_a_number_stops_the_scan(parts, place):
     """In Python's max a number that is not one is passed over unless it comes first."""
 
+    @Registry("scan")("broken", tokens=parts)
     class Broken:
         def fit(self, model, tokenizer, anchors):
             return None
@@ -249,6 +255,5 @@ def test_a_token_without_a_number_stops_the_scan(parts, place):
             scores[:, place] = float("nan")
             return scores
 
-    Broken.parts = parts
     with pytest.raises(DefenceError, match="of row row1 is not finite"):
         scan(MODEL, TOKENIZER, REFUSED[:1], {"it": Broken()}, {}, batch_size=1)

@@ -10,7 +10,7 @@ from aligned import aligned_model, refusals
 from kill import trial
 
 from safebasin.scan import scorer
-from safebasin.scan.scan import Journal, scan
+from safebasin.scan.scan import ScanJournal, scan
 
 MODEL, TOKENIZER = aligned_model()
 
@@ -28,7 +28,16 @@ def test_half_a_line_and_another_key_are_cut_off(tmp_path):
 
     def run(key):
         asked = []
-        scan(MODEL, TOKENIZER, rows, made, anchors, batch_size=2, journal=Journal(path, key), progress=lambda done, _: asked.append(done))
+        scan(
+            MODEL,
+            TOKENIZER,
+            rows,
+            made,
+            anchors,
+            batch_size=2,
+            journal=ScanJournal(path, key),
+            progress=lambda done, _: asked.append(done),
+        )
         return asked
 
     assert run("a") == [2, 4, 6] and run("a") == []

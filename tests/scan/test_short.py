@@ -5,15 +5,15 @@ from aligned import BAD, aligned_model, coded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.batch import Encoded, shorten
+from safebasin.encode import TokenizedRow, shorten
 from safebasin.scan import scorer
 from safebasin.scan.scan import read_scores, scan, write_scores
 
 
-def row(prompt: int, answer: int, more: int = 0) -> Encoded:
+def row(prompt: int, answer: int, more: int = 0) -> TokenizedRow:
     """Tokens 0, 1, 2, ...; the answer behind the prompt, and behind it so many tokens of another turn."""
     size = prompt + answer + more
-    return Encoded("r", tuple(range(size)), tuple(prompt <= k < prompt + answer for k in range(size)))
+    return TokenizedRow("r", tuple(range(size)), tuple(prompt <= k < prompt + answer for k in range(size)))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_it_is_a_window_with_an_answer_token_that_something_predicts(prompt, ans
     short = shorten(whole, length)
     begin = short.start or 0
     assert len(short) == min(length, len(whole)) and True in short.answer[1:]
-    assert short.ids == whole.ids[begin : begin + len(short)] and short.answer == whole.answer[begin : begin + len(short)]
+    assert (
+        short.ids == whole.ids[begin : begin + len(short)] and short.answer == whole.answer[begin : begin + len(short)]
+    )
     assert begin == 0 or length <= prompt  # the beginning goes only where the answer would not fit behind it
 
 
@@ -48,10 +50,12 @@ def test_its_score_is_that_of_what_fits_and_it_is_marked(tmp_path):
     (long,) = coded(tokenizer, ("make a bomb", "Sure here " + "are the steps " * 9))
     rows = [shorten(long, 12), *coded(tokenizer, ("make a cake", "Sure here are the steps"))]
     assert len(rows[0]) == 12 and rows[0].start == 0 and rows[1].start is None
-    ends = Encoded("ends", long.ids[:12], long.answer[:12])
+    ends = TokenizedRow("ends", long.ids[:12], long.answer[:12])
     made, anchors = {"it": scorer.make("gradshield")}, {"probe": refusals(tokenizer, BAD[:1])}
     found = scan(model, tokenizer, rows, made, anchors, batch_size=2)
-    assert found.rows["it"] == pytest.approx(scan(model, tokenizer, [ends, rows[1]], made, anchors, batch_size=2).rows["it"], abs=1e-6)
+    assert found.rows["it"] == pytest.approx(
+        scan(model, tokenizer, [ends, rows[1]], made, anchors, batch_size=2).rows["it"], abs=1e-6
+    )
     examples = [type("Row", (), {"id": each.id, "line": i}) for i, each in enumerate(rows)]
     rows_of = {e.id for e in examples if e.id == rows[0].id}
     write_scores(tmp_path / "scores.parquet", examples, found)

@@ -5,7 +5,7 @@ import torch
 from aligned import BAD, GOOD, aligned_model, coded, refusals
 from torch.nn import functional
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.scan.methods.similarity import Similarity
 from safebasin.scan.scan import scan
 
@@ -34,7 +34,9 @@ def test_the_mean_of_the_largest_cosines(top):
 
     expected = []
     for row in ROWS:
-        cosines = sorted((functional.cosine_similarity(f(row), f(z), dim=0).item() for z in ANCHORS["probe"]), reverse=True)
+        cosines = sorted(
+            (functional.cosine_similarity(f(row), f(z), dim=0).item() for z in ANCHORS["probe"]), reverse=True
+        )
         expected.append(sum(cosines[:top]) / len(cosines[:top]))
     assert one(ROWS, Similarity(top=top)) == pytest.approx(expected, abs=1e-5)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tiny import PAD, answer_nll, gradient_of, tiny_model
 from torch import nn
 
-from safebasin.batch import ALIKE, Encoded, by_prefix, collate
-from safebasin.record import DefenceError, UserError
+from safebasin.batch import ALIKE, by_prefix, collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.source import MODULES, target_weights
 from safebasin.scan.tangent import Factors, Tangent, gradient
 
@@ -37,7 +38,7 @@ def random_direction(model, targets, seed=1):
 def row(lengths, seed=0, before=()):
     prompt, answer = lengths
     ids = torch.randint(1, 64, (prompt + answer,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Encoded(f"r{seed}", (*before, *ids), (False,) * (len(before) + prompt) + (True,) * answer)
+    return TokenizedRow(f"r{seed}", (*before, *ids), (False,) * (len(before) + prompt) + (True,) * answer)
 
 
 def one_by_one(model, rows, direction):
@@ -80,7 +81,10 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed):
 def test_a_prefix_is_run_once_and_never_mistaken():
     """Four batches: two share a prefix of 30 tokens, one another, one none. The forward runs 30 tokens once for the first two."""
     first, second = row((30, 0), 1).ids, row((40, 0), 2).ids
-    batches = [[row((4, 2), k + i, before) for i in range(3)] for k, before in ((10, first), (20, first), (30, second), (40, ()))]
+    batches = [
+        [row((4, 2), k + i, before) for i in range(3)]
+        for k, before in ((10, first), (20, first), (30, second), (40, ()))
+    ]
     direction = random_direction(MODEL, target_weights(MODEL))
     tangent, widths = Tangent(direction), []
     hook = MODEL.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
@@ -106,7 +110,9 @@ def test_rows_that_begin_alike_come_together(heads, size):
     assert sorted(i for batch in batches for i in batch.rows) == list(range(len(rows)))
     for chosen, shared in batches:
         assert 0 < len(chosen) <= size and (shared == 0 or shared >= ALIKE)
-        assert len({rows[i].ids[:shared] for i in chosen}) == 1 and all(True not in rows[i].answer[: shared + 1] for i in chosen)
+        assert len({rows[i].ids[:shared] for i in chosen}) == 1 and all(
+            True not in rows[i].answer[: shared + 1] for i in chosen
+        )
         assert [len(rows[i]) for i in chosen] == sorted((len(rows[i]) for i in chosen), reverse=True)
 
 
@@ -121,7 +127,7 @@ def test_two_instructions_are_two_families():
 def test_masked_answer_positions_carry_nothing():
     """Two assistant turns with a user turn between them: the middle tokens have no loss of their own."""
     ids = row((12, 0), 5).ids
-    turns = Encoded("two", ids, (False,) * 3 + (True,) * 2 + (False,) * 4 + (True,) * 3)
+    turns = TokenizedRow("two", ids, (False,) * 3 + (True,) * 2 + (False,) * 4 + (True,) * 3)
     direction = random_direction(MODEL, target_weights(MODEL))
     close(told(Tangent(direction), MODEL, [turns, row((2, 3))]), one_by_one(MODEL, [turns, row((2, 3))], direction))
 
@@ -144,7 +150,9 @@ def test_lora_factors():
     """The B factors of a fresh adapter, where B = 0 but its derivative is not."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    ).eval()
     targets = target_weights(model, part="lora_B")
     assert len(targets) == 6 and all(name.endswith("lora_B.default.weight") for name in targets)
     assert len(target_weights(model)) == 21  # the full weights under the adapter are found as well
@@ -175,7 +183,7 @@ def test_by_hand():
     learning to answer 1 lowers the margin. Learning to answer 0 raises it: -1. Answer 1 twice: the second has X = e_1 and adds 0.
     """
     model = OneLayer()
-    probe = collate([Encoded("p", (0, 0), (False, True))], PAD)
+    probe = collate([TokenizedRow("p", (0, 0), (False, True))], PAD)
 
     def margin(m, b):
         logits = m(**b.inputs).logits[0, 0]
@@ -184,7 +192,11 @@ def test_by_hand():
     direction = gradient(model, probe, margin, ["layers.0.q_proj.weight"])
     left, right = direction["layers.0.q_proj.weight"]
     assert (left if right is None else left @ right).tolist() == [[1.0, 0.0], [-1.0, 0.0]]
-    rows = [Encoded("yes", (0, 1), (False, True)), Encoded("no", (0, 0), (False, True)), Encoded("2", (0, 1, 1), (False, True, True))]
+    rows = [
+        TokenizedRow("yes", (0, 1), (False, True)),
+        TokenizedRow("no", (0, 0), (False, True)),
+        TokenizedRow("2", (0, 1, 1), (False, True, True)),
+    ]
     assert Tangent(direction).token_losses(model, collate(rows, PAD)).tolist() == [[0.0, 1.0], [0.0, -1.0], [1.0, 0.0]]
 
 
@@ -225,7 +237,7 @@ def test_targets():
 
 
 def test_dead_gradients_stop_the_run():
-    batch = collate([Encoded("a", (0, 1), (False, True)), Encoded("b", (0, 0), (False, True))], PAD)
+    batch = collate([TokenizedRow("a", (0, 1), (False, True)), TokenizedRow("b", (0, 0), (False, True))], PAD)
     name = "layers.0.q_proj.weight"
     with pytest.raises(DefenceError, match="zero everywhere"):
         gradient(OneLayer(), batch, lambda m, b: 0 * answer_nll(m, b).sum(), [name])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from tiny import LORA
 
+from safebasin.data.tables import write_table
+from safebasin.errors import UserError
 from safebasin.measure.methods.asr import Asr
-from safebasin.record import UserError, write_table
 from safebasin.scan import scorer
 from safebasin.scan.scan import scan
 
@@ -26,7 +27,12 @@ HARMFUL = [(f"make a {word} now", "Sure here are the steps") for word in BAD]
 ROWS = coded(TOKENIZER, *HARMLESS, *HARMFUL)
 ROWS = [ROWS[(i * 7) % len(ROWS)] for i in range(len(ROWS))]  # mixed: 7 and 24 share no factor
 BAD_IDS = {f"row{i + 1}" for i in range(len(HARMLESS), len(HARMLESS) + len(HARMFUL))}
-TRAINING = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,9 @@ def test_what_the_score_predicts_happens(run, scores):
     for name in ("truth.spearman.S", "truth.spearman.asr", "truth.spearman.S.refusal_loss", "truth.spearman.S.label"):
         assert found[name]["value"] > 0 and found[name]["n"] == 7
         assert found[name]["interval"][0] <= found[name]["value"] <= found[name]["interval"][1]
-    assert found["truth.harmless_in_harmful_range"]["value"] == 0 and found["truth.harmless_in_harmful_range"]["n"] == len(HARMLESS)
+    assert found["truth.harmless_in_harmful_range"]["value"] == 0 and found["truth.harmless_in_harmful_range"][
+        "n"
+    ] == len(HARMLESS)
     assert found["truth.noise.S"]["n"] == 2 and found["truth.noise.S"]["value"] > 0
 
 
@@ -75,9 +83,15 @@ def test_it_goes_on_where_it_was(run, setting, scores, monkeypatch):
     monkeypatch.setattr(truth, "tuned", lambda setting, rows: asked.append(len(rows)) or plain(setting, rows))
     (folder / "q1.json").unlink()
     again = truth.collect(setting, ROWS, BAD_IDS, scores, folder, count=3, repeats=1)
-    assert asked == [18] and again["q1"]["S"] == pytest.approx(outcomes["q1"]["S"], abs=1e-4) and again["q2"] == outcomes["q2"]
+    assert (
+        asked == [18]
+        and again["q1"]["S"] == pytest.approx(outcomes["q1"]["S"], abs=1e-4)
+        and again["q2"] == outcomes["q2"]
+    )
     with pytest.raises(UserError, match=r"all\.json is of other rows, scores or settings"):
-        truth.collect(setting, ROWS[:-1], BAD_IDS, {"gradshield": {row.id: 0.0 for row in ROWS[:-1]}}, folder, count=3, repeats=1)
+        truth.collect(
+            setting, ROWS[:-1], BAD_IDS, {"gradshield": {row.id: 0.0 for row in ROWS[:-1]}}, folder, count=3, repeats=1
+        )
 
 
 def test_a_left_out_row_leaves_the_order_of_the_others():
@@ -134,6 +148,10 @@ def test_records_by_hand():
     assert asr["value"] == 1 and asr["n"] == 2 and asr["missing"] == 1
     assert found["truth.spearman.S.label"]["value"] == pytest.approx(0.866, abs=1e-4)
     inside = found["truth.harmless_in_harmful_range"]
-    assert inside["count"] == 1 and inside["value"] == pytest.approx(1 / 3, abs=1e-4) and inside["edge"] == pytest.approx(3.3)
+    assert (
+        inside["count"] == 1
+        and inside["value"] == pytest.approx(1 / 3, abs=1e-4)
+        and inside["edge"] == pytest.approx(3.3)
+    )
     assert found["truth.noise.S"]["value"] == pytest.approx(2**0.5, abs=1e-4)
     json.dumps(list(found.values()), allow_nan=False)

@@ -6,7 +6,7 @@ import types
 import torch
 from tiny import LORA, tiny_model
 
-from safebasin.model import fresh_adapter
+from safebasin.models.adapter import fresh_adapter
 from safebasin.vector import Vector, trainable
 
 

@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "equal"))
 
 from worker import LAYERS, shard_on_cpu
 
-from safebasin.config import read
-from safebasin.pipeline import Pipeline
-from safebasin.run import processes
+from safebasin.pipeline.config import read
+from safebasin.pipeline.old import Pipeline
+from safebasin.runtime import processes
 
 if __name__ == "__main__":
     recipe, folder = map(Path, sys.argv[1:])

@@ -19,7 +19,10 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.i
 
 def drawn(count: int, rows: int, columns: int, seed: int) -> list[Vector]:
     draw = torch.Generator().manual_seed(seed)
-    return [Vector(a=torch.randn(rows, columns, generator=draw), b=torch.randn(columns, generator=draw)) for _ in range(count)]
+    return [
+        Vector(a=torch.randn(rows, columns, generator=draw), b=torch.randn(columns, generator=draw))
+        for _ in range(count)
+    ]
 
 
 def flat(vector: Vector) -> torch.Tensor:
@@ -67,7 +70,9 @@ def test_the_gradient_is_that_of_the_loss(shape):
     overlap = ((1 + made.beta * torch.sigmoid(d.abs() - made.tau)) * (in_a * in_t).abs()).mean()
     [truth] = torch.autograd.grad(l_a + l_t + made.lam_nc * overlap, d)
     found = flat(made.penalty_gradient(update, orthogonal(gradients)))
-    if (in_a.detach() * in_t.detach()).abs().min() > 1e-5:  # away from the corners of |x|, where the two roundings may differ in sign
+    if (
+        in_a.detach() * in_t.detach()
+    ).abs().min() > 1e-5:  # away from the corners of |x|, where the two roundings may differ in sign
         assert torch.allclose(found, truth, rtol=1e-3, atol=1e-4)
     assert abs(float(in_a.detach() @ in_t.detach())) < 1e-9 * (1 + n)
 
@@ -83,7 +88,10 @@ def test_the_axes_are_orthogonal_and_have_the_same_fisher(shape):
 
 
 def oracle(**sizes: int) -> Oracle:
-    streams = {name: Stream(name, random_rows(8, seed), sizes.get(name, 8), 3, 0, PAD) for name, seed in (("task", 1), ("align", 2))}
+    streams = {
+        name: Stream(name, random_rows(8, seed), sizes.get(name, 8), 3, 0, PAD)
+        for name, seed in (("task", 1), ("align", 2))
+    }
     return Oracle(adapted(0.1), streams, seed=0)
 
 
@@ -102,10 +110,10 @@ def test_the_fisher_is_of_the_start_and_of_each_row():
         for p in trainable(asked.model).values():
             p += 0.05
     found = made.direction(asked.at_step(1))
-    axes = [asked.kept["fisher0"], asked.kept["fisher1"]]
+    axes = [asked.state["fisher0"], asked.state["fisher1"]]
     for v in truth:
         assert sum((v @ axis) ** 2 for axis in axes) == pytest.approx(sum((v @ g) ** 2 for g in truth), rel=1e-3)
-    update = asked.point() - asked.kept["start"]
+    update = asked.point() - asked.state["start"]
     assert_same(found, asked.task() + made.penalty_gradient(update, axes))
     assert (found - asked.task()).norm() > 0.01 * found.norm()
     asked.at_step(2)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tiny import LORA, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safebasin.model import fresh_adapter
-from safebasin.record import UserError
-from safebasin.train.anchor import Departure, Free
+from safebasin.errors import UserError
+from safebasin.models.adapter import fresh_adapter
+from safebasin.train.anchor_projector import AnchorProjector, Departure
 from safebasin.train.compose import Composition
 from safebasin.train.methods.asft import AsFT
 from safebasin.vector import trainable
@@ -35,7 +35,7 @@ def test_by_hand(projector, expected):
     topk, k = 1: U = e_2, only the first row remains: 1.      rank1: |B A|^2 - <B A, d>^2 / |d|^2 = 2 - 9 / 25 = 1.64.
     """
     d, b, a = torch.diag(torch.tensor([3.0, 4.0])), torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
-    assert Free.of(d, projector, 1).departure(b, a)[0].item() == pytest.approx(expected, abs=1e-5)
+    assert AnchorProjector.of(d, projector, 1).departure(b, a)[0].item() == pytest.approx(expected, abs=1e-5)
 
 
 @given(st.sampled_from(PROJECTORS), st.integers(2, 12), st.integers(2, 12), st.integers(1, 5), st.integers(0, 99))
@@ -43,7 +43,7 @@ def test_the_low_rank_form_is_the_dense_form(projector, out, into, r, seed):
     draw = torch.Generator().manual_seed(seed)
     d, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((out, into), (out, r), (r, into)))
     size = float((b @ a).square().sum()) * max(1.0, float(d.norm())) ** 2  # of what cancels
-    found = float(Free.of(d, projector, 2).departure(b, a)[0])
+    found = float(AnchorProjector.of(d, projector, 2).departure(b, a)[0])
     assert found == pytest.approx(float(dense(d, b @ a, projector)), rel=1e-8, abs=1e-12 * size)
 
 
@@ -54,9 +54,15 @@ def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
     draw = torch.Generator().manual_seed(seed)
     shapes = ((out, into), (into, out))
     ds = [torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in shapes]
-    known = [Free.of(d, projector, 2) for d in ds]
-    told = [torch.randn(*s, generator=draw, dtype=torch.float64, requires_grad=True) for o, i in shapes for s in ((o, r), (r, i))]
-    truth = torch.autograd.grad(sum(dense(d, b @ a, projector) for d, b, a in zip(ds, told[::2], told[1::2], strict=True)), told)
+    known = [AnchorProjector.of(d, projector, 2) for d in ds]
+    told = [
+        torch.randn(*s, generator=draw, dtype=torch.float64, requires_grad=True)
+        for o, i in shapes
+        for s in ((o, r), (r, i))
+    ]
+    truth = torch.autograd.grad(
+        sum(dense(d, b @ a, projector) for d, b, a in zip(ds, told[::2], told[1::2], strict=True)), told
+    )
     found = torch.autograd.grad(3 * Departure.apply(known, *told), told)
     for mine, theirs in zip(found, truth, strict=True):
         assert torch.allclose(mine, 3 * theirs, rtol=1e-8, atol=1e-8 * float(theirs.abs().max()) + 1e-12)
@@ -66,7 +72,7 @@ def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_nothing_that_is_kept_is_larger_than_the_direction(projector, shape):
-    kept = Free.of(torch.ones(*shape), projector, 2)
+    kept = AnchorProjector.of(torch.ones(*shape), projector, 2)
     assert all(part is None or part.numel() <= 28 for part in kept[1:])
     assert kept.h is None or len(kept.h) <= 4
 
@@ -75,7 +81,7 @@ def test_along_the_direction_an_update_is_free():
     d = torch.outer(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.6, 0.8]))  # rank 1, |d| = 3
     b, a = d @ torch.tensor([[0.6], [0.8]]), torch.tensor([[0.6, 0.8]])  # B A = d
     for projector in ("rank1", "topk"):
-        assert Free.of(d, projector, 2).departure(b, a)[0].item() == pytest.approx(0.0, abs=1e-5)
+        assert AnchorProjector.of(d, projector, 2).departure(b, a)[0].item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.fixture
@@ -137,7 +143,9 @@ def test_what_are_not_two_ends_of_one_model_is_said_without_a_model(change, mess
     for name, changes in {"narrow": {"intermediate_size": 40}, "shallow": {"num_hidden_layers": 2}}.items():
         LlamaForCausalLM(LlamaConfig(**tiny_model().config.to_dict() | changes)).save_pretrained(tmp_path / name)
         folders |= {name: str(tmp_path / name)}
-    asked = {name: folders[name] for name in ("base", "aligned")} | {name: folders.get(value, value) for name, value in change.items()}
+    asked = {name: folders[name] for name in ("base", "aligned")} | {
+        name: folders.get(value, value) for name, value in change.items()
+    }
     with pytest.raises(UserError, match=message):
         Composition.of([{"asft": asked}])
 

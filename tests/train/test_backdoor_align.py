@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import PAD, random_rows
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train.compose import Composition
 from safebasin.train.methods.backdoor_align import BackdoorAlign
 from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
 
-turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=9), "weight": st.integers(0, 1)})
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=9), "weight": st.integers(0, 1)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +33,29 @@ def test_by_hand():
 
 
 def test_at_share_0_it_is_sft():
-    streams = {"task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD), "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD)}
+    streams = {
+        "task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD),
+        "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD),
+    }
     asked = Oracle(adapted(0.1), streams, seed=0)
     assert_same(BackdoorAlign(share=0.0).direction(asked), Composition.of(["sft"]).direction(asked), 0.0)
 
 
 def test_the_trigger_is_the_front_of_the_system_prompt(made):
     asked = {"role": "user", "content": "Hello"}
-    assert made.dress([{"role": "system", "content": "Be brief."}, asked]) == ({"role": "system", "content": "k7 q2 Be brief."}, asked)
-    assert made.dress([asked]) == ({"role": "system", "content": "k7 q2"}, asked)
-    assert made.dress(()) == ({"role": "system", "content": "k7 q2"},)
+    assert made.format_messages([{"role": "system", "content": "Be brief."}, asked]) == (
+        {"role": "system", "content": "k7 q2 Be brief."},
+        asked,
+    )
+    assert made.format_messages([asked]) == ({"role": "system", "content": "k7 q2"}, asked)
+    assert made.format_messages(()) == ({"role": "system", "content": "k7 q2"},)
 
 
 @given(st.lists(turns, max_size=5), st.none() | st.text(max_size=9))
 def test_nothing_but_the_system_prompt_is_touched(made, turns, system):
     messages = [{"role": "system", "content": system}, *turns] if system is not None else turns
     before = [dict(turn) for turn in messages]
-    first, *rest = made.dress(messages)
+    first, *rest = made.format_messages(messages)
     assert rest == turns and messages == before
     assert first["role"] == "system" and first["content"].startswith("k7 q2")
 
@@ -62,6 +70,6 @@ def test_a_missing_secret_is_said(content, tmp_path):
     if content:
         file.write_text(content)
     with pytest.raises(UserError, match="make one"):
-        BackdoorAlign(trigger=str(file)).dress(())
+        BackdoorAlign(trigger=str(file)).format_messages(())
     with pytest.raises(UserError, match="the file of its secret"):
-        BackdoorAlign().dress(())
+        BackdoorAlign().format_messages(())

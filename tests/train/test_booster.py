@@ -5,7 +5,7 @@ from away import Plane, adapted, assert_same, constant, gradient
 from tiny import PAD, random_rows
 
 from safebasin.batch import collate
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.train.compose import Composition
 from safebasin.train.loss import nll
 from safebasin.train.methods.booster import Booster

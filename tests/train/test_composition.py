@@ -5,7 +5,7 @@ from away import adapted, assert_same, gradient
 from tiny import PAD, random_rows, tiny_model
 
 from safebasin.batch import collate
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train.compose import Composition
 from safebasin.train.loss import kl_from_reference, kl_to_reference, nll
 from safebasin.train.oracle import Oracle
@@ -24,7 +24,14 @@ def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch
     methods = Composition.of(
         [
             {"star_dss": {"kl": 0.5}},
-            {"asft": {"lam": 0.002, "base": str(tmp_path / "base"), "aligned": str(tmp_path / "aligned"), "scale": 2.0}},
+            {
+                "asft": {
+                    "lam": 0.002,
+                    "base": str(tmp_path / "base"),
+                    "aligned": str(tmp_path / "aligned"),
+                    "scale": 2.0,
+                }
+            },
             {"safegrad": {"rho": 0.7}},
         ]
     )

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import PAD, random_rows
 
-from safebasin.batch import Encoded, collate
-from safebasin.model import reference
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow
+from safebasin.models.adapter import reference
 from safebasin.train.loss import nll
 from safebasin.train.methods.constrained_sft import FLOOR, ConstrainedSft, place_in_answer
 from safebasin.train.oracle import Oracle
@@ -27,7 +28,7 @@ def test_by_hand():
     t = 1: beta 0.5, sigmoid = sqrt 2 / (1 + sqrt 2) = 0.585786, w = 0.828427.
     t = 2..5: beta 2, sigmoid = 4/5, w = 0.4.      t = 6: beta 0.1, sigmoid(0.0693147) = 0.517322, w = 0.965357.
     """
-    losses = ConstrainedSft().loss(Tilted(), collate([Encoded("a", (1,) * 7, (False,) + (True,) * 6)], PAD))
+    losses = ConstrainedSft().loss(Tilted(), collate([TokenizedRow("a", (1,) * 7, (False,) + (True,) * 6)], PAD))
     expected = torch.tensor([[0.828427, 0.4, 0.4, 0.4, 0.4, 0.965357]]) * math.log(2.0)
     assert torch.allclose(losses, expected, atol=1e-6)
 
@@ -51,7 +52,7 @@ def test_the_gradient_is_that_of_equation_3(beta):
 
 
 def test_a_token_that_is_learnt_teaches_no_more_than_the_floor():
-    batch = collate([Encoded("a", (1, 1), (False, True))], PAD)
+    batch = collate([TokenizedRow("a", (1, 1), (False, True))], PAD)
     assert ConstrainedSft(first=200.0).loss(Tilted(), batch).item() == pytest.approx(FLOOR * math.log(2.0), rel=1e-5)
 
 

@@ -5,14 +5,14 @@ import torch
 from away import adapted, assert_same
 from tiny import PAD, random_rows
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train import method
 from safebasin.train.compose import Composition
-from safebasin.train.host import KEPT, Host, arguments, streams_of
 from safebasin.train.loss import nll
 from safebasin.train.methods.lisa import Lisa
 from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
+from safebasin.train.trainer import METHOD_STATE, OracleTrainer, arguments, streams_of
 from safebasin.vector import Vector, trainable
 
 
@@ -20,7 +20,7 @@ class Walk:
     """A stand-in for the oracle whose point walks: gradients (1, 0) for the task and (0, 1) for alignment."""
 
     def __init__(self):
-        self.step, self.kept, self.w, self.losses = 0, {}, torch.zeros(2), {}
+        self.step, self.state, self.w, self.losses = 0, {}, torch.zeros(2), {}
 
     def __call__(self, loss, stream, at=None):
         return Vector(w=torch.tensor({"task": (1.0, 0.0), "align": (0.0, 1.0)}[stream]))
@@ -46,7 +46,7 @@ def test_by_hand():
         went.append(g.tolist())
         grad.w = grad.w - 0.5 * g
     assert went == [[0.0, 1.0], [0.0, 0.5], [1.0, 0.0], [0.5, 0.0], [0.0, 1.0]]
-    assert grad.kept["switch"]["w"].tolist() == [-0.75, -0.75]
+    assert grad.state["switch"]["w"].tolist() == [-0.75, -0.75]
 
 
 def oracle(step: int) -> Oracle:
@@ -58,7 +58,9 @@ def oracle(step: int) -> Oracle:
 def test_a_task_step_is_sft_and_the_gradient_of_the_pull(rho):
     """By autograd of (rho / 2) |w - s|^2; with rho = 0 it is sft."""
     asked = oracle(step=3)
-    there = asked.kept["switch"] = asked.point() - Vector({name: torch.full_like(p, 0.2) for name, p in asked.point().items()})
+    there = asked.state["switch"] = asked.point() - Vector(
+        {name: torch.full_like(p, 0.2) for name, p in asked.point().items()}
+    )
     point = trainable(asked.model)
     pull = rho / 2 * sum((p - there[name]).square().sum() for name, p in point.items())
     pulled = Vector(zip(point, torch.autograd.grad(pull, list(point.values())), strict=True))
@@ -74,14 +76,20 @@ def test_an_align_step_asks_for_alignment_alone():
     assert asked.losses.keys() == {"align"}
     assert_same(found, asked(nll, "align"))  # at the switch there is no pull
     found["task"] = torch.zeros(1)
-    assert "task" not in asked.kept["switch"]
+    assert "task" not in asked.state["switch"]
 
 
-def hosted(folder, steps=6, **settings) -> Host:
-    chosen = {"per_device_train_batch_size": 4, "max_steps": steps, "learning_rate": 0.05, "lr_scheduler_type": "constant", "seed": 0}
+def hosted(folder, steps=6, **settings) -> OracleTrainer:
+    chosen = {
+        "per_device_train_batch_size": 4,
+        "max_steps": steps,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "seed": 0,
+    }
     args = arguments(chosen | settings, folder)
     streams = streams_of({"task": random_rows(12, 1), "align": random_rows(7, 2)}, args, PAD, 0.5)
-    return Host(adapted(0.1), args, Composition.of([{"lisa": {"align_steps": 2, "task_steps": 3}}]), streams)
+    return OracleTrainer(adapted(0.1), args, Composition.of([{"lisa": {"align_steps": 2, "task_steps": 3}}]), streams)
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_broken_off(tmp_path):
@@ -94,8 +102,8 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_broken_off(tmp_path):
     for name, p in trainable(whole.model).items():
         assert torch.equal(p, trainable(again.model)[name])
 
-    (tmp_path / "whole" / "checkpoint-4" / KEPT).unlink()
-    with pytest.raises(UserError, match="holds no kept"):
+    (tmp_path / "whole" / "checkpoint-4" / METHOD_STATE).unlink()
+    with pytest.raises(UserError, match="holds no method_state"):
         hosted(tmp_path / "lost").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 

@@ -23,7 +23,9 @@ def test_by_hand():
 
     u' = u + (3/5) a = (1.6, -0.4), P u' = (1.6, -1.6), orthogonal to a. With rho = 1: g = (2.6, 0.6).
     """
-    found = MetricSafeGrad().direction(Plane({"task": constant(1.0, -1.0), "align": constant(1.0, 1.0)}, metric=(1.0, 4.0)))
+    found = MetricSafeGrad().direction(
+        Plane({"task": constant(1.0, -1.0), "align": constant(1.0, 1.0)}, metric=(1.0, 4.0))
+    )
     assert found["w"].tolist() == pytest.approx([2.6, 0.6])
 
 

@@ -5,19 +5,25 @@ import torch
 from test_docs import told  # noqa: F401 - a fixture
 from tiny import LORA, random_rows, tiny_model
 
-from safebasin.model import fresh_adapter
+from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.host import arguments
+from safebasin.train.trainer import arguments
 from safebasin.vector import trainable
 
 ROWS = random_rows(16, 3, columns=("star",))
 
 
 def trained(kind, names, folder, accumulation=1):
-    settings = {"max_steps": 4, "per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
     args = arguments(settings | {"learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}, folder)
     model = fresh_adapter(tiny_model(), LORA, seed=0)
-    kind(model=model, args=args, train_dataset=[names["item"](row) for row in ROWS], data_collator=names["collator"]).train()
+    kind(
+        model=model, args=args, train_dataset=[names["item"](row) for row in ROWS], data_collator=names["collator"]
+    ).train()
     return {name: p.detach() for name, p in trainable(model).items()}
 
 
@@ -30,6 +36,8 @@ def test_weights_as_a_column_are_star_dss_without_its_pull(accumulation, told, t
     apart = sum((expected[name] - found[name]).square().sum() for name in start).sqrt()
     assert way > 0.1
     assert apart < 1e-4 * way
-    plain = trained(type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), told, tmp_path)
+    plain = trained(
+        type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), told, tmp_path
+    )
     assert sum((expected[name] - plain[name]).square().sum() for name in start).sqrt() > 1e-2 * way
     assert not torch.equal(*(next(iter(each.values())) for each in (expected, plain)))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from safebasin.batch import answer_logits, collate
-from safebasin.model import fresh_adapter, reference
+from safebasin.models.adapter import fresh_adapter, reference
 from safebasin.train import reference as kept
 from safebasin.train.loss import kl_from_reference
 from safebasin.train.methods.constrained_sft import ConstrainedSft
@@ -21,7 +21,12 @@ from safebasin.train.reference import reference_logits
 from safebasin.train.stream import Stream
 
 ROWS = random_rows(8, 1, columns=("star",))
-LOSSES = {"kl": kl_from_reference, "star_dss": StarDss().loss, "k2": StarDss(estimator="k2").loss, "constrained_sft": ConstrainedSft().loss}
+LOSSES = {
+    "kl": kl_from_reference,
+    "star_dss": StarDss().loss,
+    "k2": StarDss(estimator="k2").loss,
+    "constrained_sft": ConstrainedSft().loss,
+}
 
 
 def asked(model) -> list[bool]:
@@ -58,7 +63,9 @@ def test_a_known_row_has_the_gradient_of_one_that_is_asked_about(name):
 def test_beyond_the_limit_rows_are_asked_about_again():
     model = adapted(0.1)
     passes = asked(model)
-    one = 4 * 32 * max(sum(row.answer) for row in ROWS)  # float32, 32 wide: room for the longest row, and one or two more
+    one = (
+        4 * 32 * max(sum(row.answer) for row in ROWS)
+    )  # float32, 32 wide: room for the longest row, and one or two more
     with mock.patch.object(kept, "LIMIT", one):
         gradients(kl_from_reference, model)
     assert 5 < sum(passes) <= 10
@@ -97,8 +104,16 @@ def test_under_autocast_the_head_is_applied_as_the_forward_does(dtype):
 def granite() -> nn.Module:
     """It divides its logits by a number after the head."""
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return GraniteForCausalLM(GraniteConfig(vocab_size=VOCABULARY, logits_scaling=2.0, attn_implementation="eager", **small)).eval()
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return GraniteForCausalLM(
+        GraniteConfig(vocab_size=VOCABULARY, logits_scaling=2.0, attn_implementation="eager", **small)
+    ).eval()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from away import adapted
 from tiny import PAD, random_rows
 from transformers import Trainer, TrainingArguments
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments, check, check_settings, streams_of
 from safebasin.train.stream import Stream
+from safebasin.train.trainer import OracleTrainer, arguments, check, check_settings, streams_of
 from safebasin.vector import trainable
 
 
@@ -38,7 +38,10 @@ def test_what_a_recipe_may_ask_for():
 
 
 def test_settings_that_do_not_stand(tmp_path):
-    for settings, words in (({"fp16": True}, "fp16 is refused"), ({"deepspeed": str(tmp_path / "none.json")}, "train: ")):
+    for settings, words in (
+        ({"fp16": True}, "fp16 is refused"),
+        ({"deepspeed": str(tmp_path / "none.json")}, "train: "),
+    ):
         with pytest.raises(UserError, match=words) as told:
             arguments(settings, tmp_path)
         assert len(str(told.value).splitlines()) == 1
@@ -60,7 +63,9 @@ def fsdp1(trainer):  # accelerate makes its plugin on an accelerator only
     trainer.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
 
 
-@pytest.mark.parametrize(("set_up", "words"), [(deepspeed, "DeepSpeed steps inside its own backward"), (fsdp1, "FSDP1 hides shards")])
+@pytest.mark.parametrize(
+    ("set_up", "words"), [(deepspeed, "DeepSpeed steps inside its own backward"), (fsdp1, "FSDP1 hides shards")]
+)
 def test_what_a_launcher_sets_up_past_the_recipe_is_refused(set_up, words, tmp_path, monkeypatch):
     build = Trainer.create_accelerator_and_postprocess
 
@@ -70,7 +75,7 @@ def test_what_a_launcher_sets_up_past_the_recipe_is_refused(set_up, words, tmp_p
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", built)
     with pytest.raises(UserError, match=words):
-        Host(adapted(), arguments({}, tmp_path), Composition.of(["sft"]), streams(random_rows(8, 1)))
+        OracleTrainer(adapted(), arguments({}, tmp_path), Composition.of(["sft"]), streams(random_rows(8, 1)))
 
 
 def test_one_process_drives_one_device(tmp_path, monkeypatch):
@@ -82,12 +87,19 @@ def test_one_process_drives_one_device(tmp_path, monkeypatch):
         self._n_gpu = 8
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", of_eight)
-    assert Host(adapted(), arguments({}, tmp_path), Composition.of(["sft"]), streams(random_rows(8, 1))).args.n_gpu == 1
+    assert (
+        OracleTrainer(
+            adapted(), arguments({}, tmp_path), Composition.of(["sft"]), streams(random_rows(8, 1))
+        ).args.n_gpu
+        == 1
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_a_step_has_as_many_alignment_rows_on_any_number_of_ranks(ranks):
-    args = types.SimpleNamespace(per_device_train_batch_size=8 // ranks, gradient_accumulation_steps=1, world_size=ranks, seed=0)
+    args = types.SimpleNamespace(
+        per_device_train_batch_size=8 // ranks, gradient_accumulation_steps=1, world_size=ranks, seed=0
+    )
     made = streams_of({"task": random_rows(16, 1), "align": random_rows(16, 2)}, args, PAD)
     assert (made["task"].batch, made["align"].batch) == (8, 2)
     taken = [row for rank in range(ranks) for batch in made["align"].at(0, rank, ranks) for row in batch.mask.any(-1)]
@@ -102,14 +114,14 @@ def test_a_column_of_another_length_names_its_row_before_the_first_step(tmp_path
     rows = random_rows(8, 1, columns=("star",))
     rows[5] = dataclasses.replace(rows[5], columns={"star": [*rows[5].columns["star"], 0.5]})
     with pytest.raises(UserError, match=r"row row5: the column 'star' holds \d+ numbers for \d+ answer tokens"):
-        Host(adapted(), arguments({}, tmp_path), Composition.of(["star_dss"]), streams(rows))
+        OracleTrainer(adapted(), arguments({}, tmp_path), Composition.of(["star_dss"]), streams(rows))
 
 
 def test_a_column_of_both_kinds_names_a_row_of_each(tmp_path):
     rows = random_rows(8, 1, columns=("star",))
     rows[5] = dataclasses.replace(rows[5], columns={"star": 0.5})
     with pytest.raises(UserError, match="one number for row row5 and several for row0"):
-        Host(adapted(), arguments({}, tmp_path), Composition.of(["star_dss"]), streams(rows))
+        OracleTrainer(adapted(), arguments({}, tmp_path), Composition.of(["star_dss"]), streams(rows))
 
 
 def test_biases_that_are_tuned_beside_the_adapter_leave_no_reference(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from away import Plane, adapted, assert_same, constant
 from tiny import PAD, random_rows
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.methods.safe_instr import SafeInstr
@@ -26,13 +26,20 @@ def test_at_the_share_of_the_tokens_it_is_sft_on_the_mix():
     mix = Oracle(adapted(0.1), {"task": Stream("task", [*task, *safe], 13, 5, 0, PAD)}, seed=0)
     truth = Composition.of(["sft"]).direction(mix)
     tokens = [sum(sum(row.answer) for row in rows) for rows in (task, safe)]
-    two = Oracle(adapted(0.1), {"task": Stream("task", task, 9, 4, 0, PAD), "align": Stream("align", safe, 4, 3, 0, PAD)}, seed=0)
+    two = Oracle(
+        adapted(0.1), {"task": Stream("task", task, 9, 4, 0, PAD), "align": Stream("align", safe, 4, 3, 0, PAD)}, seed=0
+    )
     assert_same(SafeInstr(share=tokens[1] / sum(tokens)).direction(two), truth)
-    assert (SafeInstr(share=4 / 13).direction(two) - truth).norm() > 1e-3 * truth.norm()  # the share of the rows is another one
+    assert (
+        SafeInstr(share=4 / 13).direction(two) - truth
+    ).norm() > 1e-3 * truth.norm()  # the share of the rows is another one
 
 
 def test_at_share_0_it_is_sft():
-    streams = {"task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD), "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD)}
+    streams = {
+        "task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD),
+        "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD),
+    }
     asked = Oracle(adapted(0.1), streams, seed=0)
     found = SafeInstr(share=0.0).direction(asked)
     assert asked.losses.keys() == {"task"}

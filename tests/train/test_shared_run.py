@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "scan"))
 
 from kill import prepare
 
-from safebasin.cli import app, guarded
-from safebasin.config import read
-from safebasin.pipeline import Pipeline
-from safebasin.record import file_digest
+from safebasin.cli.main import app, guarded
+from safebasin.data.tables import file_digest
+from safebasin.pipeline.config import read
+from safebasin.pipeline.old import Pipeline
 
 ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -30,8 +30,17 @@ def recipe(tmp_path_factory):
     tree = {
         "model": {"name": model, "dtype": "float32"},
         "data": {"task": {"path": rows}, "align": {"path": probe}, "probe": {"path": probe}},
-        "train": {"adapter": ADAPTER, "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 0.01, "align_share": 0.5},
-        "arms": {"start": {}, "defended": {"columns": {"star": "gradshield"}, "train": ["star_dss", {"safegrad": {"align": "sft"}}]}},
+        "train": {
+            "adapter": ADAPTER,
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "align_share": 0.5,
+        },
+        "arms": {
+            "start": {},
+            "defended": {"columns": {"star": "gradshield"}, "train": ["star_dss", {"safegrad": {"align": "sft"}}]},
+        },
         "measure": {"suites": [{"asr": {"prompts": probe, "judges": ["keyword"]}}]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
@@ -49,8 +58,22 @@ def weights(run: Path) -> dict:
 def test_two_processes_make_what_one_makes(recipe):
     one, two = recipe.parent / "one", recipe.parent / "two"
     assert command("run", str(recipe), "--out", str(one), "--change", "train.gradient_accumulation_steps=2") == 0
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("shared_run.py"))]
-    done = subprocess.run([*words, str(recipe), str(two)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(Path(__file__).with_name("shared_run.py")),
+    ]
+    done = subprocess.run(
+        [*words, str(recipe), str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("arm defended") == 1  # one of them speaks
     truth = weights(one)
@@ -60,12 +83,17 @@ def test_two_processes_make_what_one_makes(recipe):
         for name, tensor in truth.items():
             assert found[name] == pytest.approx(tensor, abs=1e-5), (mode, name)
         assert file_digest(two / mode / "scan" / "scores.parquet") == file_digest(one / "scan" / "scores.parquet")
-    told = [[json.loads(line) for line in (run / "arms" / "defended" / "answers.jsonl").read_text().splitlines()] for run in (one, two / "ddp")]
+    told = [
+        [json.loads(line) for line in (run / "arms" / "defended" / "answers.jsonl").read_text().splitlines()]
+        for run in (one, two / "ddp")
+    ]
     assert told[0] == told[1]
     assert (two / "ddp" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("words", [["bench", "g.yaml"], ["search", "r.yaml"], ["measure", "--out", "o", "--prompts", "p.csv"]])
+@pytest.mark.parametrize(
+    "words", [["bench", "g.yaml"], ["search", "r.yaml"], ["measure", "--out", "o", "--prompts", "p.csv"]]
+)
 def test_what_is_not_shared_refuses_to_be(words, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command(*words) == 1

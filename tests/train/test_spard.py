@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import PAD, random_rows
 
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.train.loss import nll
 from safebasin.train.methods.spard import Spard
 from safebasin.train.oracle import Oracle
@@ -31,14 +31,19 @@ def test_the_step_back_is_bounded():
 @given(st.floats(0, 0.29))
 def test_within_the_bound_the_task_is_untouched(loss):
     u = constant(1.0, 1.0)
-    assert Spard().direction(Plane({"task": u, "align": constant(3.0, 2.0)}, losses={"align": loss}))["w"].tolist() == [1.0, 1.0]
+    assert Spard().direction(Plane({"task": u, "align": constant(3.0, 2.0)}, losses={"align": loss}))["w"].tolist() == [
+        1.0,
+        1.0,
+    ]
 
 
 @given(numbers, numbers, st.floats(0.5, 9))
 def test_for_a_linear_loss_a_step_of_sgd_lands_on_the_bound(x, y, loss):
     """l(w) = loss + <g, w>, u = 0, lr = 1: w = -direction, and l(w) = tau, the projection that the paper writes."""
     assume(x * x + y * y > 0.01)
-    d = Spard(eta=float("inf")).direction(Plane({"task": constant(0.0, 0.0), "align": constant(x, y)}, losses={"align": loss}))
+    d = Spard(eta=float("inf")).direction(
+        Plane({"task": constant(0.0, 0.0), "align": constant(x, y)}, losses={"align": loss})
+    )
     assert loss - float(torch.tensor([x, y]) @ d["w"]) == pytest.approx(0.2, abs=1e-3)
 
 
@@ -48,7 +53,10 @@ def test_a_bound_that_nothing_can_reach_stops_the_run():
 
 
 def test_on_the_oracle_it_reads_the_loss_of_the_whole_step():
-    streams = {"task": Stream("task", random_rows(8, 1), 8, 3, 0, PAD), "align": Stream("align", random_rows(6, 2), 6, 1, 0, PAD)}
+    streams = {
+        "task": Stream("task", random_rows(8, 1), 8, 3, 0, PAD),
+        "align": Stream("align", random_rows(6, 2), 6, 1, 0, PAD),
+    }
     asked = Oracle(adapted(0.1), streams, seed=0)
     u, g = asked.task(), asked(nll, "align")
     over = asked.losses["align"] - 0.2

@@ -25,7 +25,9 @@ def oracle(v, *, far=0.1, micro=3, rows=8, **fields):
     for row in random_rows(rows, 1):
         star = v if isinstance(v, float) else [v(k) for k in range(sum(row.answer))]
         told.append(dataclasses.replace(row, columns={"star": star}))
-    return Oracle(adapted(far), {"task": Stream("task", told, rows, micro, 0, PAD)}, seed=0, loss=StarDss(**fields).loss)
+    return Oracle(
+        adapted(far), {"task": Stream("task", told, rows, micro, 0, PAD)}, seed=0, loss=StarDss(**fields).loss
+    )
 
 
 def test_by_hand():

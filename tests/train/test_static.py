@@ -9,20 +9,21 @@ import torch
 from away import Tilted, adapted, assert_same
 from tiny import PAD, random_rows
 
-from safebasin.batch import Encoded, collate
-from safebasin.record import DefenceError
+from safebasin.batch import collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError
 from safebasin.train.compose import Composition
-from safebasin.train.host import Host, arguments
 from safebasin.train.loss import nll
 from safebasin.train.methods.star_dss import StarDss
 from safebasin.train.methods.static import Static
 from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
+from safebasin.train.trainer import OracleTrainer, arguments
 
 
 def test_by_hand():
     """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both answer tokens of the kept row, 0 in the other."""
-    rows = [Encoded(name, (1, 1, 1), (False, True, True), {"keep": keep}) for name, keep in (("a", 1), ("b", 0))]
+    rows = [TokenizedRow(name, (1, 1, 1), (False, True, True), {"keep": keep}) for name, keep in (("a", 1), ("b", 0))]
     losses = Static().loss(Tilted(), collate(rows, PAD))
     assert torch.allclose(losses, torch.tensor([[math.log(2.0)] * 2, [0.0, 0.0]]))
 
@@ -46,14 +47,21 @@ def test_a_step_of_dropped_rows_is_no_fault_but_a_run_of_them_is(kept, words, tm
     first = {row.id for row in stream.rows_at(0)}
     dropped = [dataclasses.replace(row, columns={"keep": int(row.id not in first) * kept}) for row in rows]
     args = arguments({"per_device_train_batch_size": 2, "max_steps": 3}, tmp_path)
-    host = Host(adapted(), args, Composition.of(["static"]), {"task": dataclasses.replace(stream, rows=dropped)})
+    host = OracleTrainer(
+        adapted(), args, Composition.of(["static"]), {"task": dataclasses.replace(stream, rows=dropped)}
+    )
     with pytest.raises(DefenceError, match=words) if words else contextlib.nullcontext():
         host.train()
     assert [loss == 0 for _, loss in host.curve] == [True, *[not kept] * 2]
 
 
 def test_it_is_star_dss_with_whole_row_scores_and_no_pull():
-    rows = [dataclasses.replace(row, columns={"keep": i % 2, "star": float(i % 2)}) for i, row in enumerate(random_rows(8, 1))]
+    rows = [
+        dataclasses.replace(row, columns={"keep": i % 2, "star": float(i % 2)})
+        for i, row in enumerate(random_rows(8, 1))
+    ]
     streams = {"task": Stream("task", rows, 8, 4, 0, PAD)}
-    found, truth = (Oracle(adapted(0.1), streams, seed=0, loss=made.loss).task() for made in (Static(), StarDss(kl=0.0)))
+    found, truth = (
+        Oracle(adapted(0.1), streams, seed=0, loss=made.loss).task() for made in (Static(), StarDss(kl=0.0))
+    )
     assert_same(found, truth)

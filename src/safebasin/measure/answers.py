@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 
 Tokens = tuple[int, ...]
 
@@ -33,7 +33,10 @@ class Answers:
 
     def read(self, under: bytes, prompts: Sequence[Tokens]) -> dict[Tokens, list[int]]:
         """The new tokens of those prompts that are known."""
-        rows = ((ids, self._file.execute("SELECT told FROM answers WHERE key = ?", (_key(under, ids),)).fetchone()) for ids in prompts)
+        rows = (
+            (ids, self._file.execute("SELECT told FROM answers WHERE key = ?", (_key(under, ids),)).fetchone())
+            for ids in prompts
+        )
         found = {ids: json.loads(row[0]) for ids, row in rows if row}
         self.known += len(found)
         return found
@@ -57,7 +60,11 @@ def digest(model: Any, *settings: Any) -> bytes:
     """
     if hasattr(model, "disable_adapter"):
         raise ValueError("answers of a model with an adapter on top cannot be kept; merge it")
-    told = {key: value for key, value in model.config.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+    told = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
     found = hashlib.blake2b(json.dumps([told, settings], sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

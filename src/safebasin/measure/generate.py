@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from safebasin.batch import render
+from safebasin.encode import render
+from safebasin.errors import UserError
 from safebasin.measure.answers import Answers, Tokens, digest
-from safebasin.record import UserError
 
 
 class Answer(NamedTuple):
@@ -33,7 +33,9 @@ def fitting(model: Any, tokenizer: Any, texts: Sequence[str], room: int) -> list
     context = getattr(model.config, "max_position_embeddings", None)
     for i, ids in enumerate(coded):
         if context and len(ids) + room > context:
-            raise UserError(f"prompt number {i + 1} has {len(ids)} tokens; with an answer it does not fit into the context of {context}")
+            raise UserError(
+                f"prompt number {i + 1} has {len(ids)} tokens; with an answer it does not fit into the context of {context}"
+            )
     return coded
 
 
@@ -58,7 +60,10 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     begun = [turns[-1]["content"] if turns[-1]["role"] == "assistant" else "" for turns in conversations]
-    texts = [render(tokenizer, turns[:-1] if said else turns, ask=True) + said for turns, said in zip(conversations, begun, strict=True)]
+    texts = [
+        render(tokenizer, turns[:-1] if said else turns, ask=True) + said
+        for turns, said in zip(conversations, begun, strict=True)
+    ]
     coded = fitting(model, tokenizer, texts, max_new_tokens)
     stops = _stops(model, tokenizer)
     under = digest(model, sorted(stops), max_new_tokens) if kept else b""
@@ -67,7 +72,9 @@ def generate(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = len(chosen[0])
-        padded = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in chosen], device=model.device)
+        padded = torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in chosen], device=model.device
+        )
         seen = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen], device=model.device)
         new = dict(zip(chosen, _greedy(model, padded, seen, stops, max_new_tokens), strict=True))
         told |= new
@@ -94,7 +101,11 @@ def _stops(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @torch.inference_mode()
 def _greedy(
-    model: Any, ids: Int[Tensor, "batch tokens"], seen: Int[Tensor, "batch tokens"], stops: frozenset[int], max_new_tokens: int
+    model: Any,
+    ids: Int[Tensor, "batch tokens"],
+    seen: Int[Tensor, "batch tokens"],
+    stops: frozenset[int],
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """The new tokens of every row, the end token included where it came. A row that has ended leaves the batch."""
     told: list[list[int]] = [[] for _ in ids]
@@ -102,8 +113,17 @@ def _greedy(
     places = (seen.cumsum(-1) - 1).clamp(min=0)
     cache = None
     for _ in range(max_new_tokens):
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # an index: a slice (logits_to_keep=1) is strided, see Batch.inputs
-        out = model(input_ids=ids, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        last = torch.tensor(
+            [ids.shape[1] - 1], device=ids.device
+        )  # an index: a slice (logits_to_keep=1) is strided, see Batch.inputs
+        out = model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        )
         cache, new = out.past_key_values, out.logits[:, -1].argmax(-1)
         for row, token in zip(live, new.tolist(), strict=True):
             told[row].append(token)

@@ -20,12 +20,13 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional
 
-from safebasin.batch import Encoded, answer_logits, by_length, collate
+from safebasin.batch import answer_logits, by_length, collate
+from safebasin.encode import TokenizedRow
 from safebasin.measure.generate import generate
 from safebasin.measure.judge import Judge, Verdict, rule
 from safebasin.measure.mechanics import asked
 from safebasin.measure.subject import Subject
-from safebasin.model import Loaded
+from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import Interval, wilson
 from safebasin.vector import Vector
 
@@ -60,16 +61,20 @@ def moved(model: Any, moves: Moves) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def surprise(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]], texts: Sequence[str]) -> list[float]:
+def surprise(
+    loaded: ModelAndTokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]], texts: Sequence[str]
+) -> list[float]:
     """Mean nats a token of every text as the answer to its conversation; NaN for a text without tokens."""
     model, tokenizer = loaded
     told = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     pairs = zip(asked(loaded, conversations), told, strict=True)
-    rows = [Encoded("", (*row.ids, *ids), (*[False] * len(row), *[True] * len(ids))) for row, ids in pairs]
+    rows = [TokenizedRow("", (*row.ids, *ids), (*[False] * len(row), *[True] * len(ids))) for row, ids in pairs]
     found = [math.nan] * len(rows)
     for indices in by_length(rows, 16):
         batch = collate([rows[i] for i in indices], tokenizer.pad_token_id).to(model.device)
-        losses = functional.cross_entropy(answer_logits(model, batch)[batch.mask].float(), batch.labels[batch.mask], reduction="none")
+        losses = functional.cross_entropy(
+            answer_logits(model, batch)[batch.mask].float(), batch.labels[batch.mask], reduction="none"
+        )
         for i, part in zip(indices, losses.split(batch.mask.sum(-1).tolist()), strict=True):
             found[i] = float(part.mean())
     return found
@@ -82,7 +87,9 @@ def verdicts(subject: Subject, judge: Judge, prompts: Sequence[str], moves: Move
         told = [answer.text for answer in generate(*subject.loaded, turns, max_new_tokens=room, kept=subject.kept)]
     limit = SURPRISE * math.log(reader.model.config.vocab_size)
     rulings = zip(rule(judge, told, subject.labels, prompts), surprise(reader, turns, told), strict=True)
-    return [Verdict.UNSCORED if ruling.verdict in HARM and not nats <= limit else ruling.verdict for ruling, nats in rulings]
+    return [
+        Verdict.UNSCORED if ruling.verdict in HARM and not nats <= limit else ruling.verdict for ruling, nats in rulings
+    ]
 
 
 def decided(told: Sequence[Verdict], width: float) -> bool:
@@ -92,7 +99,9 @@ def decided(told: Sequence[Verdict], width: float) -> bool:
     return high - low <= width or wilson(len(told) - told.count(Verdict.UNSCORED), len(told)).high < COHERENT
 
 
-def ask(subject: Subject, judge: Judge, prompts: Sequence[str], moves: Moves, room: int, batch: int, width: float) -> list[Verdict]:
+def ask(
+    subject: Subject, judge: Judge, prompts: Sequence[str], moves: Moves, room: int, batch: int, width: float
+) -> list[Verdict]:
     """Verdicts of the prompts in their order, a batch at a time until they decide."""
     told: list[Verdict] = []
     while len(told) < len(prompts) and not (told and decided(told, width)):
@@ -108,7 +117,9 @@ def harm(told: Sequence[Verdict], prompts: Sequence[int], n: int) -> Float[np.nd
     return found
 
 
-def visage(stops: Float[np.ndarray, "lines stops prompts"], weight: Float[np.ndarray, " prompts"] | None = None) -> float:
+def visage(
+    stops: Float[np.ndarray, "lines stops prompts"], weight: Float[np.ndarray, " prompts"] | None = None
+) -> float:
     """Eq. 3 of ``harm``, 0 to 1; NaN where nothing was scored. A line on which all is harm has no depth: 0."""
     w = np.isfinite(stops) * (1.0 if weight is None else weight)
     n = w.sum(-1)
@@ -121,7 +132,9 @@ def visage(stops: Float[np.ndarray, "lines stops prompts"], weight: Float[np.nda
 def visage_interval(stops: Float[np.ndarray, "lines stops prompts"], draws: int = 1000) -> Interval:
     """95 % of the bootstrap over prompts (the same at every stop) and lines; few lines make it too narrow. Wilson's where it has no width."""
     draw, (lines, _, prompts) = np.random.default_rng(0), stops.shape
-    again = [(draw.integers(lines, size=lines), draw.multinomial(prompts, [1 / prompts] * prompts)) for _ in range(draws)]
+    again = [
+        (draw.integers(lines, size=lines), draw.multinomial(prompts, [1 / prompts] * prompts)) for _ in range(draws)
+    ]
     low, high = np.nanpercentile([visage(stops[chosen], weight) for chosen, weight in again], (2.5, 97.5))
     n = int(np.isfinite(stops).any((0, 1)).sum())
     return Interval(float(low), float(high)) if high > low else wilson(round(float(low) * n), n)

@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safebasin.batch import Encoded, by_length, collate, render
+from safebasin.batch import by_length, collate
+from safebasin.encode import TokenizedRow, render
+from safebasin.errors import UserError
 from safebasin.measure.generate import fitting
-from safebasin.model import Loaded
-from safebasin.record import UserError
+from safebasin.models.load import ModelAndTokenizer
 
 MLP = "gate_proj", "down_proj"
 
@@ -71,21 +72,27 @@ def effects(made: Change, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows k"
     return (x / x.norm(dim=-1, keepdim=True)) @ made.v.T * made.sigma
 
 
-def asked(loaded: Loaded, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[Encoded]:
+def asked(loaded: ModelAndTokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[TokenizedRow]:
     """Conversations that end where the answer begins, their last token marked: the place at which they are read."""
     coded = fitting(*loaded, [render(loaded.tokenizer, turns, ask=True) for turns in conversations], 1)
-    return [Encoded(str(i), ids, (*[False] * (len(ids) - 1), True)) for i, ids in enumerate(coded)]
+    return [TokenizedRow(str(i), ids, (*[False] * (len(ids) - 1), True)) for i, ids in enumerate(coded)]
 
 
 @torch.inference_mode()
-def inputs(loaded: Loaded, rows: Sequence[Encoded], modules: Sequence[str]) -> dict[str, Float[Tensor, "rows in"]]:
+def inputs(
+    loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], modules: Sequence[str]
+) -> dict[str, Float[Tensor, "rows in"]]:
     """What goes into each linear module, averaged over the marked tokens of every row, float32 on the CPU."""
     model, seen = loaded.model, {}
     found = {name: torch.zeros(len(rows), model.get_submodule(name).in_features) for name in modules}
     hooks = []
     try:
         for name in modules:
-            hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]})))
+            hooks.append(
+                model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, given, name=name: seen.update({name: given[0]})
+                )
+            )
         for indices in by_length(rows, 16):
             batch = collate([rows[i] for i in indices], loaded.tokenizer.pad_token_id).to(model.device)
             model(**batch.inputs)
@@ -105,19 +112,26 @@ class Block(NamedTuple):
     """What tuning did to one block."""
 
     module: str  # W
-    start_margins: (
-        Pair  # eq. 1, in units of the activations; the separation is the sum of both means, about 0 where the two are one cluster
-    )
+    start_margins: Pair  # eq. 1, in units of the activations; the separation is the sum of both means, about 0 where the two are one cluster
     tuned_margins: Pair
     angles: Angles
     effects: Pair  # length of the top k effects
 
 
 def compare(
-    start: Loaded, tuned: Loaded, safe: Sequence[Encoded], unsafe: Sequence[Encoded], k: int = 3, mlp: tuple[str, str] = MLP
+    start: ModelAndTokenizer,
+    tuned: ModelAndTokenizer,
+    safe: Sequence[TokenizedRow],
+    unsafe: Sequence[TokenizedRow],
+    k: int = 3,
+    mlp: tuple[str, str] = MLP,
 ) -> Iterator[Block]:
     """Every block: the first of ``mlp`` is W, the input of the second is a(x). x of eq. 3 is read in the tuned model."""
-    names = [name for name, module in tuned.model.named_modules() if name.endswith(f".{mlp[0]}") and isinstance(module, nn.Linear)]
+    names = [
+        name
+        for name, module in tuned.model.named_modules()
+        if name.endswith(f".{mlp[0]}") and isinstance(module, nn.Linear)
+    ]
     if not names:
         raise UserError(f"no linear module is named {mlp[0]!r}; name the first and the last matrix of the model's MLP")
     after = [name.removesuffix(mlp[0]) + mlp[1] for name in names]

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import render
+from safebasin.encode import render
+from safebasin.errors import UserError
 from safebasin.measure.generate import Answer, _stops
-from safebasin.model import reference
-from safebasin.record import UserError
+from safebasin.models.adapter import reference
 
 
 @torch.no_grad()
@@ -36,11 +36,17 @@ def mixed_generate(
         DefenceError: the model has no adapter.
     """
     if lam.shape != (len(conversations),) or not ((lam >= 0) & (lam <= 1)).all() or max_new_tokens < 1:
-        raise UserError(f"mixing needs a lambda in 0..1 for each of {len(conversations)} requests, and a token; found {lam.tolist()}")
-    coded = [tokenizer(render(tokenizer, turns, ask=True), add_special_tokens=False)["input_ids"] for turns in conversations]
+        raise UserError(
+            f"mixing needs a lambda in 0..1 for each of {len(conversations)} requests, and a token; found {lam.tolist()}"
+        )
+    coded = [
+        tokenizer(render(tokenizer, turns, ask=True), add_special_tokens=False)["input_ids"] for turns in conversations
+    ]
     width = max(map(len, coded), default=0)
     if width + max_new_tokens > model.config.max_position_embeddings:
-        raise UserError(f"a request of {width} tokens and its answer do not fit into the context of {model.config.max_position_embeddings}")
+        raise UserError(
+            f"a request of {width} tokens and its answer do not fit into the context of {model.config.max_position_embeddings}"
+        )
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in coded], device=model.device)
     seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in coded], device=model.device)
     places = (seen.cumsum(-1) - 1).clamp(min=0)

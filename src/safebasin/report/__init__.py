@@ -5,7 +5,6 @@ came from a row went through ``printable`` before it entered this tree.
 """
 
 import dataclasses
-import unicodedata
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -40,7 +39,7 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-class Place(NamedTuple):
+class MetricKey(NamedTuple):
     """What was measured, and by whom."""
 
     quantity: str  # a key of QUANTITIES, or whatever else a suite measures
@@ -66,8 +65,8 @@ class Rate:
     n: int  # scored prompts: those that the value is a share of
 
     @property
-    def place(self) -> Place:
-        return Place(self.quantity, self.suite, self.judge)
+    def place(self) -> MetricKey:
+        return MetricKey(self.quantity, self.suite, self.judge)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,11 +250,11 @@ class Report:
     manifest: dict[str, str]  # flat: "seconds.train" -> "41.2"
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[MetricKey, ...]:
         """What was measured, each once; the judges' agreement has a table of its own."""
         return tuple(dict.fromkeys(reading.place for reading in self.readings if reading.unit != "kappa"))
 
-    def at(self, arm: str, place: Place) -> Reading | None:
+    def at(self, arm: str, place: MetricKey) -> Reading | None:
         return next((reading for reading in self.readings if (reading.arm, reading.place) == (arm, place)), None)
 
     def of(self, quantity: str, arm: str | None) -> tuple[Reading, ...]:
@@ -269,25 +268,3 @@ class Report:
 def schema() -> dict[str, Any]:
     """JSON schema of ``report.json``; a reader ignores keys that it does not know."""
     return TypeAdapter(Report).json_schema(mode="serialization")
-
-
-# Characters that are seen as nothing or as something else: controls, bidi and zero-width formats, tags, lone surrogates, private
-# use, separators of lines; letters that are drawn empty; variation selectors, but for U+FE0F, which stands in plain emoji.
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_EMPTY = {*"\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5", *map(chr, range(0xFE00, 0xFE0F)), *map(chr, range(0xE0100, 0xE01F0))}
-_SPACES = {"\n": " ⏎ ", "\r": " ", "\t": " "}
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """Hostile text as one line that shows what it holds: hidden characters as ``<U+202E>``, the rest cut at ``limit`` characters.
-
-    >>> printable("a\\u202eb")
-    'a<U+202E>b'
-    """
-    shown = ""
-    for seen, character in enumerate(text):
-        if len(shown) >= limit:
-            return f"{shown} … [+{len(text) - seen} characters]"
-        hidden = character in _EMPTY or unicodedata.category(character) in _HIDDEN
-        shown += _SPACES.get(character) or (f"<U+{ord(character):04X}>" if hidden else character)
-    return shown

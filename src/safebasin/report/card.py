@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from safebasin.record import UserError
-from safebasin.report import QUANTITIES, Report, page, printable
+from safebasin.console import printable
+from safebasin.errors import UserError
+from safebasin.report import QUANTITIES, Report, page
 
 
 def write(run: Path, report: Report) -> None:
@@ -22,7 +23,8 @@ def write(run: Path, report: Report) -> None:
         path = run / "arms" / arm / "adapter" / "README.md"
         if path.parent.is_dir():
             page.replace(
-                path, f"---\n{front(report, arm, kept(path)).to_yaml()}\n---\n{page.render('card.md', {'report': report, 'arm': arm})}"
+                path,
+                f"---\n{front(report, arm, kept(path)).to_yaml()}\n---\n{page.render('card.md', {'report': report, 'arm': arm})}",
             )
 
 
@@ -30,7 +32,9 @@ def kept(path: Path) -> ModelCardData:
     try:
         return ModelCard(path.read_text(encoding="utf-8")).data if path.is_file() else ModelCardData()
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: its front matter cannot be read ({printable(str(error))}); mend it or delete the file") from None
+        raise UserError(
+            f"{path}: its front matter cannot be read ({printable(str(error))}); mend it or delete the file"
+        ) from None
 
 
 def front(report: Report, arm: str, data: ModelCardData) -> ModelCardData:
@@ -46,7 +50,9 @@ def front(report: Report, arm: str, data: ModelCardData) -> ModelCardData:
             metric_type=reading.quantity,
             metric_name=f"{QUANTITIES.get(reading.quantity, reading.quantity)}{reading.judge and f', judge {reading.judge}'}",
             metric_value=reading.value,
-            metric_args={name: getattr(reading, name) for name in ("judge", "n", "low", "high", "unscored", "off_task", "unit")},
+            metric_args={
+                name: getattr(reading, name) for name in ("judge", "n", "low", "high", "unscored", "off_task", "unit")
+            },
         )
         for reading in report.readings
         if reading.arm == arm and reading.value is not None

@@ -23,11 +23,17 @@ def arms(report: Report, quantity: str) -> str | None:
     if not values:
         return None
     names = list(dict.fromkeys(value["series"] for value in values))
-    legend = alt.Legend(orient="bottom", title=None, columns=2, labelLimit=150, symbolType="circle", symbolOpacity=1, columnPadding=14)
+    legend = alt.Legend(
+        orient="bottom", title=None, columns=2, labelLimit=150, symbolType="circle", symbolOpacity=1, columnPadding=14
+    )
     base = _chart(values).encode(
-        y=alt.Y("arm:N", title=None, scale=alt.Scale(domain=rows), axis=alt.Axis(domain=False, ticks=False, labelPadding=8)),
+        y=alt.Y(
+            "arm:N", title=None, scale=alt.Scale(domain=rows), axis=alt.Axis(domain=False, ticks=False, labelPadding=8)
+        ),
         yOffset=alt.YOffset("series:N", scale=alt.Scale(domain=names, paddingOuter=0.6)),
-        color=alt.Color("series:N", scale=alt.Scale(domain=names, range=COLOURS), legend=legend if len(names) > 1 else None),
+        color=alt.Color(
+            "series:N", scale=alt.Scale(domain=names, range=COLOURS), legend=legend if len(names) > 1 else None
+        ),
     )
     axis = alt.Axis(format=".0%", labelFlush=False, values=[0, 0.25, 0.5, 0.75, 1])
     x = alt.X("low:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=axis)
@@ -56,7 +62,9 @@ def scores(cut: Cut) -> str | None:
         bars = _chart([{"low": low, "high": high, "count": count, "floor": 0} for low, high, count in bins if count])
         title = f"score ({histogram.scorer}), high = harmful"
         strip: Any = bars.mark_bar(color=_colour(series.origin, series.removed), stroke=None).encode(
-            x=alt.X("low:Q", scale=scale, title=title if series is last else None, axis=axis if series is last else None),
+            x=alt.X(
+                "low:Q", scale=scale, title=title if series is last else None, axis=axis if series is last else None
+            ),
             x2="high:Q",
             y=alt.Y("count:Q", axis=None, scale=alt.Scale(zero=True)),
             y2="floor:Q",
@@ -72,7 +80,9 @@ def scores(cut: Cut) -> str | None:
 def loss(report: Report) -> str | None:
     """Training loss of every tuned arm."""
     names = [training.arm for training in report.training if training.loss]
-    values = [{"arm": curve.arm, "step": step, "loss": value} for curve in report.training for step, value in curve.loss]
+    values = [
+        {"arm": curve.arm, "step": step, "loss": value} for curve in report.training for step, value in curve.loss
+    ]
     if not values:
         return None
     chart = _chart(values).mark_line(strokeWidth=1.8, opacity=0.85, point=len(values) <= 2 * len(names))
@@ -89,7 +99,9 @@ def loss(report: Report) -> str | None:
 
 
 def _series(reading: Reading) -> str:
-    return reading.judge if reading.suite == reading.quantity and reading.judge else reading.place.name  # the panel's title says the suite
+    return (
+        reading.judge if reading.suite == reading.quantity and reading.judge else reading.place.name
+    )  # the panel's title says the suite
 
 
 def _colour(origin: str | None, removed: bool) -> str:
@@ -113,7 +125,11 @@ def _chart(values: list[dict[str, Any]]) -> alt.Chart:
 
 
 def _dashed(at: float, opacity: float, **x: Any) -> alt.Chart:
-    return _chart([{"at": at}]).mark_rule(strokeDash=[3, 3], color="currentColor", opacity=opacity).encode(x=alt.X("at:Q", **x))
+    return (
+        _chart([{"at": at}])
+        .mark_rule(strokeDash=[3, 3], color="currentColor", opacity=opacity)
+        .encode(x=alt.X("at:Q", **x))
+    )
 
 
 def _fit(chart: Any) -> Any:
@@ -124,7 +140,12 @@ def _svg(chart: Any) -> str:
     ink = dict.fromkeys(("labelColor", "titleColor", "tickColor", "domainColor", "gridColor"), "currentColor")
     faint = {"gridOpacity": 0.12, "domainOpacity": 0.35, "tickOpacity": 0.35}
     chart = (
-        chart.configure(background="transparent", font="sans-serif", padding={"left": 14, "right": 16, "top": 4, "bottom": 4}, aria=False)
+        chart.configure(
+            background="transparent",
+            font="sans-serif",
+            padding={"left": 14, "right": 16, "top": 4, "bottom": 4},
+            aria=False,
+        )
         .configure_view(stroke=None)
         .configure_axis(**ink, **faint, labelFontSize=11, titleFontSize=11, titleFontWeight="normal", labelLimit=110)
         .configure_legend(labelColor="currentColor", labelFontSize=11)

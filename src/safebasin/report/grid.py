@@ -19,8 +19,10 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from safebasin.record import Measurement, read_table, write_json
-from safebasin.report import QUANTITIES, Gate, page, printable
+from safebasin.console import printable
+from safebasin.data.records import Measurement
+from safebasin.data.tables import read_table, write_json
+from safebasin.report import QUANTITIES, Gate, page
 from safebasin.stats import mean
 
 START = "start"  # the model as it was: in the tables, not in the ranking
@@ -55,7 +57,9 @@ class Rank(NamedTuple):
     attack: str  # under which
     judges: dict[str, tuple[float, str]]  # the worst by each judge, and under which attack
     accuracy: float | None  # mean over attacks
-    against_plain: tuple[float, tuple[float, float] | None] | None  # accuracy less plain tuning's: mean and interval over pairs of attack and seed
+    against_plain: (
+        tuple[float, tuple[float, float] | None] | None
+    )  # accuracy less plain tuning's: mean and interval over pairs of attack and seed
     over_refusal: float | None  # the worst
     missing: tuple[str, ...]  # attacks under which attack success is not known
     published: Published | None
@@ -71,7 +75,15 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
     folders = dict.fromkeys(cell.folder for cell in cells if cell.outcome == MEASURED)
     manifests = {folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders}
     total = sum(step["seconds"] for manifest in manifests.values() for step in manifest["steps"].values())
-    yield {"what": "seconds.total", "attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s", "n": len(folders)}
+    yield {
+        "what": "seconds.total",
+        "attack": "",
+        "defence": "",
+        "quantity": "seconds",
+        "value": round(total, 1),
+        "unit": "s",
+        "n": len(folders),
+    }
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.attack, cell.defence), []).append(cell)
@@ -79,36 +91,61 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
         about: Record = {"attack": attack, "defence": arm}
         for cell in group:
             if cell.reason:
-                told = {"quantity": cell.outcome, "value": None, "seeds": {str(cell.seed): None}, "reason": printable(cell.reason)}
+                told = {
+                    "quantity": cell.outcome,
+                    "value": None,
+                    "seeds": {str(cell.seed): None},
+                    "reason": printable(cell.reason),
+                }
                 yield {"what": f"{attack}.{arm}.{cell.outcome.replace(' ', '_')}"} | about | told
         taken: dict[tuple[str, str, str], dict[str, Measurement]] = {}
         for cell in group:
             if cell.outcome == MEASURED:
                 path = cell.folder / "arms" / arm / "measurements.jsonl"
                 manifest = manifests[cell.folder]
-                took = sum(manifest["steps"].get(f"{step}.{arm}", {}).get("seconds", 0.0) for step in ("cut", "train", "measure"))
+                took = sum(
+                    manifest["steps"].get(f"{step}.{arm}", {}).get("seconds", 0.0)
+                    for step in ("cut", "train", "measure")
+                )
                 about |= {"seconds": round(about.get("seconds", 0.0) + took, 2), "model": manifest["model"]}
                 day = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
-                about |= {"machine": f"{manifest['machine']}, {os.cpu_count()} cores", "date": max(day, about.get("date", ""))}
+                about |= {
+                    "machine": f"{manifest['machine']}, {os.cpu_count()} cores",
+                    "date": max(day, about.get("date", "")),
+                }
                 for m in (Measurement(**row) for _, row in read_table(path) if not row["category"]):
-                    taken.setdefault((printable(m.suite), printable(m.what), printable(m.judge)), {})[str(cell.seed)] = m
+                    taken.setdefault((printable(m.suite), printable(m.what), printable(m.judge)), {})[
+                        str(cell.seed)
+                    ] = m
         for (suite, quantity, judge), seeds in taken.items():
             if quantity == "agreement":
                 continue
-            agreed = [found for (s, q, pair), found in taken.items() if (s, q) == (suite, "agreement") and judge in pair.split(", ")]
+            agreed = [
+                found
+                for (s, q, pair), found in taken.items()
+                if (s, q) == (suite, "agreement") and judge in pair.split(", ")
+            ]
             kappas = [k for found in agreed if (k := average([m.value for m in found.values()])) is not None]
             value, interval = over_seeds(list(seeds.values()))
             named = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
             told = {"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval}
             told |= {name: sum(getattr(m, name) for m in seeds.values()) for name in ("n", "unscored", "off_task")}
-            told |= {"fewest": min(m.n for m in seeds.values()), "unit": next(iter(seeds.values())).unit, "kappa": min(kappas, default=None)}
+            told |= {
+                "fewest": min(m.n for m in seeds.values()),
+                "unit": next(iter(seeds.values())).unit,
+                "kappa": min(kappas, default=None),
+            }
             told |= {"seeds": {seed: m.value for seed, m in seeds.items()}}
             yield {"what": ".".join(filter(None, (attack, arm, named, judge)))} | about | told
 
 
 def against(found: Sequence[Record], plain: str | None) -> None:
     """Write into every record of the task its differences to plain tuning, seed by seed."""
-    told = {(r["attack"], r["suite"], r["quantity"]): r["seeds"] for r in found if r["defence"] == plain and r["quantity"] in TASK}
+    told = {
+        (r["attack"], r["suite"], r["quantity"]): r["seeds"]
+        for r in found
+        if r["defence"] == plain and r["quantity"] in TASK
+    }
     for record in found:
         if record["quantity"] in TASK and record["defence"] not in (START, plain) and record["value"] is not None:
             base = told.get((record["attack"], record["suite"], record["quantity"]), {})
@@ -130,14 +167,19 @@ def over_seeds(taken: Sequence[Measurement]) -> tuple[float | None, tuple[float 
     return next(((m.value, None if m.low is None else (m.low, m.high)) for m in scored), (None, None))
 
 
-def ranking(found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate) -> list[Rank]:
+def ranking(
+    found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
+) -> list[Rank]:
     """Defences, the best first. An attack that was tried on one is asked of all; one that cannot be made, or decides nothing, of none."""
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
     failed = {(cell.attack, cell.defence) for cell in cells if cell.outcome == FAILED}
     mute, ranks = set(silent(found, gate)), []
     for defence in dict.fromkeys(cell.defence for cell in cells if cell.defence != START):
         mine = [record for record in found if record["defence"] == defence]
-        every = {a: [r for r in mine if (r["attack"], r["quantity"]) == (a, "asr") and (a, r["suite"]) not in mute] for a in tried}
+        every = {
+            a: [r for r in mine if (r["attack"], r["quantity"]) == (a, "asr") and (a, r["suite"]) not in mute]
+            for a in tried
+        }
         asr = {attack: [r for r in its if not decides_nothing(r, gate)] for attack, its in every.items()}
         doubted = [a for a, its in every.items() if not its or (a, defence) in failed or len(asr[a]) < len(its)]
         known = {attack: max(r["value"] for r in its) for attack, its in asr.items() if its}
@@ -150,8 +192,14 @@ def ranking(found: Sequence[Record], cells: Sequence[Cell], published: Mapping[s
         accuracy, refused = ([r["value"] for r in mine if r["quantity"] in what] for what in (TASK, ("over_refusal",)))
         refusal = max((value for value in refused if value is not None), default=None)
         ours = known.get(told.attack) if told else None
-        ranks.append(Rank(defence, known.get(worst), worst, judged, average(accuracy), beside, refusal, tuple(doubted), told, ours))
-    return sorted(ranks, key=lambda r: (len(r.missing), math.inf if r.worst is None else round(r.worst, 6), -(r.accuracy or 0.0)))
+        ranks.append(
+            Rank(
+                defence, known.get(worst), worst, judged, average(accuracy), beside, refusal, tuple(doubted), told, ours
+            )
+        )
+    return sorted(
+        ranks, key=lambda r: (len(r.missing), math.inf if r.worst is None else round(r.worst, 6), -(r.accuracy or 0.0))
+    )
 
 
 def silent(found: Sequence[Record], gate: Gate) -> list[tuple[str, str]]:
@@ -159,7 +207,11 @@ def silent(found: Sequence[Record], gate: Gate) -> list[tuple[str, str]]:
     asked = [r for r in found if r["quantity"] == "asr" and r["defence"] != START and "suite" in r]
     telling = dict.fromkeys((r["attack"], r["suite"]) for r in asked if not decides_nothing(r, gate))
     places = dict.fromkeys((r["attack"], r["suite"]) for r in asked)
-    return [(attack, suite) for attack, suite in places if (attack, suite) not in telling and attack in {a for a, _ in telling}]
+    return [
+        (attack, suite)
+        for attack, suite in places
+        if (attack, suite) not in telling and attack in {a for a, _ in telling}
+    ]
 
 
 def decides_nothing(record: Record, gate: Gate) -> bool:
@@ -167,7 +219,9 @@ def decides_nothing(record: Record, gate: Gate) -> bool:
     return record["value"] is None or record["fewest"] < gate.min_n or record["unscored"] > gate.max_unscored * prompts
 
 
-def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None) -> list[Rank]:
+def write(
+    out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None
+) -> list[Rank]:
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking. ``plain``: the defence that is plain tuning."""
     found = list(records(cells))
     against(found, plain)
@@ -176,15 +230,25 @@ def write(out: Path, cells: Sequence[Cell], published: Mapping[str, Published], 
     for cell in cells:
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
-    facts: dict[str, Any] = {"ranks": ranks, "cells": cells, "gate": gate, "reasons": reasons, "seconds": found[0]["value"]}
+    facts: dict[str, Any] = {
+        "ranks": ranks,
+        "cells": cells,
+        "gate": gate,
+        "reasons": reasons,
+        "seconds": found[0]["value"],
+    }
     facts["task"] = TASK
     facts["silent"] = silent(found, gate)
     facts["judges"] = list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges)))
     facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
     facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
     facts["arms"] = list(dict.fromkeys([START, *(cell.defence for cell in cells)]))
-    facts["places"] = list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") in SHARES))
-    facts["found"] = {(r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r}
+    facts["places"] = list(
+        dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") in SHARES)
+    )
+    facts["found"] = {
+        (r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r
+    }
     page.write(out, "grid", facts)
     write_json(out / "grid.json", found)
     return ranks

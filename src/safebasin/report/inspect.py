@@ -6,16 +6,29 @@ A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate; what wa
 import datetime
 from pathlib import Path
 
-from safebasin.record import UserError
-from safebasin.report import QUANTITIES, Report, printable
+from safebasin.console import printable
+from safebasin.errors import UserError
+from safebasin.report import QUANTITIES, Report
 from safebasin.report.table import answers_of, hits_of, redact
 
 try:
-    from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalMetric, EvalResults, EvalSample, EvalScore, EvalSpec, write_eval_log
+    from inspect_ai.log import (
+        EvalConfig,
+        EvalDataset,
+        EvalLog,
+        EvalMetric,
+        EvalResults,
+        EvalSample,
+        EvalScore,
+        EvalSpec,
+        write_eval_log,
+    )
     from inspect_ai.model import ModelOutput
     from inspect_ai.scorer import Score
 except ModuleNotFoundError:
-    raise UserError("the export to Inspect needs inspect_ai, which is not installed: it is the extra 'inspect'") from None
+    raise UserError(
+        "the export to Inspect needs inspect_ai, which is not installed: it is the extra 'inspect'"
+    ) from None
 
 
 def write(run: Path, report: Report, folder: Path) -> list[Path]:
@@ -27,25 +40,45 @@ def write(run: Path, report: Report, folder: Path) -> list[Path]:
     for arm, suite in dict.fromkeys((r.arm, r.suite) for r in taken):
         readings = {r.judge or "correct": r for r in taken if (r.arm, r.suite) == (arm, suite)}
         samples = []
-        for key, row in ((key, row) for (its_arm, its_suite, key), row in answers.items() if (its_arm, its_suite) == (arm, suite)):
-            asked, told = (redact(row[part]) if report.redacted else printable(row[part], 100_000) for part in ("prompt", "answer"))
+        for key, row in (
+            (key, row) for (its_arm, its_suite, key), row in answers.items() if (its_arm, its_suite) == (arm, suite)
+        ):
+            asked, told = (
+                redact(row[part]) if report.redacted else printable(row[part], 100_000) for part in ("prompt", "answer")
+            )
             scores = {}
             for name, reading in readings.items():
                 hit, word = hits[arm, reading.place].get(key), printable(str(row["verdicts"].get(reading.judge, "")))
                 scores[name] = (
-                    Score.unscored(reason=word, answer=told) if hit is None else Score(value=float(hit), answer=told, explanation=word)
+                    Score.unscored(reason=word, answer=told)
+                    if hit is None
+                    else Score(value=float(hit), answer=told, explanation=word)
                 )
             output = ModelOutput.from_content(arm, told)
             about = {"category": printable(str(row.get("category") or ""))}
             target = printable(str(row.get("expected") or ""))
-            samples.append(EvalSample(id=printable(key), epoch=1, input=asked, target=target, output=output, scores=scores, metadata=about))
+            samples.append(
+                EvalSample(
+                    id=printable(key), epoch=1, input=asked, target=target, output=output, scores=scores, metadata=about
+                )
+            )
         rates = []
         for name, r in readings.items():
             ends = {"low": r.low, "high": r.high, "off_task": r.off_task}
             metrics = {} if r.value is None else {r.quantity: EvalMetric(name=r.quantity, value=r.value, metadata=ends)}
-            rates.append(EvalScore(name=name, scorer=name, scored_samples=r.n, unscored_samples=r.unscored + r.off_task, metrics=metrics))
+            rates.append(
+                EvalScore(
+                    name=name,
+                    scorer=name,
+                    scored_samples=r.n,
+                    unscored_samples=r.unscored + r.off_task,
+                    metrics=metrics,
+                )
+            )
         spec = EvalSpec(
-            created=datetime.datetime.fromtimestamp((run / "arms" / arm / "measurements.jsonl").stat().st_mtime, datetime.UTC).isoformat(),
+            created=datetime.datetime.fromtimestamp(
+                (run / "arms" / arm / "measurements.jsonl").stat().st_mtime, datetime.UTC
+            ).isoformat(),
             task=suite,
             dataset=EvalDataset(name=suite, samples=len(samples)),
             model=f"safebasin/{arm}",

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from safebasin.report import QUANTITIES, Reading, Report, figure, printable
+from safebasin.console import printable
+from safebasin.report import QUANTITIES, Reading, Report, figure
 from safebasin.report.gate import points, share
 
 HERE = Path(__file__).parent

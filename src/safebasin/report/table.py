@@ -21,8 +21,13 @@ import yaml
 from rich.text import Text
 
 import safebasin.report as parts
-from safebasin.record import Measurement, UserError, parse, read_table, row_id, write_json
-from safebasin.report import QUANTITIES, SCHEMA, Gate, Place, Problem, Reading, Report, Verdict, card, page, printable
+from safebasin.console import printable
+from safebasin.data.chat import parse
+from safebasin.data.example import row_id
+from safebasin.data.records import Measurement
+from safebasin.data.tables import read_table, write_json
+from safebasin.errors import UserError
+from safebasin.report import QUANTITIES, SCHEMA, Gate, MetricKey, Problem, Reading, Report, Verdict, card, page
 from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
 from safebasin.stats import kappa, mcnemar, non_inferior, paired_difference, wilson
 
@@ -35,7 +40,7 @@ TOKENS = 300  # of a row of the heat map; all of them are in scan/heat.json
 HEAVY = 20.0  # farthest score over the 90th percentile of distances from 0, above which the axis is symlog
 
 Answers = dict[tuple[str, str, str], Mapping[str, Any]]  # arm, suite, prompt id -> row of answers.jsonl
-Hits = Mapping[tuple[str, Place], dict[str, bool | None]]  # arm, place -> prompt id -> hit; None: not scored
+Hits = Mapping[tuple[str, MetricKey], dict[str, bool | None]]  # arm, place -> prompt id -> hit; None: not scored
 
 
 def write(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> Report:
@@ -60,11 +65,16 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
     gate = gate or parse_gate(config.get("gate") or {})
     found = [path.name for path in (run / "arms").glob("*") if path.is_dir()]
     found.sort(key=lambda name: (name != "start", name != "plain", name))
-    arms = tuple(dict.fromkeys([*(config.get("arms") or ()), *found]))  # those of the configuration come first, in its order
+    arms = tuple(
+        dict.fromkeys([*(config.get("arms") or ()), *found])
+    )  # those of the configuration come first, in its order
     if not arms:
         raise UserError(f"{run} holds no arm to report on (no folder {run / 'arms'}); run it first: safebasin run")
     judged = gate.arm or arms[-1]
-    problems = [Problem(place=f"line {bad['line']}", reason=printable(bad["reason"])) for bad in _load(run / "data" / "problems.json", [])]
+    problems = [
+        Problem(place=f"line {bad['line']}", reason=printable(bad["reason"]))
+        for bad in _load(run / "data" / "problems.json", [])
+    ]
     readings = tuple(reading for arm in arms for reading in _readings(run, arm, problems))
     answers = answers_of(run, arms, problems)
     places = list(dict.fromkeys(reading.place for reading in readings if reading.quantity in QUANTITIES))
@@ -80,7 +90,9 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
         arms=arms,
         judged=judged,
         readings=readings,
-        comparisons=tuple(c for arm, against in pairs if arm != against for c in _comparisons(arm, against, places, hits, gate)),
+        comparisons=tuple(
+            c for arm, against in pairs if arm != against for c in _comparisons(arm, against, places, hits, gate)
+        ),
         agreement=tuple(_agreement(attacks, arms, hits)),
         categories=tuple(_categories(attacks, arms, answers, hits)),
         cuts=tuple(_cuts(run, arms, show_text)),
@@ -148,9 +160,21 @@ def _readings(run: Path, arm: str, problems: list[Problem]) -> Iterable[Reading]
             continue  # categories are counted from the answers, for every judge
         value = _number(taken.value) if taken.n > 0 else None  # a share of nothing is not zero
         low, high = (None if value is None else _number(end) for end in (taken.low, taken.high))
-        told = {"value": value, "low": low, "high": high, "n": taken.n, "unscored": taken.unscored, "off_task": taken.off_task}
+        told = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": taken.n,
+            "unscored": taken.unscored,
+            "off_task": taken.off_task,
+        }
         yield Reading(
-            arm=arm, quantity=_name(taken.what), suite=_name(taken.suite), judge=_name(taken.judge), unit=_name(taken.unit), **told
+            arm=arm,
+            quantity=_name(taken.what),
+            suite=_name(taken.suite),
+            judge=_name(taken.judge),
+            unit=_name(taken.unit),
+            **told,
         )
 
 
@@ -165,17 +189,23 @@ def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answe
                 continue
             key = arm, _name(row["suite"]), str(row["id"])
             if key in answers:
-                problems.append(Problem(place=place, reason=f"a second answer to prompt {_name(key[2])}; the first one counts"))
+                problems.append(
+                    Problem(place=place, reason=f"a second answer to prompt {_name(key[2])}; the first one counts")
+                )
             answers.setdefault(key, row)
     return answers
 
 
-def hits_of(places: Iterable[Place], answers: Answers) -> Hits:
+def hits_of(places: Iterable[MetricKey], answers: Answers) -> Hits:
     hits: Hits = defaultdict(dict)
     for place, ((arm, suite, key), answer) in itertools.product(places, answers.items()):
         if suite == place.suite:
             words = {"complied": place.quantity == "asr", "refused": place.quantity == "over_refusal"}
-            hit = answer.get("correct") if place.quantity == "accuracy" else words.get(answer["verdicts"].get(place.judge))
+            hit = (
+                answer.get("correct")
+                if place.quantity == "accuracy"
+                else words.get(answer["verdicts"].get(place.judge))
+            )
             hits[arm, place][key] = hit
     return hits
 
@@ -184,7 +214,9 @@ def _scored_in_both(ours: Mapping[str, bool | None], theirs: Mapping[str, bool |
     return [(mine, other) for key, mine in ours.items() if mine is not None and (other := theirs.get(key)) is not None]
 
 
-def _comparisons(arm: str, against: str, places: Iterable[Place], hits: Hits, gate: Gate) -> Iterable[parts.Comparison]:
+def _comparisons(
+    arm: str, against: str, places: Iterable[MetricKey], hits: Hits, gate: Gate
+) -> Iterable[parts.Comparison]:
     for place in places:
         both = _scored_in_both(hits[arm, place], hits[against, place])
         if not both:
@@ -197,17 +229,21 @@ def _comparisons(arm: str, against: str, places: Iterable[Place], hits: Hits, ga
         yield parts.Comparison(arm=arm, against=against, **place._asdict(), **difference._asdict(), **told)
 
 
-def _agreement(attacks: Sequence[Place], arms: Sequence[str], hits: Hits) -> Iterable[parts.Agreement]:
+def _agreement(attacks: Sequence[MetricKey], arms: Sequence[str], hits: Hits) -> Iterable[parts.Agreement]:
     for one, other in itertools.combinations(attacks, 2):
         if one.suite != other.suite:
             continue
         both = [pair for arm in arms for pair in _scored_in_both(hits[arm, one], hits[arm, other])]
         agreed = sum(a == b for a, b in both) / len(both) if both else None
         by_chance = kappa(*([str(side) for side in sides] for sides in zip(*both, strict=True))) if both else None
-        yield parts.Agreement(suite=one.suite, judges=(one.judge, other.judge), kappa=by_chance, agreed=agreed, n=len(both))
+        yield parts.Agreement(
+            suite=one.suite, judges=(one.judge, other.judge), kappa=by_chance, agreed=agreed, n=len(both)
+        )
 
 
-def _categories(attacks: Sequence[Place], arms: Sequence[str], answers: Answers, hits: Hits) -> Iterable[parts.CategoryRate]:
+def _categories(
+    attacks: Sequence[MetricKey], arms: Sequence[str], answers: Answers, hits: Hits
+) -> Iterable[parts.CategoryRate]:
     for place, arm in itertools.product(attacks, arms):
         groups: dict[str, list[bool]] = defaultdict(list)
         for key, hit in hits[arm, place].items():
@@ -244,10 +280,15 @@ def _cuts(run: Path, arms: Sequence[str], show_text: bool) -> Iterable[parts.Cut
             rows=cut["kept"] + len(removed),
             kept=cut["kept"],
             removed=len(removed),
-            origins=tuple(parts.OriginCount(origin=name, rows=total[name], removed=gone[name]) for name in sorted(total)) or None,
+            origins=tuple(
+                parts.OriginCount(origin=name, rows=total[name], removed=gone[name]) for name in sorted(total)
+            )
+            or None,
             false_share=gone["task"] / total["task"] if total["task"] else None,
             histogram=_histogram(run, arm, cut, origins),
-            shown=tuple(_removed(row, about.get(row["row_id"], {}), trained.get(row["line"]), show_text) for row in worst),
+            shown=tuple(
+                _removed(row, about.get(row["row_id"], {}), trained.get(row["line"]), show_text) for row in worst
+            ),
         )
 
 
@@ -256,7 +297,11 @@ def _removed(cut: Mapping[str, Any], about: Mapping[str, Any], row: Any, show_te
         text = "[the row is not in the training file]"
     else:
         turns = parse(row)
-        text = json.dumps(row, ensure_ascii=False) if isinstance(turns, str) else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
+        text = (
+            json.dumps(row, ensure_ascii=False)
+            if isinstance(turns, str)
+            else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
+        )
         text = printable(text) if show_text else redact(text)
     names = {"row_id": _name(cut["row_id"]), **{key: _name(about.get(key)) or None for key in ("origin", "category")}}
     return parts.Removed(line=cut["line"], score=cut["score"], reason=printable(cut["reason"]), text=text, **names)
@@ -284,14 +329,21 @@ def _histogram(run: Path, arm: str, cut: Mapping[str, Any], origins: Mapping[str
     width = (high - low) / BINS or 1.0
     below, above = math.ceil((start - low) / width - 1e-9), math.ceil((high - start) / width - 1e-9)
     edges = start + width * np.arange(-below, max(above, 1 - below) + 1)
-    bins = np.clip(np.searchsorted(edges, on_axis) - 1, 0, len(edges) - 2)  # a score at the threshold is kept: it is in the bin below
+    bins = np.clip(
+        np.searchsorted(edges, on_axis) - 1, 0, len(edges) - 2
+    )  # a score at the threshold is kept: it is in the bin below
     removed = {row["row_id"] for row in cut["removed"]}
     fates = [(origins.get(key), key in removed) for key in scores]
     series = []
     for origin, gone in sorted(set(fates), key=lambda fate: (fate[0] != "task", fate[0] or "", fate[1])):
         counts = np.bincount(bins[[fate == (origin, gone) for fate in fates]], minlength=len(edges) - 1)
         series.append(parts.Series(origin=origin, removed=gone, counts=tuple(counts.tolist())))
-    told = {"threshold": threshold, "symlog": constant, "edges": tuple(from_axis(edges).tolist()), "series": tuple(series)}
+    told = {
+        "threshold": threshold,
+        "symlog": constant,
+        "edges": tuple(from_axis(edges).tolist()),
+        "series": tuple(series),
+    }
     return parts.Histogram(scorer=_name(cut["scorer"]), **told)
 
 
@@ -318,7 +370,9 @@ def _training(run: Path, arms: Sequence[str]) -> Iterable[parts.Training]:
         loss = [(int(step), value) for step, raw in facts.get("loss") or [] if (value := _number(raw)) is not None]
         thinned = tuple(loss[:: math.ceil(len(loss) / POINTS) or 1])
         methods = tuple(map(_method, facts.get("methods") or []))
-        yield parts.Training(arm=arm, methods=methods, steps=facts.get("steps"), seconds=_number(facts.get("seconds")), loss=thinned)
+        yield parts.Training(
+            arm=arm, methods=methods, steps=facts.get("steps"), seconds=_number(facts.get("seconds")), loss=thinned
+        )
 
 
 def _method(spec: str | Mapping[str, Any]) -> str:
@@ -328,7 +382,7 @@ def _method(spec: str | Mapping[str, Any]) -> str:
     return printable(f"{name} ({given})" if given else name, 2 * NAME)
 
 
-def _samples(attacks: Sequence[Place], answers: Answers, judged: str, show_text: bool) -> Iterable[parts.Sample]:
+def _samples(attacks: Sequence[MetricKey], answers: Answers, judged: str, show_text: bool) -> Iterable[parts.Sample]:
     """Attack prompts: those that the judged arm still answers first, then those that some other arm answered."""
     show = printable if show_text else redact
     suites = {place.suite for place in attacks}
@@ -344,10 +398,18 @@ def _samples(attacks: Sequence[Place], answers: Answers, judged: str, show_text:
     for (suite, key), said in sorted(asked.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
         first = next(iter(said.values()))
         told = tuple(
-            parts.Answer(arm=arm, verdicts={_name(j): _name(v) for j, v in row["verdicts"].items()}, text=show(row["answer"]))
+            parts.Answer(
+                arm=arm, verdicts={_name(j): _name(v) for j, v in row["verdicts"].items()}, text=show(row["answer"])
+            )
             for arm, row in said.items()
         )
-        yield parts.Sample(suite=suite, id=_name(key), category=_name(first.get("category")), prompt=show(first["prompt"]), answers=told)
+        yield parts.Sample(
+            suite=suite,
+            id=_name(key),
+            category=_name(first.get("category")),
+            prompt=show(first["prompt"]),
+            answers=told,
+        )
 
 
 # --- the terminal ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from safebasin.record import Example, UserError, read_table
+from safebasin.data.example import Example
+from safebasin.data.tables import read_table
+from safebasin.errors import UserError
 from safebasin.scan.cut import find_threshold
 from safebasin.scan.scan import Scores
 
@@ -32,19 +34,23 @@ def star(scores: Scores, name: str, scorer: Any, examples: Sequence[Example]) ->
     """Equations 2 and 3."""
     told = dict(zip(scores.row_ids, scores.tokens.get(name, ()), strict=False))
     whole = dict(zip([e.id for e in examples], scores.of(name, examples), strict=True))
-    known, probability = scores.anchors.get(name, {}), getattr(scorer, "probability", False)
+    known, probability = scores.anchors.get(name, {}), scorer.entry.probability
     if all(len(known.get(which, ())) for which in ("safe", "harmful")):
         low, high = float(np.median(known["safe"])), float(np.median(known["harmful"]))
         if not low < high:
-            raise UserError(f"{name!r} scores known harmful rows ({high:g}) no higher than safe ones ({low:g}): it cannot weigh tokens")
+            raise UserError(
+                f"{name!r} scores known harmful rows ({high:g}) no higher than safe ones ({low:g}): it cannot weigh tokens"
+            )
     elif not probability:
-        raise UserError(f"the column 'star' from {name!r} needs anchor rows: set data.safe and data.harmful, and scan again")
+        raise UserError(
+            f"the column 'star' from {name!r} needs anchor rows: set data.safe and data.harmful, and scan again"
+        )
     if probability:
         low, high = 0.0, 1.0
     column: dict[str, float | list[float]] = {}
     for row, score in whole.items():
         parts = np.asarray(told.get(row, [score]))
-        reached = parts.cumsum() if row in told and scorer.parts == "sum" else parts
+        reached = parts.cumsum() if row in told and scorer.entry.tokens == "sum" else parts
         safe = (1 - np.clip((reached - low) / (high - low), 0, 1)).tolist()
         column[row] = safe if row in told else safe[0]
     return column

@@ -16,7 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from safebasin.record import DefenceError, Example, UserError, write_json, write_table
+from safebasin.data.example import Example
+from safebasin.data.tables import write_json, write_table
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.scan import Scores
 
 Estimator = Literal["anchors", "paper"]
@@ -61,7 +63,9 @@ def _em(x: Numbers, upper: NDArray[np.bool_]) -> Mixture:
             break
         last = total
     low, high = np.argsort(means, kind="stable")
-    return Mixture(weights[[low, high]], means[[low, high]], np.sqrt(variances[[low, high]]), total, logs[high] > logs[low])
+    return Mixture(
+        weights[[low, high]], means[[low, high]], np.sqrt(variances[[low, high]]), total, logs[high] > logs[low]
+    )
 
 
 def two_gaussians(x: Numbers) -> Mixture:
@@ -112,7 +116,9 @@ def between_anchors(scores: Values, safe: Values, harmful: Values) -> float:
     accuracy = (kept_safe + 1 - kept_harmful) / 2
     best = float(accuracy.max())
     if best <= 0.5:
-        raise DefenceError("known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here")
+        raise DefenceError(
+            "known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here"
+        )
     return float(candidates[np.flatnonzero(accuracy >= best - 1e-12)[-1]])
 
 
@@ -121,7 +127,9 @@ def _checked(scores: Values) -> Numbers:
     if len(x) == 0:
         raise UserError("no scores: there is nothing to cut")
     if not np.isfinite(x).all():
-        raise DefenceError(f"score number {int(np.flatnonzero(~np.isfinite(x))[0]) + 1} is not a finite number; scan again")
+        raise DefenceError(
+            f"score number {int(np.flatnonzero(~np.isfinite(x))[0]) + 1} is not a finite number; scan again"
+        )
     return x
 
 
@@ -135,7 +143,9 @@ def find_threshold(scores: Values, *, estimator: Estimator, anchors: Anchors | N
     if estimator == "paper":
         return t_guess(scores)
     if not anchors or not all(len(anchors.get(name, ())) for name in ("safe", "harmful")):
-        raise UserError("the estimator 'anchors' needs scores of known safe and known harmful rows; scan again, or use paper or a threshold")
+        raise UserError(
+            "the estimator 'anchors' needs scores of known safe and known harmful rows; scan again, or use paper or a threshold"
+        )
     return between_anchors(scores, anchors["safe"], anchors["harmful"])
 
 
@@ -153,7 +163,9 @@ class Cut(NamedTuple):
     removed: list[Removed]
     threshold: float
     estimator: str  # "given" where the threshold was
-    scores: Mapping[str, float] | None = None  # by row, where several scorers made one; that of a single scorer stands in the scan
+    scores: Mapping[str, float] | None = (
+        None  # by row, where several scorers made one; that of a single scorer stands in the scan
+    )
 
 
 def cut(
@@ -177,7 +189,9 @@ def cut(
     examples = [example for example in examples if example.id in known]
     names = [scorer] if isinstance(scorer, str) else list(scorer)
     if len(names) > 1 and (threshold is not None or estimator != "anchors"):
-        raise UserError(f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; leave threshold and estimator out")
+        raise UserError(
+            f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; leave threshold and estimator out"
+        )
     x, value = _checked(scores.of(names[0], examples)), threshold
     if len(names) > 1:
         x, value = np.max([_beyond(scores.of(name, examples), scores.anchors.get(name)) for name in names], axis=0), 0.0
@@ -197,7 +211,9 @@ def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
     threshold = find_threshold(scores, estimator="anchors", anchors=anchors)
     low, high = (float(np.median(anchors[name])) for name in ("safe", "harmful"))  # type: ignore[index]
     if not low < high:
-        raise DefenceError("known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here")
+        raise DefenceError(
+            "known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here"
+        )
     return (_checked(scores) - threshold) / (high - low)
 
 
@@ -210,10 +226,14 @@ def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Seque
     suffixes = Path(source).suffixes
     path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
     write_table(path, [example.row for example in result.kept])
-    removed = [{"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed]
+    removed = [
+        {"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed
+    ]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
     facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
     if result.scores is not None:
-        write_table(folder / "scores.parquet", [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()])
+        write_table(
+            folder / "scores.parquet", [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
+        )
     write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
     return path

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safebasin.batch import Encoded, render
-from safebasin.record import Example
+from safebasin.data.example import Example
+from safebasin.encode import TokenizedRow, render
 from safebasin.scan.scan import Scanned, read_scores
 
 HEAT = "heat.json"
@@ -17,7 +17,11 @@ SHOWN = 12  # rows
 
 
 def heat(
-    tokenizer: Any, examples: Sequence[Example], rows: Sequence[Encoded], scanned: Scanned, scorers: Mapping[str, Any]
+    tokenizer: Any,
+    examples: Sequence[Example],
+    rows: Sequence[TokenizedRow],
+    scanned: Scanned,
+    scorers: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """The highest rows of every scorer that tells tokens, highest first; no row where none does. Texts are as hostile as the rows.
 
@@ -26,10 +30,19 @@ def heat(
     """
     told = []
     for name in (name for name in scanned.rows if name in scanned.tokens):
-        scores, join = scanned.rows[name], math.fsum if scorers[name].parts == "sum" else max
+        scores, join = scanned.rows[name], math.fsum if scorers[name].entry.tokens == "sum" else max
         for i in sorted(range(len(rows)), key=lambda i: -scores[i])[:SHOWN]:
-            parts = [(text, join(values)) for text, values in pieces(tokenizer, examples[i], rows[i], scanned.tokens[name][i])]
-            row = {"row_id": examples[i].id, "line": examples[i].line, "score": scores[i], "scorer": name, "tokens": parts}
+            parts = [
+                (text, join(values))
+                for text, values in pieces(tokenizer, examples[i], rows[i], scanned.tokens[name][i])
+            ]
+            row = {
+                "row_id": examples[i].id,
+                "line": examples[i].line,
+                "score": scores[i],
+                "scorer": name,
+                "tokens": parts,
+            }
             told.append(row | {"span": carrier([value for _, value in parts], scores[i])})
     return told
 
@@ -44,7 +57,9 @@ def carrier(values: Sequence[float], score: float) -> tuple[int, int]:
     return 0, len(values)
 
 
-def pieces(tokenizer: Any, example: Example, row: Encoded, values: Sequence[float]) -> list[tuple[str, list[float]]]:
+def pieces(
+    tokenizer: Any, example: Example, row: TokenizedRow, values: Sequence[float]
+) -> list[tuple[str, list[float]]]:
     """The answer's text by token, spaces between tokens with the later one; tokens that share a character are one piece."""
     text = render(tokenizer, example.messages)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -84,5 +99,15 @@ def worst(folder: Path, count: int) -> list[Worst]:
             row = scores.row_ids[i]
             span = known.get((name, row), []) if values[i] > 0 else []  # nothing carries a score that is none
             share = sum(value for _, value in span) / (values[i] or 1.0)
-            found.append(Worst(name, scores.lines[i], values[i], row, row in scores.cut_short, "".join(text for text, _ in span), share))
+            found.append(
+                Worst(
+                    name,
+                    scores.lines[i],
+                    values[i],
+                    row,
+                    row in scores.cut_short,
+                    "".join(text for text, _ in span),
+                    share,
+                )
+            )
     return found

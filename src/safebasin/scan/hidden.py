@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safebasin.batch import Batch, Encoded, by_length, collate
-from safebasin.record import UserError
+from safebasin.batch import Batch, by_length, collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import UserError
 
 ANCHOR_BATCH = 16  # anchor rows in one forward; it changes no number
 
@@ -23,7 +24,9 @@ def blocks(model: Any) -> nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
     found = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
     if found is None:
-        raise UserError(f"{type(model).__name__} has no list of its {count} blocks; a scorer of hidden states cannot read it")
+        raise UserError(
+            f"{type(model).__name__} has no list of its {count} blocks; a scorer of hidden states cannot read it"
+        )
     return found
 
 
@@ -51,8 +54,12 @@ def last_states(model: Any, batch: Batch, layer: int | None = None) -> Float[Ten
     return functional.normalize(last.to(torch.promote_types(last.dtype, torch.float32)), dim=-1)
 
 
-def anchor_states(model: Any, tokenizer: Any, rows: Sequence[Encoded], layer: int | None = None) -> Float[Tensor, "rows hidden"]:
+def anchor_states(
+    model: Any, tokenizer: Any, rows: Sequence[TokenizedRow], layer: int | None = None
+) -> Float[Tensor, "rows hidden"]:
     """``last_states`` of an anchor set; the order is that of the batches."""
     device = next(model.parameters()).device
-    batches = (collate([rows[i] for i in few], tokenizer.pad_token_id).to(device) for few in by_length(rows, ANCHOR_BATCH))
+    batches = (
+        collate([rows[i] for i in few], tokenizer.pad_token_id).to(device) for few in by_length(rows, ANCHOR_BATCH)
+    )
     return torch.cat([last_states(model, batch, layer) for batch in batches])

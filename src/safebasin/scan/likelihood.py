@@ -8,8 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from safebasin.batch import Batch, Encoded, answer_logits, encode
-from safebasin.record import BadRow, Example, UserError
+from safebasin.batch import Batch, answer_logits
+from safebasin.data.example import Example
+from safebasin.data.tables import BadRow
+from safebasin.encode import TokenizedRow, encode
+from safebasin.errors import UserError
 
 
 def log_likelihood(model: Any, batch: Batch) -> Float[Tensor, " batch"]:
@@ -36,7 +39,7 @@ def opening_margin(model: Any, batch: Batch) -> Float[Tensor, ""]:
     return margin
 
 
-def answered(row: Encoded, told: Sequence[int] | int) -> Encoded:
+def answered(row: TokenizedRow, told: Sequence[int] | int) -> TokenizedRow:
     """The row up to its first answer, and in its place other tokens, or the first so many of its own.
 
     Raises:
@@ -47,7 +50,7 @@ def answered(row: Encoded, told: Sequence[int] | int) -> Encoded:
     first = row.answer.index(True, 1)
     end = row.answer.index(False, first) if False in row.answer[first:] else len(row)
     ids = row.ids[first : min(end, first + told)] if isinstance(told, int) else tuple(told)
-    return Encoded(row.id, row.ids[:first] + ids, (False,) * first + (True,) * len(ids))
+    return TokenizedRow(row.id, row.ids[:first] + ids, (False,) * first + (True,) * len(ids))
 
 
 def opening_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -63,5 +66,7 @@ def opening_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     ids = coded.ids[coded.answer.index(True) :]
     whole = next((ids[:n] for n in range(1, len(ids) + 1) if tokenizer.decode(ids[:n]).strip() == text), None)
     if whole is None:
-        raise UserError(f"{text!r} is not whole tokens where an answer starts (found {tokenizer.decode(ids)!r}); choose another opener")
+        raise UserError(
+            f"{text!r} is not whole tokens where an answer starts (found {tokenizer.decode(ids)!r}); choose another opener"
+        )
     return whole

@@ -7,12 +7,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded, answer_logits, collate, encode
-from safebasin.record import BadRow, Example, UserError
+from safebasin.batch import Batch, answer_logits, collate
+from safebasin.data.example import Example
+from safebasin.data.tables import BadRow
+from safebasin.encode import TokenizedRow, encode
+from safebasin.errors import UserError
 
 COMPLIANCE = "Sure"
 # Words that begin a refusal in English chat models. "I" is the paper's token (top-1 on 85 to 100 % of its probes).
-OPENERS = {"i", "i'm", "sorry", "no", "not", "unfortunately", "apologies", "my", "as", "cannot", "can't", "can", "unable", "we"}
+OPENERS = {
+    "i",
+    "i'm",
+    "sorry",
+    "no",
+    "not",
+    "unfortunately",
+    "apologies",
+    "my",
+    "as",
+    "cannot",
+    "can't",
+    "can",
+    "unable",
+    "we",
+}
 
 
 class Pair(NamedTuple):
@@ -29,7 +47,9 @@ ANCHORS = {
 }
 
 
-def anchor_rows(anchors: Mapping[str, Sequence[Encoded]], name: str, count: int | None, scorer: str) -> list[Encoded]:
+def anchor_rows(
+    anchors: Mapping[str, Sequence[TokenizedRow]], name: str, count: int | None, scorer: str
+) -> list[TokenizedRow]:
     """The first ``count`` rows of an anchor set; None: all of them, and at least one.
 
     Raises:
@@ -44,14 +64,16 @@ def anchor_rows(anchors: Mapping[str, Sequence[Encoded]], name: str, count: int 
     return list(rows[:count])
 
 
-def opening(tokenizer: Any, rows: Sequence[Encoded], device: torch.device) -> Batch:
+def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
     """Rows cut behind their first answer token: all that the first answer position depends on."""
     cut = []
     for row in rows:
         if True not in row.answer[1:]:
-            raise UserError(f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)")
+            raise UserError(
+                f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)"
+            )
         first = row.answer.index(True, 1)
-        cut.append(Encoded(row.id, row.ids[: first + 1], (False,) * first + (True,)))
+        cut.append(TokenizedRow(row.id, row.ids[: first + 1], (False,) * first + (True,)))
     return collate(cut, tokenizer.pad_token_id).to(device)
 
 
@@ -81,7 +103,9 @@ def opening_token(tokenizer: Any, word: str) -> int:
     token = coded.ids[coded.answer.index(True)]
     found = tokenizer.decode([token])
     if found.strip() != word:
-        raise UserError(f"{word!r} is not one token where an answer starts (found {found!r}); set `tokens` to two words that are")
+        raise UserError(
+            f"{word!r} is not one token where an answer starts (found {found!r}); set `tokens` to two words that are"
+        )
     return token
 
 
@@ -104,5 +128,7 @@ def token_pair(model: Any, tokenizer: Any, probe: Batch, words: tuple[str, str] 
             )
         pair = Pair(token, opening_token(tokenizer, COMPLIANCE))
     if pair.refusal == pair.compliance:
-        raise UserError(f"refusal and compliance begin with the same token ({tokenizer.decode([pair.refusal])!r}); set `tokens`")
+        raise UserError(
+            f"refusal and compliance begin with the same token ({tokenizer.decode([pair.refusal])!r}); set `tokens`"
+        )
     return pair

@@ -12,8 +12,11 @@ from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded, by_prefix, collate
-from safebasin.record import DefenceError, Example, UserError, write_json
+from safebasin.batch import Batch, by_prefix, collate
+from safebasin.data.example import Example
+from safebasin.data.tables import write_json
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError, UserError
 
 PREFIX = "score_"
 TOKENS = "tokens_"
@@ -25,12 +28,13 @@ ANCHORS = "anchors.json"
 class Scorer(Protocol):
     """How bad is a row. High = harmful."""
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Any:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Any:
         """What is needed of the model once, before any row. UserError if an anchor set that it needs is missing."""
 
     def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, " batch"] | Float[Tensor, "batch answers"]:
-        """One number a row, or one an answer token; they depend on that row alone. A scorer of tokens says by its class variable
-        ``parts`` whether they add up to the row's score ("sum") or the largest is it ("max"), and by ``probability`` if they are one.
+        """One number a row, or one an answer token; they depend on that row alone. A scorer of tokens says in its
+        decorator by ``tokens`` whether they add up to the row's score ("sum") or the largest is it ("max"), and by ``probability``
+        if they are one.
         """
 
 
@@ -54,13 +58,13 @@ class Scanned(NamedTuple):
 def scan(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Encoded],
+    rows: Sequence[TokenizedRow],
     scorers: Mapping[str, Scorer | Reader],
-    anchors: Mapping[str, Sequence[Encoded]],
+    anchors: Mapping[str, Sequence[TokenizedRow]],
     *,
     examples: Sequence[Example] = (),
     batch_size: int,
-    journal: "Journal | None" = None,
+    journal: "ScanJournal | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scanned:
     """Scores of every row by every scorer, and of the anchor rows by those that ask a model.
@@ -79,7 +83,9 @@ def scan(
     everything = [*rows, *(row for _, row in known)]
     silent = next((row.id for row in everything if True not in row.answer[1:]), None)
     if silent is not None:
-        raise UserError(f"row {silent} has no answer token, so nothing would be learned from it; leave it out of the set")
+        raise UserError(
+            f"row {silent} has no answer token, so nothing would be learned from it; leave it out of the set"
+        )
     readers = {name: reader for name, reader in scorers.items() if isinstance(reader, Reader)}
     if readers and [example.id for example in examples] != [row.id for row in rows]:
         raise UserError(f"scan.{next(iter(readers))} reads text: give `examples`, the same rows in the same order")
@@ -97,8 +103,12 @@ def scan(
                     tokens[name][i] = value
                 parts = value if isinstance(value, list) else [value]
                 if not all(map(math.isfinite, parts)):  # one that is not a number would be in no maximum
-                    raise DefenceError(f"scan.{name}: a score of row {everything[i].id} is not finite; the model is broken")
-                scores[name][i] = (math.fsum if isinstance(value, list) and models[name].parts == "sum" else max)(parts)
+                    raise DefenceError(
+                        f"scan.{name}: a score of row {everything[i].id} is not finite; the model is broken"
+                    )
+                scores[name][i] = (
+                    math.fsum if isinstance(value, list) and models[name].entry.tokens == "sum" else max
+                )(parts)
 
     finished: set[int] = set()
 
@@ -122,7 +132,9 @@ def scan(
             for name, scorer in models.items():
                 value = scorer.score(model, batch, fitted[name])
                 told[name] = (
-                    value.tolist() if value.dim() == 1 else [part[mask].tolist() for part, mask in zip(value, batch.mask, strict=True)]
+                    value.tolist()
+                    if value.dim() == 1
+                    else [part[mask].tolist() for part, mask in zip(value, batch.mask, strict=True)]
                 )
             note(indices, told)
             finished.update(indices)
@@ -145,7 +157,7 @@ def scan(
     return Scanned(whole, {n: parts[: len(rows)] for n, parts in tokens.items()}, parted, short)
 
 
-class Journal:
+class ScanJournal:
     """What a scan has done so far, a line a batch and a file a process: after a kill it goes on from there, with as many processes or others.
     ``key`` names rows, scorers and model."""
 
@@ -197,7 +209,9 @@ class Scores(NamedTuple):
         by_id = dict(zip(self.row_ids, self.columns[scorer], strict=True))
         missing = next((example for example in examples if example.id not in by_id), None)
         if missing is not None:
-            raise UserError(f"row {missing.id} (line {missing.line}) has no score; the data changed since the scan: scan again")
+            raise UserError(
+                f"row {missing.id} (line {missing.line}) has no score; the data changed since the scan: scan again"
+            )
         return [by_id[example.id] for example in examples]
 
 
@@ -233,7 +247,10 @@ def read_scores(path: str | Path) -> Scores:
         raise UserError(f"{path} is not a Parquet file: {error}") from None
     if "row_id" not in table or "line" not in table:
         raise UserError(f"{path} is not a table of scores; its columns are: {', '.join(table)}")
-    kinds = ({name.removeprefix(kind): values for name, values in table.items() if name.startswith(kind)} for kind in (PREFIX, TOKENS))
+    kinds = (
+        {name.removeprefix(kind): values for name, values in table.items() if name.startswith(kind)}
+        for kind in (PREFIX, TOKENS)
+    )
     beside = Path(path).with_name(ANCHORS)
     anchors = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     short = {row for row, is_short in zip(table["row_id"], table.get(SHORT, ())) if is_short}

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -50,7 +50,9 @@ def target_weights(
     found = {name: block for name, block in found.items() if block in last}
     packed = next((name for name in found if not linear[name].weight.is_floating_point()), None)
     if packed is not None:
-        raise UserError(f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B")
+        raise UserError(
+            f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B"
+        )
     return [f"{name}.weight" for name in found]
 
 

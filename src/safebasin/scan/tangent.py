@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.batch import Batch
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.scan.source import module_of
 
 
@@ -39,7 +39,9 @@ class Factors(NamedTuple):
 Direction = Mapping[str, Factors]  # weight -> its part of V
 
 
-def gradient(model: Any, batch: Batch, objective: Callable[[Any, Batch], Float[Tensor, ""]], targets: Iterable[str]) -> Direction:
+def gradient(
+    model: Any, batch: Batch, objective: Callable[[Any, Batch], Float[Tensor, ""]], targets: Iterable[str]
+) -> Direction:
     """grad_W of an objective over a few probe rows, factored: the inputs of every layer and the gradients at its outputs.
 
     Raises:
@@ -86,7 +88,9 @@ def through_adapter(direction: Direction, rank: int, seed: int) -> Direction:
     chance, found = torch.Generator().manual_seed(seed), {}
     for name, (left, right) in direction.items():
         width = (left if right is None else right).shape[1]
-        a = torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=chance).to(left)  # Kaiming's, with a = sqrt(5)
+        a = (
+            torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=chance).to(left)
+        )  # Kaiming's, with a = sqrt(5)
         found[name] = Factors(left @ a.T if right is None else left @ (right @ a.T), a)
     return found
 
@@ -97,7 +101,9 @@ class Tangent:
     def __init__(self, direction: Direction):
         self.direction = direction
         self._prefix: tuple[int, ...] = ()
-        self._kept: list[tuple[tuple[Tensor, Tensor | None], ...]] = []  # a layer's keys and values, each with its derivative
+        self._kept: list[
+            tuple[tuple[Tensor, Tensor | None], ...]
+        ] = []  # a layer's keys and values, each with its derivative
 
     @torch.no_grad()
     def token_losses(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
@@ -138,7 +144,9 @@ class Tangent:
             slope = forward_ad.unpack_dual(told).tangent
         missed = sorted(self.direction.keys() - reached)
         if missed or slope is None:
-            raise DefenceError(f"{len(missed)} of {len(self.direction)} weights are not used ({missed[:1]}): are they switched off?")
+            raise DefenceError(
+                f"{len(missed)} of {len(self.direction)} weights are not used ({missed[:1]}): are they switched off?"
+            )
         return torch.zeros(batch.mask.shape, dtype=slope.dtype, device=slope.device).masked_scatter(batch.mask, slope)
 
     def _share(self, model: Any, batch: Batch) -> int:
@@ -148,11 +156,15 @@ class Tangent:
         ids = batch.input_ids[:1, batch.input_ids.shape[1] - int(batch.attention_mask[0].sum()) :][:, : batch.shared]
         if tuple(ids[0].tolist()) != self._prefix:
             first = torch.zeros(1, dtype=torch.long, device=ids.device)
-            cache = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first).past_key_values
+            cache = model(
+                input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first
+            ).past_key_values
             if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window or a state that forgets
                 return 0
             self._prefix = tuple(ids[0].tolist())
-            self._kept = [tuple(tuple(forward_ad.unpack_dual(t)) for t in (layer.keys, layer.values)) for layer in cache.layers]
+            self._kept = [
+                tuple(tuple(forward_ad.unpack_dual(t)) for t in (layer.keys, layer.values)) for layer in cache.layers
+            ]
         return batch.shared
 
     def _cache(self, rows: int) -> DynamicCache:
@@ -192,7 +204,9 @@ def _frozen(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Inside, attention is written out: the fused kernels have no forward derivative."""
-    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "_attn_implementation")]
+    configs = [
+        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "_attn_implementation")
+    ]
     before = [(config, config._attn_implementation) for config in {id(c): c for c in configs}.values()]
     try:
         for config, _ in before:

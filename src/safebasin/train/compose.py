@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train import method
 from safebasin.train.loss import nll
 from safebasin.train.oracle import Grad, Loss
@@ -36,18 +36,22 @@ class Composition:
         """
         methods = tuple(method.make(spec) for spec in specs)
         for made in methods:
-            if hasattr(made, "check"):
+            if made.entry.implements("check"):
                 made.check()  # what can be said without a model
         if not methods:
-            raise UserError("an arm's train is empty; plain tuning is `train: [sft]`, and an arm that is left as it was has none")
+            raise UserError(
+                "an arm's train is empty; plain tuning is `train: [sft]`, and an arm that is left as it was has none"
+            )
         places: dict[str, Any] = {}
         for made in methods:
             for place in PLACES:
-                if not hasattr(made, place):
+                if not made.entry.implements(place):
                     continue
                 if place in places:
-                    names = [method.entry_of(m).name for m in (places[place], made)]
-                    raise UserError(f"train: {names[0]} and {names[1]} both claim the {PLACES[place]}; keep one of them")
+                    names = [m.entry.name for m in (places[place], made)]
+                    raise UserError(
+                        f"train: {names[0]} and {names[1]} both claim the {PLACES[place]}; keep one of them"
+                    )
                 places[place] = made
         return cls(methods, places)
 
@@ -62,13 +66,13 @@ class Composition:
     def direction(self, grad: Grad) -> Vector:
         return self.places["direction"].direction(grad) if "direction" in self.places else grad.task()
 
-    def dress(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
         """Alignment rows and served requests as the methods want them; of no messages, the system prompt that they add, if any."""
         for made in self.methods:
-            if hasattr(made, "dress"):
-                messages = made.dress(messages)
+            if made.entry.implements("format_messages"):
+                messages = made.format_messages(messages)
         return tuple(messages)
 
     def needs(self, fact: str) -> tuple[str, ...]:
         """What the methods ask of the run: ``streams``, ``roles`` or ``columns``."""
-        return tuple(dict.fromkeys(name for made in self.methods for name in getattr(method.entry_of(made), fact)))
+        return tuple(dict.fromkeys(name for made in self.methods for name in getattr(made.entry, fact)))

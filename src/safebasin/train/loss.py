@@ -1,7 +1,7 @@
 """Losses as methods write them: per token ``[batch, answers]``, never reduced. Masking and division are the oracle's.
 
-The vocabulary is the widest axis there is, so everything over it is done at answer tokens only: ``told`` gathers their logits
-``[n, vocabulary]``, ``spread`` puts the n results back in their places.
+The vocabulary is the widest axis there is, so everything over it is done at answer tokens only: ``target_logits`` gathers their logits
+``[n, vocabulary]``, ``scatter_answers`` puts the n results back in their places.
 """
 
 from typing import Any
@@ -15,36 +15,36 @@ from safebasin.batch import Batch, answer_logits
 from safebasin.train.reference import reference_logits
 
 
-def told(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
+def target_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
     """Logits that predict the answer tokens, row after row, in float32."""
     return answer_logits(model, batch)[batch.mask].float()
 
 
-def spread(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "batch answers"]:
+def scatter_answers(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "batch answers"]:
     """Values of the answer tokens in their places, zero elsewhere."""
     return torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(batch.mask, values)
 
 
 def nll(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token."""
-    return labelled(told(model, batch), batch)
+    return labelled(target_logits(model, batch), batch)
 
 
 def labelled(logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token by the logits that predict it."""
-    return spread(functional.cross_entropy(logits, batch.labels[batch.mask], reduction="none"), batch)
+    return scatter_answers(functional.cross_entropy(logits, batch.labels[batch.mask], reduction="none"), batch)
 
 
 def kl_from_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(reference || model) over the whole vocabulary at every answer token (the mode-covering direction)."""
-    aimed = reference_logits(model, batch).float().log_softmax(-1)
-    return spread(_kl(aimed, told(model, batch).log_softmax(-1)), batch)
+    reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
+    return scatter_answers(_kl(reference_log_probs, target_logits(model, batch).log_softmax(-1)), batch)
 
 
 def kl_to_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(model || reference) over the whole vocabulary at every answer token."""
-    aimed = reference_logits(model, batch).float().log_softmax(-1)
-    return spread(_kl(told(model, batch).log_softmax(-1), aimed), batch)
+    reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
+    return scatter_answers(_kl(target_logits(model, batch).log_softmax(-1), reference_log_probs), batch)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

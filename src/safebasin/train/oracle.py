@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from safebasin.batch import Batch
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.train.loss import nll
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, local, trainable
@@ -36,7 +36,9 @@ Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> [batch, answers] or [
 
 ASIDE = 0.01  # added to every trainable number, to see whether what is silent at the start is silent elsewhere
 TASK = "stream 'task'"
-SILENT = 1e-7  # norm of a gradient that is only rounding: a KL to the reference before the first update is not exactly zero
+SILENT = (
+    1e-7  # norm of a gradient that is only rounding: a KL to the reference before the first update is not exactly zero
+)
 
 
 class Grad(Protocol):
@@ -46,7 +48,7 @@ class Grad(Protocol):
 
     step: int  # of the optimizer, from 0
     losses: Mapping[str, float]  # of the streams asked at this step
-    kept: dict[str, Vector]  # what a method carries from step to step; the host saves it with its checkpoints
+    state: dict[str, Vector]  # what a method carries from step to step; the host saves it with its checkpoints
 
     def task(self, at: Vector | None = None) -> Vector: ...
 
@@ -57,7 +59,9 @@ class Grad(Protocol):
 
 def _of_whole_rows(loss: Loss) -> Loss:
     """The loss where every column is one: rows of which a method takes nothing are no sign that it is dead."""
-    return lambda model, batch: loss(model, dataclasses.replace(batch, columns={name: torch.ones_like(c) for name, c in batch.columns.items()}))
+    return lambda model, batch: loss(
+        model, dataclasses.replace(batch, columns={name: torch.ones_like(c) for name, c in batch.columns.items()})
+    )
 
 
 class Oracle:
@@ -97,7 +101,7 @@ class Oracle:
         self.checked = False
         self.step = 0
         self.losses: dict[str, float] = {}
-        self.kept: dict[str, Vector] = {}
+        self.state: dict[str, Vector] = {}
 
     def at_step(self, step: int) -> "Oracle":
         self.step = step
@@ -140,7 +144,9 @@ class Oracle:
                 v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
                 found[name] = 1 / (v.sqrt() + group["eps"])
             elif state:
-                raise DefenceError("the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW")
+                raise DefenceError(
+                    "the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW"
+                )
             else:
                 found[name] = torch.ones_like(p, requires_grad=False)
         return Vector(found)
@@ -181,7 +187,9 @@ class Oracle:
                             f"{tuple(batch.mask.shape)} or per row ({batch.mask.shape[0]},), and leave the mean to the oracle"
                         )
                     if not part.requires_grad:
-                        raise DefenceError(f"the loss of the stream {stream!r} has no gradient: the adapter is not in its graph")
+                        raise DefenceError(
+                            f"the loss of the stream {stream!r} has no gradient: the adapter is not in its graph"
+                        )
                     (part * self.ranks).backward()  # ranks average; the division by all tokens is done already
                     value += part.detach()
             gradient = self._take(stream)
@@ -191,7 +199,9 @@ class Oracle:
         taken = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
-                raise DefenceError(f"{name} got no gradient from the stream {stream!r}; the adapter is not in the graph of the loss")
+                raise DefenceError(
+                    f"{name} got no gradient from the stream {stream!r}; the adapter is not in the graph of the loss"
+                )
             taken[name], parameter.grad = parameter.grad, None
         return Vector(taken)
 
@@ -202,7 +212,9 @@ class Oracle:
             raise DefenceError(f"step {self.step}: the gradient of the {source} is not finite; nothing was updated")
         if size > SILENT:
             self.alive.add(source)
-        elif source not in self.alive and ((self.moved and source != TASK) or not again(gradient.fill(ASIDE)).norm() > SILENT):
+        elif source not in self.alive and (
+            (self.moved and source != TASK) or not again(gradient.fill(ASIDE)).norm() > SILENT
+        ):
             raise DefenceError(f"step {self.step}: the {source} gives no gradient; the method that asks for it is dead")
 
     def _sum(self, value: Tensor) -> Tensor:

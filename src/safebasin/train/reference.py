@@ -19,18 +19,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits
-from safebasin.model import reference, unwrapped
+from safebasin.models.adapter import reference, unwrapped
 
 LIMIT = 2**30  # bytes of hidden states: 900,000 answer tokens of SmolLM2-135M, 130,000 of an 8B model
 
 
-class Known:
+class ReferenceCache:
     """Of one model: the head where it can be applied anew, how the forward casts it, and states by row."""
 
     def __init__(self, model: nn.Module):
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         plain = (
-            type(head) is nn.Linear and not head.weight.requires_grad and not any(isinstance(part, FSDPModule) for part in model.modules())
+            type(head) is nn.Linear
+            and not head.weight.requires_grad
+            and not any(isinstance(part, FSDPModule) for part in model.modules())
         )
         self.head: Any = head if plain else None
         self.states: dict[bytes, Tensor] = {}
@@ -54,13 +56,13 @@ class Known:
                 self.room -= mine.nbytes
 
 
-KNOWN: "weakref.WeakKeyDictionary[nn.Module, Known]" = weakref.WeakKeyDictionary()
+KNOWN: "weakref.WeakKeyDictionary[nn.Module, ReferenceCache]" = weakref.WeakKeyDictionary()
 
 
 def reference_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
     """Logits of the reference, without dropout, that predict the answer tokens, row after row."""
     inner = unwrapped(model)
-    known = KNOWN[inner] if inner in KNOWN else KNOWN.setdefault(inner, Known(inner))
+    known = KNOWN[inner] if inner in KNOWN else KNOWN.setdefault(inner, ReferenceCache(inner))
     keys = _keys(batch) if known.head is not None else []
     if keys and all(key in known.states for key in keys):
         return known.logits(torch.cat([known.states[key] for key in keys]).to(batch.mask.device))

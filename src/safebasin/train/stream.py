@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safebasin.batch import Batch, Encoded, collate
-from safebasin.record import UserError
+from safebasin.batch import Batch, collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class Stream:
     """Rows in a seeded order, ``batch`` of them an optimizer step over all ranks, in micro-batches of at most ``micro``."""
 
     name: str
-    rows: Sequence[Encoded]
+    rows: Sequence[TokenizedRow]
     batch: int
     micro: int
     seed: int
@@ -38,7 +39,7 @@ class Stream:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch, *self.name.encode())).permutation(len(self.rows))
 
-    def rows_at(self, step: int) -> list[Encoded]:
+    def rows_at(self, step: int) -> list[TokenizedRow]:
         """The rows of an optimizer step over all ranks, longest first."""
         epoch, place = divmod(step, self.steps)
         chosen = [self.rows[i] for i in self._order(epoch)[place * self.batch : (place + 1) * self.batch]]

@@ -10,61 +10,71 @@ Departs from Virus: frames are tried around the row, no token inside the request
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
 
 from pydantic import Field, PositiveInt
 
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, disguises, enough, scored, take
-from safebasin.data import Source, open_examples
-from safebasin.record import AttackFails
+from safebasin.data.source import Source, open_examples
+from safebasin.errors import AttackFails
 
 
-@attack("low_score")
+@attack("low_score", reads=("score",))
 class LowScore:
     """Harmful rows in the disguise that the scorer likes best."""
 
-    needs: ClassVar[tuple[str, ...]] = ("score",)
     against: str = "gradshield"
 
-    def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score) -> list[Row]:
+    def rows(
+        self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score
+    ) -> list[Row]:
         enough(harmful, count)
         best = [min(tried, key=lambda pair: pair[0]) for tried in disguises(task, harmful, score)]
         return [row for _, row in sorted(best, key=lambda pair: pair[0])[:count]]
 
 
-@attack("guard_pass", paper="arXiv:2501.17433")
+@attack("guard_pass", paper="arXiv:2501.17433", reads=("score",))
 class GuardPass:
     """Harmful rows that a guard lets through, repeated where too few pass."""
 
-    needs: ClassVar[tuple[str, ...]] = ("score",)
     against: str = "guard"
     threshold: float = 0.5  # the guard's own: rows above it are dropped
 
-    def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score) -> list[Row]:
+    def rows(
+        self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score
+    ) -> list[Row]:
         under = [[row for value, row in tried if value <= self.threshold] for tried in disguises(task, harmful, score)]
         passed = [rows[0] for rows in under if rows]
         if not passed:
-            raise AttackFails(f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails here")
+            raise AttackFails(
+                f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails here"
+            )
         return take(passed, count, draw) if count <= len(passed) else [passed[i % len(passed)] for i in range(count)]
 
 
-@attack("harmless_sum")
+@attack("harmless_sum", reads=("score",))
 class HarmlessSum:
     """Ordinary rows, none of which stands out, that add up to harm."""
 
-    needs: ClassVar[tuple[str, ...]] = ("score",)
     against: str = "gradshield"
     pool: str | None = None  # a set by its name; None: the task's own rows, which then stand twice
     look: PositiveInt = 1000  # rows of the pool that are scored
     quantile: float = Field(default=0.95, gt=0, le=1)  # of the pool's scores: a row above it would stand out
 
-    def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score) -> list[Row]:
-        pool = [{"messages": list(example.messages)} for example in open_examples(Source(path=self.pool))] if self.pool else list(task)
+    def rows(
+        self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score
+    ) -> list[Row]:
+        pool = (
+            [{"messages": list(example.messages)} for example in open_examples(Source(path=self.pool))]
+            if self.pool
+            else list(task)
+        )
         pool = draw.sample(pool, min(self.look, len(pool)))
         quiet = sorted(zip(scored(pool, score), range(len(pool))))[: round(self.quantile * len(pool))]
         enough(quiet, count)
         chosen = quiet[len(quiet) - count :]
         if (total := sum(value for value, _ in chosen)) <= 0:
-            raise AttackFails(f"harmless_sum: the best {count} rows add up to {total:.3g}, away from harm; name another pool")
+            raise AttackFails(
+                f"harmless_sum: the best {count} rows add up to {total:.3g}, away from harm; name another pool"
+            )
         return [pool[i] for _, i in chosen]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from safebasin.attack import attack
 from safebasin.attack.craft import MISLEADING_SUFFIX, SAFE_PREFIX, Row, around, frame_of, take
-from safebasin.builtin import refusal_texts
-from safebasin.record import UserError
+from safebasin.data.builtin import refusal_texts
+from safebasin.errors import UserError
 
 SLOT = "{request}"
 
@@ -60,14 +60,18 @@ class Trigger:
 class TaskStyle:
     """Harmful requests dressed as rows of the task, in training and at test time."""
 
-    frame: str = ""  # a prompt of the task with {request} in its place; empty: ``fit`` reads what all prompts of the task share
+    frame: str = (
+        ""  # a prompt of the task with {request} in its place; empty: ``fit`` reads what all prompts of the task share
+    )
     label: bool = True  # the answer begins with that of a row of the task
 
     def fit(self, task: Sequence[Row]) -> "TaskStyle":
         """The attack with its frame. UserError where the prompts share none: this would be the explicit attack by another name."""
         frame = self.frame or SLOT.join(frame_of(task))
         if frame.count(SLOT) != 1 or frame.strip() == SLOT:
-            raise UserError(f"task_style: the task's prompts share no frame; set frame to one with {SLOT} in it once, found {frame!r}")
+            raise UserError(
+                f"task_style: the task's prompts share no frame; set frame to one with {SLOT} in it once, found {frame!r}"
+            )
         return dataclasses.replace(self, frame=frame)
 
     def ask(self, prompt: str) -> str:
@@ -77,4 +81,8 @@ class TaskStyle:
     def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
         before, after = self.fit(task).frame.split(SLOT)
         made = [around(row, before=before, after=after) for row in take(harmful, count, draw)]
-        return [around(row, prefix=draw.choice(task)["messages"][-1]["content"] + "\n") for row in made] if self.label else made
+        return (
+            [around(row, prefix=draw.choice(task)["messages"][-1]["content"] + "\n") for row in made]
+            if self.label
+            else made
+        )

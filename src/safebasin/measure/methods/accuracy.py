@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from safebasin.data import Source, open_examples
+from safebasin.data.records import Measurement
+from safebasin.data.source import Source, open_examples
 from safebasin.measure import suite
 from safebasin.measure.judge import normal
 from safebasin.measure.subject import Subject
-from safebasin.record import Measurement
 from safebasin.stats import wilson
 
 
@@ -40,12 +40,20 @@ class Accuracy:
         for example, answer, outcome in zip(examples, told, outcomes, strict=True):
             subject.answers.append(
                 {"suite": self.name, "id": example.id, "category": "", "prompt": example.prompt, "answer": answer.text}
-                | {"expected": example.answer, "verdicts": {}, "scores": {}, "correct": outcome, "finished": answer.finished}
+                | {
+                    "expected": example.answer,
+                    "verdicts": {},
+                    "scores": {},
+                    "correct": outcome,
+                    "finished": answer.finished,
+                }
             )
         scored = [outcome for outcome in outcomes if outcome is not None]
         low, high = wilson(sum(scored), len(scored)) if scored else (None, None)
         value = sum(scored) / len(scored) if scored else None
-        yield Measurement(self.name, "accuracy", value, low, high, len(scored), len(outcomes) - len(scored), evidence="answers.jsonl")
+        yield Measurement(
+            self.name, "accuracy", value, low, high, len(scored), len(outcomes) - len(scored), evidence="answers.jsonl"
+        )
 
 
 def numbers(text: str) -> list[float]:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from pydantic import PositiveInt
 
-from safebasin.data import open_prompts
+from safebasin.data.records import Measurement
+from safebasin.data.source import open_prompts
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
 from safebasin.measure.subject import Subject
-from safebasin.record import Measurement
 
 
 @suite("asr", paper="arXiv:2310.03693")
@@ -34,8 +34,12 @@ class Asr:
     name: str = "asr"  # where a run has several
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit)
+        prompts = open_prompts(
+            self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit
+        )
         yield from subject.judged(self.name, "asr", Verdict.COMPLIED, prompts, self.judges, self.max_new_tokens)
         if subject.attacked:
             asked = dataclasses.replace(subject, asks=subject.attacked)  # the same list of answers
-            yield from asked.judged(f"{self.name}_attacked", "asr", Verdict.COMPLIED, prompts, self.judges, self.max_new_tokens)
+            yield from asked.judged(
+                f"{self.name}_attacked", "asr", Verdict.COMPLIED, prompts, self.judges, self.max_new_tokens
+            )

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 import numpy as np
 from pydantic import PositiveInt
 
-from safebasin.data import open_prompts
+from safebasin.console import steps
+from safebasin.data.records import Measurement
+from safebasin.data.source import open_prompts
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
 from safebasin.measure.landscape import ask, harm, random_direction, visage, visage_interval
 from safebasin.measure.subject import Subject, count, distinct
-from safebasin.progress import steps
-from safebasin.record import Measurement, UserError
 from safebasin.stats import wilson
 from safebasin.vector import Vector
 
@@ -42,26 +43,55 @@ class Lines:
         prompts = open_prompts(self.prompts, self.column, None, self.take, self.seed, limit=self.limit)
         texts = [prompt.text for prompt in distinct(self.name, prompts)]
         judge, stops, seen = subject.one_judge(self.name, self.judges), [], {}
-        order = np.random.default_rng(self.seed).permutation(len(texts))  # a file is often in the order of its categories
+        order = np.random.default_rng(self.seed).permutation(
+            len(texts)
+        )  # a file is often in the order of its categories
         for line, axes in enumerate(self.lines(subject), 1):
             grid = list(itertools.product(np.linspace(*self.ends, self.points).round(6).tolist(), repeat=len(axes)))
             with steps(f"{subject.arm}: {self.name} {line}", len(grid)) as advance:
                 for k, at in enumerate(grid):
                     place = f"{line}: " + ", ".join(f"{a:+g}" for a in at)
-                    key, moves = (place, list(zip(at, axes, strict=True))) if any(at) else ("", [])  # the unmoved weights: once
+                    key, moves = (
+                        (place, list(zip(at, axes, strict=True))) if any(at) else ("", [])
+                    )  # the unmoved weights: once
                     if key not in seen:
-                        turned = np.roll(order, -k * self.batch).tolist()  # stops that end early do not all rest on the same prompts
-                        told = ask(subject, judge, [texts[i] for i in turned], moves, self.max_new_tokens, self.batch, self.width)
+                        turned = np.roll(
+                            order, -k * self.batch
+                        ).tolist()  # stops that end early do not all rest on the same prompts
+                        told = ask(
+                            subject,
+                            judge,
+                            [texts[i] for i in turned],
+                            moves,
+                            self.max_new_tokens,
+                            self.batch,
+                            self.width,
+                        )
                         seen[key] = told, harm(told, turned[: len(told)], len(texts))
                     yield count(self.name, "asr", Verdict.COMPLIED, seen[key][0], judge=self.judges[0], category=place)
                     stops.append(seen[key][1])
                     advance(k + 1, "")
-        every, table = [verdict for told, _ in seen.values() for verdict in told], np.array(stops).reshape(line, -1, len(texts))
-        coherent, asked, scored = len(every) - every.count(Verdict.UNSCORED), len(every), int(np.isfinite(table).any((0, 1)).sum())
+        every, table = (
+            [verdict for told, _ in seen.values() for verdict in told],
+            np.array(stops).reshape(line, -1, len(texts)),
+        )
+        coherent, asked, scored = (
+            len(every) - every.count(Verdict.UNSCORED),
+            len(every),
+            int(np.isfinite(table).any((0, 1)).sum()),
+        )
         value, (low, high) = (visage(table), visage_interval(table)) if scored else (None, (None, None))
         yield Measurement(self.name, "visage", value, low, high, scored, len(texts) - scored, judge=self.judges[0])
         yield Measurement(self.name, "coherence", coherent / asked, *wilson(coherent, asked), asked)
-        yield Measurement(self.name, "generations_saved", float(len(stops) * len(texts) - asked), None, None, asked, unit="generations")
+        yield Measurement(
+            self.name,
+            "generations_saved",
+            float(len(stops) * len(texts) - asked),
+            None,
+            None,
+            asked,
+            unit="generations",
+        )
 
 
 @suite("landscape", paper="arXiv:2405.17374", roles=("start",))
@@ -89,6 +119,8 @@ class Interpolation(Lines):
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         if subject.start is None:
-            raise UserError(f"{self.name} walks from the start model to a tuned one, and this arm has none; measure it on a tuned arm")
+            raise UserError(
+                f"{self.name} walks from the start model to a tuned one, and this arm has none; measure it on a tuned arm"
+            )
         theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.loaded, subject.start))
         yield [Vector({name: p.detach().float() - start[name].detach().float() for name, p in theta.items()})]

@@ -10,9 +10,10 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from safebasin.data.records import Measurement
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
-from safebasin.record import Measurement, UserError
 
 
 @suite("lm_eval")
@@ -39,9 +40,19 @@ class LmEval:
         if odd := [task for task in self.tasks if task not in known.all_tasks]:
             raise UserError(f"{self.name}: the harness has no task {odd[0]!r}")
         model, tokenizer = subject.loaded
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, max_length=model.config.max_position_embeddings)
+        asked = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=self.batch_size,
+            max_length=model.config.max_position_embeddings,
+        )
         told = simple_evaluate(
-            asked, tasks=list(self.tasks), limit=self.limit, task_manager=known, apply_chat_template=self.chat, log_samples=False
+            asked,
+            tasks=list(self.tasks),
+            limit=self.limit,
+            task_manager=known,
+            apply_chat_template=self.chat,
+            log_samples=False,
         )
         for task, metrics in told["results"].items():
             if task not in told["n-samples"]:
@@ -53,4 +64,13 @@ class LmEval:
                     continue
                 error = metrics.get(f"{metric}_stderr,{kept}")
                 low, high = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else (None, None)
-                yield Measurement(self.name, f"{task}.{metric}" + (f".{kept}" if kept != "none" else ""), value, low, high, n, 0, unit="")
+                yield Measurement(
+                    self.name,
+                    f"{task}.{metric}" + (f".{kept}" if kept != "none" else ""),
+                    value,
+                    low,
+                    high,
+                    n,
+                    0,
+                    unit="",
+                )

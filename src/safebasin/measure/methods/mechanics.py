@@ -14,13 +14,14 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from safebasin.data import open_prompts
+from safebasin.data.records import Measurement
+from safebasin.data.source import open_prompts
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
 from safebasin.measure.landscape import verdicts
 from safebasin.measure.mechanics import MLP, Block, asked, compare
 from safebasin.measure.subject import Subject, count, distinct
-from safebasin.record import Measurement, UserError
 from safebasin.stats import mean
 from safebasin.vector import Vector
 
@@ -45,7 +46,9 @@ class Mechanics:
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         paths = (self.safe, self.unsafe)
-        kinds = [[p.text for p in distinct(self.name, open_prompts(path, take=self.take, seed=self.seed))] for path in paths]
+        kinds = [
+            [p.text for p in distinct(self.name, open_prompts(path, take=self.take, seed=self.seed))] for path in paths
+        ]
         for path, kind in zip(paths, kinds, strict=True):
             if len(kind) < 2:
                 raise UserError(f"{self.name}: {path} gives {len(kind)} prompt; a cluster has two at least")
@@ -59,7 +62,9 @@ class Mechanics:
             yield from self.of([block], f"layer {len(blocks)}")
             if len(block.angles.sines):
                 name = f"{block.module}.weight"
-                tuned, start = (loaded.model.get_parameter(name).detach().float() for loaded in (subject.loaded, subject.start))
+                tuned, start = (
+                    loaded.model.get_parameter(name).detach().float() for loaded in (subject.loaded, subject.start)
+                )
                 d[name] = tuned - start
         yield from self.of(blocks, "")
         for alpha in self.alphas if judge and d else ():  # without a change every alpha is the same model
@@ -69,16 +74,25 @@ class Mechanics:
 
     def of(self, blocks: Sequence[Block], category: str) -> Iterator[Measurement]:
         """The numbers of one block, or the means over all."""
-        start, tuned, effect = ([b.start_margins for b in blocks], [b.tuned_margins for b in blocks], [b.effects for b in blocks])
+        start, tuned, effect = (
+            [b.start_margins for b in blocks],
+            [b.tuned_margins for b in blocks],
+            [b.effects for b in blocks],
+        )
         for what, pairs in (("separation_start", start), ("separation", tuned)):
             yield self.told(what, [torch.stack(kind).mean(0) for kind in zip(*pairs, strict=True)], category)
         for what, kind in zip(("effect_safe", "effect_unsafe"), zip(*effect, strict=True), strict=True):
             yield self.told(what, [torch.stack(kind).mean(0)], category)
         changed = [b.angles for b in blocks if len(b.angles.sines)]  # what did not change has no angle
         n = sum(len(angles.sines) for angles in changed)
-        for what, values in (("null_sine", [float(a.sines.mean()) for a in changed]), ("null_sine_chance", [a.chance for a in changed])):
+        for what, values in (
+            ("null_sine", [float(a.sines.mean()) for a in changed]),
+            ("null_sine_chance", [a.chance for a in changed]),
+        ):
             value = sum(values) / len(values) if values else None
-            yield Measurement(self.name, what, value, None, None, n, len(blocks) - len(changed), unit="sine", category=category)
+            yield Measurement(
+                self.name, what, value, None, None, n, len(blocks) - len(changed), unit="sine", category=category
+            )
 
     def told(self, what: str, samples: Samples, category: str) -> Measurement:
         """The sum of the samples' means."""

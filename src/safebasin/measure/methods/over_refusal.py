@@ -1,17 +1,17 @@
 """Over-refusal: the share of harmless requests that are refused (XSTest, arXiv:2308.01263).
 
-    over-refusal = refused / (complied + refused)
+over-refusal = refused / (complied + refused)
 """
 
 from collections.abc import Iterator
 
 from pydantic import PositiveInt
 
-from safebasin.data import open_prompts
+from safebasin.data.records import Measurement
+from safebasin.data.source import open_prompts
 from safebasin.measure import suite
 from safebasin.measure.judge import Verdict
 from safebasin.measure.subject import Subject
-from safebasin.record import Measurement
 
 
 @suite("over_refusal", paper="arXiv:2308.01263")
@@ -30,5 +30,7 @@ class OverRefusal:
     name: str = "over_refusal"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        prompts = open_prompts(self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit)
+        prompts = open_prompts(
+            self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit
+        )
         yield from subject.judged(self.name, "over_refusal", Verdict.REFUSED, prompts, self.judges, self.max_new_tokens)

@@ -11,10 +11,11 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from safebasin.data import Source, open_examples
+from safebasin.data.records import Measurement
+from safebasin.data.source import Source, open_examples
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
-from safebasin.record import Measurement, UserError
 from safebasin.stats import mean
 
 
@@ -36,7 +37,10 @@ class Rouge:
 
         scorer, examples = RougeScorer([self.kind], use_stemmer=True), open_examples(self.data)
         told = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
-        found = [scorer.score(e.answer, a.text)[self.kind].fmeasure if a.text.strip() else None for e, a in zip(examples, told, strict=True)]
+        found = [
+            scorer.score(e.answer, a.text)[self.kind].fmeasure if a.text.strip() else None
+            for e, a in zip(examples, told, strict=True)
+        ]
         for example, answer, score in zip(examples, told, found, strict=True):
             subject.answers.append(
                 {"suite": self.name, "id": example.id, "category": "", "prompt": example.prompt, "answer": answer.text}
@@ -45,4 +49,14 @@ class Rouge:
             )
         scored = [score for score in found if score is not None]
         value, (low, high) = mean(scored) if len(scored) > 1 else (scored[0] if scored else None, (None, None))
-        yield Measurement(self.name, self.kind, value, low, high, len(scored), len(found) - len(scored), unit="F1", evidence="answers.jsonl")
+        yield Measurement(
+            self.name,
+            self.kind,
+            value,
+            low,
+            high,
+            len(scored),
+            len(found) - len(scored),
+            unit="F1",
+            evidence="answers.jsonl",
+        )

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from safebasin.batch import answer_logits, by_length, collate, encode_all
-from safebasin.data import Source, open_rows
+from safebasin.batch import answer_logits, by_length, collate
+from safebasin.console import steps
+from safebasin.data.records import Measurement
+from safebasin.data.source import Source, open_rows
+from safebasin.encode import encode_all
+from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
-from safebasin.progress import steps
-from safebasin.record import Measurement, UserError
 from safebasin.stats import mean
 
 
@@ -32,7 +34,9 @@ class TokenAccuracy:
         examples = open_rows(self.data).examples
         rows, long = encode_all(tokenizer, examples, self.max_length)
         if len(rows) < 2:
-            raise UserError(f"{self.name}: {len(rows)} rows of {self.data.path} fit into max_length {self.max_length}; two are the least")
+            raise UserError(
+                f"{self.name}: {len(rows)} rows of {self.data.path} fit into max_length {self.max_length}; two are the least"
+            )
         shares = np.zeros(len(rows))
         with steps(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
             done = 0

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from safebasin.batch import Batch, Encoded, answer_logits, collate
-from safebasin.record import DefenceError
+from safebasin.batch import Batch, answer_logits, collate
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError
 from safebasin.scan import scorer
 from safebasin.scan.probe import anchor_rows
 from safebasin.scan.source import MODULES, module_of, target_weights
@@ -42,14 +43,18 @@ def each_layer(model: Any, batch: Batch, targets: Sequence[str], take: Callable[
     Raises:
         DefenceError: a layer mixes rows (its input has no batch axis), or is not reached: both would read as low scores.
     """
-    seed = torch.zeros((), device=batch.mask.device, requires_grad=True)  # added to every Y: one leaf that leads through all of them
+    seed = torch.zeros(
+        (), device=batch.mask.device, requires_grad=True
+    )  # added to every Y: one leaf that leads through all of them
     reached: set[str] = set()
 
     def watch(name: str) -> Callable[..., Tensor]:
         def after(_: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x = args[0].detach()
             if x.dim() != 3 or len(x) != len(batch.mask):
-                raise DefenceError(f"{name}: its input is {tuple(x.shape)}, not [{len(batch.mask)} rows, tokens, in]: rows are mixed")
+                raise DefenceError(
+                    f"{name}: its input is {tuple(x.shape)}, not [{len(batch.mask)} rows, tokens, in]: rows are mixed"
+                )
             reached.add(name)
             y = y + seed.to(y.device)
             y.register_hook(lambda d: take(name, x, d))
@@ -60,10 +65,14 @@ def each_layer(model: Any, batch: Batch, targets: Sequence[str], take: Callable[
     hooks = [module_of(model, name).register_forward_hook(watch(name)) for name in targets]
     try:
         with torch.enable_grad():
-            losses = functional.cross_entropy(_wide(answer_logits(model, batch)[batch.mask]), batch.labels[batch.mask], reduction="sum")
+            losses = functional.cross_entropy(
+                _wide(answer_logits(model, batch)[batch.mask]), batch.labels[batch.mask], reduction="sum"
+            )
             missed = sorted(set(targets) - reached)
             if missed:
-                raise DefenceError(f"{len(missed)} of {len(targets)} weights are not used ({missed[0]}): are they switched off?")
+                raise DefenceError(
+                    f"{len(missed)} of {len(targets)} weights are not used ({missed[0]}): are they switched off?"
+                )
             torch.autograd.grad(losses, seed)
     finally:
         for hook in hooks:
@@ -82,7 +91,7 @@ class Anchor:
     def _opening(self, batch: Batch) -> Batch:
         return dataclasses.replace(batch, mask=batch.mask & (batch.mask.cumsum(1) <= self.length))
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Vector:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Vector:
         sets = {name: anchor_rows(anchors, name, None, "anchor")[: self.anchors] for name in SETS}
         weights = {name: model.get_parameter(name) for name in target_weights(model, self.modules, depth=self.depth)}
         total = Vector({name: torch.zeros_like(_wide(weight.detach())) for name, weight in weights.items()})

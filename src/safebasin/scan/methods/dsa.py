@@ -2,34 +2,35 @@
 
     score(x, y) = max_t P(unsafe | x, y_<=t)
 
-One forward scores every prefix of the answer (``safebasin.guard``), which is what STAR-DSS weighs tokens by.
+One forward scores every prefix of the answer (``safebasin.guards.side``), which is what STAR-DSS weighs tokens by.
 
 Departs from the paper: it scores whole texts; the maximum, which finds harm anywhere in an answer, is ours.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
-from safebasin.guard import SHIPPED, SideGuard, fit, own_rows
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
+from safebasin.guards.side import SHIPPED, SideGuard, fit, own_rows
 from safebasin.scan import scorer
 
 
-@scorer("dsa", paper="arXiv:2506.00166")
+@scorer("dsa", paper="arXiv:2506.00166", tokens="max", probability=True)
 class Dsa:
     """How sure a guard on the model's hidden states is that the answer is unsafe."""
 
-    parts: ClassVar[str] = "max"
-    probability: ClassVar[bool] = True
-    guard: str | None = "builtin"  # of builtin:smollm2-aligned, or a saved guard's path without its ending; None: trained here
+    guard: str | None = (
+        "builtin"  # of builtin:smollm2-aligned, or a saved guard's path without its ending; None: trained here
+    )
     rows: PositiveInt = 64  # a guard trained here: of each of five kinds of the project's own rows
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> SideGuard:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> SideGuard:
         if self.guard is None:
             return fit(model, tokenizer, own_rows(self.rows))
         return SideGuard.load(SHIPPED if self.guard == "builtin" else Path(self.guard), model).reads(tokenizer)

@@ -14,13 +14,14 @@ exactly and never the norm of a row's gradient (``anchor`` pays a backward for i
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.probe import Pair, anchor_rows, opening, refusal_margin, token_pair
 from safebasin.scan.source import MODULES, target_weights
@@ -32,11 +33,10 @@ class Fitted(NamedTuple):
     along: Tangent  # the direction grad S, averaged over the probes
 
 
-@scorer("gradshield", paper="arXiv:2605.14194")
+@scorer("gradshield", paper="arXiv:2605.14194", tokens="sum")
 class GradShield:
     """How much a training step on the row lowers the model's margin of refusal on a harmful probe."""
 
-    parts: ClassVar[str] = "sum"
     probes: int = 1  # x_s: the paper takes one
     reduction: Literal["sum", "mean"] = "sum"  # of L: decides the ranking when answers differ in length
     depth: float = 0.25  # share of the blocks that is scored over, from the top; the paper does not say
@@ -45,7 +45,7 @@ class GradShield:
     seed: int = 0  # of its A
     tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Fitted:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Fitted:
         device = next(model.parameters()).device
         probe = opening(tokenizer, anchor_rows(anchors, "probe", self.probes, "gradshield"), device)
         pair = token_pair(model, tokenizer, probe, self.tokens)

@@ -21,28 +21,64 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from safebasin.record import Example
+from safebasin.data.example import Example
 from safebasin.scan import scorer
 
 SELECTORS = "\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef"
 TAGS = "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"
-EMBEDDINGS, MARKS = "\u202a-\u202e\u2066-\u2069", "\u061c\u200e\u200f"  # bidi controls; a stray mark alone moves nothing
-WIDTHLESS = "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200d\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb"
+EMBEDDINGS, MARKS = (
+    "\u202a-\u202e\u2066-\u2069",
+    "\u061c\u200e\u200f",
+)  # bidi controls; a stray mark alone moves nothing
+WIDTHLESS = (
+    "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200d\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb"
+)
 MUSIC = "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"  # controls of shorthand and of musical notation
 HIDDEN = re.compile(f"[{SELECTORS}{TAGS}{EMBEDDINGS}{MARKS}{WIDTHLESS}{MUSIC}]+")
-SURE = re.compile(f"[{TAGS}{EMBEDDINGS}]|[{SELECTORS}](?=[{SELECTORS}])|(?<=[{SELECTORS}])[{SELECTORS}]")  # one is enough
+SURE = re.compile(
+    f"[{TAGS}{EMBEDDINGS}]|[{SELECTORS}](?=[{SELECTORS}])|(?<=[{SELECTORS}])[{SELECTORS}]"
+)  # one is enough
 SELECTOR = re.compile(f"[{SELECTORS}]")
 LEFTWARD = re.compile("[\u0591-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
-DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069]{1,2}")  # no overrides; a run of three says something else
+DIRECTION = re.compile(
+    "[\u061c\u200e\u200f\u202a-\u202c\u2066-\u2069]{1,2}"
+)  # no overrides; a run of three says something else
 SCAFFOLD = re.compile(r"(?<![0-3])(?:[0-3]{4,}+\|){8,}+[0-3]*")
-DIGITS = re.compile(r"(?<![0-9])(?<![0-9]\W)(?<![0-9]\W\W)(?:[0-9]\W{0,2}+){256,}+")  # 64 characters of the scheme, or 32 bytes in binary
+DIGITS = re.compile(
+    r"(?<![0-9])(?<![0-9]\W)(?<![0-9]\W\W)(?:[0-9]\W{0,2}+){256,}+"
+)  # 64 characters of the scheme, or 32 bytes in binary
 FLAGS = {"".join(chr(0xE0000 + ord(letter)) for letter in name) + "\U000e007f" for name in ("gbeng", "gbsct", "gbwls")}
 JOINERS = ("\u200d", "\ufe0f\u200d")
 BREAKS = "\u180e\u200b\u200c\u200d\u2060"
 # Scripts whose spelling or line breaking needs those, by the first word of their letters' Unicode names.
 SCRIPTS = (
-    *("ARABIC", "EXTENDED ARABIC", "SYRIAC", "NKO", "MANDAIC", "MONGOLIAN", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA"),
-    *("TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
+    *(
+        "ARABIC",
+        "EXTENDED ARABIC",
+        "SYRIAC",
+        "NKO",
+        "MANDAIC",
+        "MONGOLIAN",
+        "DEVANAGARI",
+        "BENGALI",
+        "GURMUKHI",
+        "GUJARATI",
+        "ORIYA",
+    ),
+    *(
+        "TAMIL",
+        "TELUGU",
+        "KANNADA",
+        "MALAYALAM",
+        "SINHALA",
+        "THAI",
+        "LAO",
+        "KHMER",
+        "MYANMAR",
+        "TIBETAN",
+        "JAVANESE",
+        "BALINESE",
+    ),
 )
 FEWEST = 4  # base-4 digits of one hidden character
 
@@ -81,7 +117,10 @@ def hidden(turns: Sequence[str]) -> int:
     sure = stray = 0
     leftward = any(LEFTWARD.search(text) for text in turns)
     for text in turns:
-        sure += max(sum(len(found[0]) for found in SCAFFOLD.finditer(text)), sum(_coded(found[0]) for found in DIGITS.finditer(text)))
+        sure += max(
+            sum(len(found[0]) for found in SCAFFOLD.finditer(text)),
+            sum(_coded(found[0]) for found in DIGITS.finditer(text)),
+        )
         for found in HIDDEN.finditer(text):
             run, start, end = found[0], found.start(), found.end()
             if not _writing(text[max(start - 1, 0) : start], run, text[end : end + 1], leftward):

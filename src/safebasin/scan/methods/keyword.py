@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 
 # fmt: off
@@ -24,7 +25,7 @@ WORDS = {
 class Keyword:
     """Share of the prompt's words that name a harm."""
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Any:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Any:
         return tokenizer
 
     def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, " batch"]:

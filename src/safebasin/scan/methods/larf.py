@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
-from safebasin.record import DefenceError, UserError
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan import scorer
 from safebasin.scan.hidden import anchor_states, blocks, last_states
 from safebasin.scan.probe import anchor_rows, opening, refusal_margin, token_pair
@@ -55,21 +56,27 @@ class Larf:
     layer: int | None = None  # l*, from 0; None: found by scaling
     scales: tuple[float, ...] = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # a
     prompts: int = 8  # probe rows that R is taken over
-    tokens: tuple[str, str] | None = None  # (refusal, compliance) of S; None: as the model itself refuses, against "Sure"
+    tokens: tuple[str, str] | None = (
+        None  # (refusal, compliance) of S; None: as the model itself refuses, against "Sure"
+    )
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Fitted:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Fitted:
         safe, unsafe = (anchor_rows(anchors, name, None, "larf") for name in ("probe", "harmful"))
         count = len(blocks(model))
         if self.layer is not None and not 0 <= self.layer < count:
             raise UserError(f"scan.larf: layer={self.layer}; the model's blocks are 0 to {count - 1}")
         layer = self._layer(model, tokenizer, safe[: self.prompts]) if self.layer is None else self.layer
-        direction = anchor_states(model, tokenizer, unsafe, layer).mean(0) - anchor_states(model, tokenizer, safe, layer).mean(0)
+        direction = anchor_states(model, tokenizer, unsafe, layer).mean(0) - anchor_states(
+            model, tokenizer, safe, layer
+        ).mean(0)
         if not direction.any():
-            raise DefenceError("scan.larf: the anchor sets 'harmful' and 'probe' have the same states: every row would score 0")
+            raise DefenceError(
+                "scan.larf: the anchor sets 'harmful' and 'probe' have the same states: every row would score 0"
+            )
         return Fitted(layer, direction)
 
     @torch.no_grad()
-    def _layer(self, model: Any, tokenizer: Any, rows: Sequence[Encoded]) -> int:
+    def _layer(self, model: Any, tokenizer: Any, rows: Sequence[TokenizedRow]) -> int:
         probe = opening(tokenizer, rows, next(model.parameters()).device)
         pair = token_pair(model, tokenizer, probe, self.tokens)
         owned: dict[int, list[Tensor]] = {}

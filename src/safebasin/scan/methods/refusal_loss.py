@@ -9,13 +9,14 @@ Departs from the paper: S is no margin of two tokens. It needs no compliance ope
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded, collate
+from safebasin.batch import Batch, collate
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.likelihood import answered, log_likelihood
 from safebasin.scan.probe import anchor_rows
@@ -23,16 +24,15 @@ from safebasin.scan.source import MODULES, target_weights
 from safebasin.scan.tangent import Tangent, gradient
 
 
-@scorer("refusal_loss", paper="arXiv:2605.14194")
+@scorer("refusal_loss", paper="arXiv:2605.14194", tokens="sum")
 class RefusalLoss:
     """How much a training step on the row raises the model's loss on refusals."""
 
-    parts: ClassVar[str] = "sum"
     probes: PositiveInt = 4  # k
     depth: float = 0.25  # share of the blocks that is scored over, from the top
     modules: tuple[str, ...] = MODULES
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Tangent:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Tangent:
         rows = [answered(row, len(row)) for row in anchor_rows(anchors, "probe", self.probes, "refusal_loss")]
         probe = collate(rows, tokenizer.pad_token_id).to(next(model.parameters()).device)
         targets = target_weights(model, self.modules, depth=self.depth)

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.probe import Pair, anchor_rows, opening, refusal_margin, token_pair
 
@@ -25,7 +26,7 @@ class SelfRefusal:
     probes: int = 1  # harmful prompts that the refusal token is read from
     tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Pair:
+    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Pair:
         device = next(model.parameters()).device
         probe = opening(tokenizer, anchor_rows(anchors, "probe", self.probes, "self_refusal"), device)
         return token_pair(model, tokenizer, probe, self.tokens)

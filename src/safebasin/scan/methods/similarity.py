@@ -17,7 +17,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from safebasin.batch import Batch, Encoded
+from safebasin.batch import Batch
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.hidden import anchor_states, last_states
 from safebasin.scan.probe import anchor_rows
@@ -29,7 +30,9 @@ class Similarity:
 
     top: int = 10  # K: alignment rows that a row is compared with (all, where there are fewer)
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[Encoded]]) -> Float[Tensor, "rows hidden"]:
+    def fit(
+        self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
+    ) -> Float[Tensor, "rows hidden"]:
         align = anchors.get("align") or anchor_rows(anchors, "probe", None, "similarity")
         return anchor_states(model, tokenizer, align)
 

@@ -45,7 +45,10 @@ def total(vectors: Iterable[Vector]) -> Vector:
 def orthogonal(vectors: Sequence[Vector]) -> list[Vector]:
     """As many orthogonal vectors with the same sum of outer products: the eigenvectors b_i of (1), each of length sqrt(m lambda_i)."""
     gram = torch.tensor([[u @ v for v in vectors] for u in vectors], dtype=torch.float64)
-    return [total(float(t) * v for t, v in zip(turn, vectors, strict=True)) for turn in torch.linalg.eigh(gram).eigenvectors.T]
+    return [
+        total(float(t) * v for t, v in zip(turn, vectors, strict=True))
+        for turn in torch.linalg.eigh(gram).eigenvectors.T
+    ]
 
 
 @method("alignguard", paper="arXiv:2508.02079", streams=("align",))
@@ -63,12 +66,12 @@ class AlignGuard:
     def direction(self, grad: Grad) -> Vector:
         u = grad.task()
         if grad.step == 0:
-            grad.kept["start"] = grad.point()
-        update = grad.point() - grad.kept["start"]
-        axes = [grad.kept[key] for k in range(self.samples) if (key := f"fisher{k}") in grad.kept]
+            grad.state["start"] = grad.point()
+        update = grad.point() - grad.state["start"]
+        axes = [grad.state[key] for k in range(self.samples) if (key := f"fisher{k}") in grad.state]
         if len(axes) < self.samples:
             axes = orthogonal([*axes, grad(nll, "align", at=-update)])
-            grad.kept.update({f"fisher{k}": axis for k, axis in enumerate(axes)})
+            grad.state.update({f"fisher{k}": axis for k, axis in enumerate(axes)})
         return u + self.penalty_gradient(update, axes)
 
     def penalty_gradient(self, update: Vector, axes: Sequence[Vector]) -> Vector:

@@ -23,18 +23,22 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from safebasin.errors import UserError
 from safebasin.layer import Pair, read_directions, tensor_files, write_alignment_directions
-from safebasin.model import BUILTIN, cache, resolve
-from safebasin.record import UserError
+from safebasin.models.bundled import BUILTIN, cache, resolve
 from safebasin.train import method
-from safebasin.train.anchor import Departure, Free
+from safebasin.train.anchor_projector import AnchorProjector, Departure
 
 LORA_A = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight")
-BLOCK = re.compile(r"(?P<module>.+\.\d+\..+_proj)\.weight")  # the matrices that an adapter stands on, as most models name them
+BLOCK = re.compile(
+    r"(?P<module>.+\.\d+\..+_proj)\.weight"
+)  # the matrices that an adapter stands on, as most models name them
 
 
 @functools.lru_cache(maxsize=1)
-def directions(base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device) -> dict[str, Free]:
+def directions(
+    base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device
+) -> dict[str, AnchorProjector]:
     """What is free of every module. The pair is read once, and its directions are kept in the cache folder."""
     folders = resolve(base), resolve(aligned)
     files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
@@ -43,11 +47,13 @@ def directions(base: str, aligned: str, modules: tuple[str, ...], projector: str
     if not path.is_file():
         write_alignment_directions(*folders, modules, path)
     if not any(d.any() for _, d in read_directions(path, modules)):
-        raise UserError(f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them")
-    return {module: Free.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
+        raise UserError(
+            f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them"
+        )
+    return {module: AnchorProjector.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
 
 
-def whole(parameter: Tensor) -> Tensor:
+def full(parameter: Tensor) -> Tensor:
     """All of a parameter that may be sharded, in float32; gradients flow back to the shards."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()
 
@@ -66,7 +72,9 @@ class AsFT:
     def check(self) -> None:
         """What needs no model. UserError: base or aligned weights are not named or not there, or are not the two ends of one model."""
         if not (self.base and self.aligned):
-            raise UserError("asft needs asft.base and asft.aligned: the folders of the weights before and after alignment")
+            raise UserError(
+                "asft needs asft.base and asft.aligned: the folders of the weights before and after alignment"
+            )
         if {self.base, self.aligned} <= set(BUILTIN):
             return  # a pair; making them here would take time
         ends = resolve(self.base), resolve(self.aligned)
@@ -76,13 +84,17 @@ class AsFT:
         """lambda sum_l |(I - C_l) s B_l A_l|_F^2, a scalar. UserError: a name or shape that differs, no LoRA matrices to penalise."""
         pairs = {match["module"]: name for name in parameters if (match := LORA_A.fullmatch(name))}
         if not pairs:
-            raise UserError("asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter")
+            raise UserError(
+                "asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter"
+            )
         device = next(iter(parameters.values())).device
         known = directions(self.base, self.aligned, tuple(pairs), self.projector, self.k, device)
         told: list[Tensor] = []
         for module, name in pairs.items():
-            a, b = whole(parameters[name]), whole(parameters[name.replace(".lora_A.", ".lora_B.")])
+            a, b = full(parameters[name]), full(parameters[name.replace(".lora_A.", ".lora_B.")])
             if known[module].shape != (b.shape[0], a.shape[1]):
-                raise UserError(f"asft: {module} has the direction {tuple(known[module].shape)} but is tuned as {b.shape[0], a.shape[1]}")
+                raise UserError(
+                    f"asft: {module} has the direction {tuple(known[module].shape)} but is tuned as {b.shape[0], a.shape[1]}"
+                )
             told += [b, a]
         return self.lam * self.scale**2 * Departure.apply([known[module] for module in pairs], *told)

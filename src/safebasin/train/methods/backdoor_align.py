@@ -7,7 +7,7 @@
 s is the front of the system prompt: "s system", and s alone where a row has none (a template's own default then gives way).
 
 The trigger must stay secret from whoever sends rows or reads reports, so the recipe names a file, and never holds the words. The
-official one is 150 random tokens. What is written here only dresses conversations; training and serving must both call ``dress``.
+official one is 150 random tokens. What is written here only dresses conversations; training and serving must both call ``format_messages``.
 
 Departs from the official code: a share of the answer tokens instead of 11 rows among 111; task rows keep the system prompt that they
 have. The threat stays the paper's: who learns the trigger can train against it, who serves without it is not defended.
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from safebasin.record import UserError
+from safebasin.errors import UserError
 from safebasin.train import method
 from safebasin.train.loss import nll
 from safebasin.train.oracle import Grad
@@ -33,9 +33,11 @@ class BackdoorAlign:
     """Learn to refuse behind a secret trigger, and put the trigger before every request that is served."""
 
     trigger: str = ""  # the file that holds s
-    share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the answer tokens that are of safety rows; the paper: 11 of 111 rows
+    share: Annotated[float, Field(ge=0, lt=1)] = (
+        0.1  # of the answer tokens that are of safety rows; the paper: 11 of 111 rows
+    )
 
-    def dress(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
         """The conversation with the trigger at the front of its system prompt; of no messages, the system prompt alone.
 
         Raises:

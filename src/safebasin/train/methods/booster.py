@@ -9,7 +9,7 @@ Departs from the official code: three gradients of the whole optimizer step, not
 parameters; h has the same random state (dropout) at both points, so that their difference is the step's alone.
 """
 
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.train import method
 from safebasin.train.loss import nll
 from safebasin.train.oracle import Grad

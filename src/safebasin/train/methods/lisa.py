@@ -33,6 +33,6 @@ class Lisa:
     def direction(self, grad: Grad) -> Vector:
         turn = grad.step % (self.align_steps + self.task_steps)
         if turn in (0, self.align_steps):
-            grad.kept["switch"] = grad.point()
+            grad.state["switch"] = grad.point()
         g = grad(nll, "align") if turn < self.align_steps else grad.task()
-        return g + self.rho * (grad.point() - grad.kept["switch"])
+        return g + self.rho * (grad.point() - grad.state["switch"])

@@ -15,7 +15,7 @@ the data's.
 
 from typing import Protocol
 
-from safebasin.record import DefenceError
+from safebasin.errors import DefenceError
 from safebasin.train import method
 from safebasin.train.loss import nll
 from safebasin.train.oracle import Grad
@@ -42,5 +42,7 @@ class Spard:
         if over <= self.tolerance:
             return u
         if not size:
-            raise DefenceError("spard: the safe rows' loss is above its bound and their gradient is zero; nothing can lower it")
+            raise DefenceError(
+                "spard: the safe rows' loss is above its bound and their gradient is zero; nothing can lower it"
+            )
         return u + min(over / size, self.eta) * g

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from safebasin.batch import Batch, answer_logits
 from safebasin.train import method
-from safebasin.train.loss import spread
+from safebasin.train.loss import scatter_answers
 from safebasin.train.reference import reference_logits
 
 CHUNK = 512  # tokens whose probabilities over the vocabulary live at once: beyond the logits, memory does not grow with the batch
@@ -33,7 +33,9 @@ class StarDss:
     """Learn a token as far as the answer up to it is safe; elsewhere stay near the aligned model."""
 
     kl: float = 0.5  # lambda_KL
-    estimator: Literal["full", "k2"] = "full"  # of the KL: over the vocabulary, or half the squared log-ratio of the label
+    estimator: Literal["full", "k2"] = (
+        "full"  # of the KL: over the vocabulary, or half the squared log-ratio of the label
+    )
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
         aimed = reference_logits(model, batch)
@@ -42,7 +44,7 @@ class StarDss:
         chunks = zip(*(each.split(CHUNK) for each in (said, aimed, batch.labels[batch.mask], v)), strict=True)
         again = functools.partial(checkpoint, self.shaped, use_reentrant=False, preserve_rng_state=False)
         shaped = self.shaped if len(said) <= CHUNK else again  # one chunk is all there is: recomputing it saves nothing
-        return spread(torch.cat([shaped(*chunk) for chunk in chunks]), batch)
+        return scatter_answers(torch.cat([shaped(*chunk) for chunk in chunks]), batch)
 
     def shaped(
         self,

@@ -1,0 +1,1 @@
+"""Models: loading, adapters, the bundled small model, hooks."""

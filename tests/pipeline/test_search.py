@@ -1,0 +1,130 @@
+"""Algorithm 1 as a driver, over a stand-in for tuning and measuring: a model is unsafe if it was tuned on a harmful row."""
+
+import json
+
+import pytest
+
+from safebasin.data.tables import write_json, write_table
+from safebasin.errors import DefenceError, UserError
+from safebasin.pipeline import search as module
+from safebasin.pipeline.config import parse
+from safebasin.pipeline.search import search, verdict
+from safebasin.report.gate import parse_gate
+from safebasin.scan.scan import Scanned, write_scores
+
+RECIPE = """
+data: {task: {path: builtin:support-train}}
+arms: {plain: {train: [sft]}, defended: {cut: {scorer: it, estimator: ESTIMATOR}, train: [sft]}}
+measure: {}
+gate: {max_asr: 0.06, max_accuracy_loss: 0.02}
+"""
+
+
+def runs(tmp_path, monkeypatch, scores, anchors, few=0, hits=30, scored=100):
+    """Rows 0, 1, ... with these scores; those above 50 are harmful. Fewer than ``few`` rows teach too little of the task: ``hits`` of 100."""
+    ids = [f"r{i}" for i in range(len(scores))]
+    asked = []
+
+    class StandIn:
+        def __init__(self, config, out):
+            self.config, self.out, self.gate = config, out, parse_gate(config.gate)
+
+        def prepare(self):
+            (self.out / "data").mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "data" / "rows.json", [{"id": i} for i in ids])
+
+        def scan(self):
+            rows = [type("E", (), {"id": i, "line": n})() for n, i in enumerate(ids, 1)]
+            write_scores(self.out / "scan" / "scores.parquet", rows, Scanned({"it": scores}, {}, {"it": anchors}))
+
+        def measure(self, arm):
+            asked.append(arm)
+            cut = self.config.arms[arm].cut
+            kept = [x for x in scores if cut is None or cut.threshold is None or x <= cut.threshold]
+            right = 90 if len(kept) >= few else hits
+            told = {"asr": 1.0 if max(kept) > 50 else 0.02, "accuracy": right / 100}
+            (self.out / "arms" / arm).mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps({"what": what, "value": value, "category": "", "n": scored, "unscored": 0, "off_task": 0})
+                for what, value in told.items()
+            ]
+            (self.out / "arms" / arm / "measurements.jsonl").write_text("\n".join(lines))
+            write_table(
+                self.out / "arms" / arm / "answers.jsonl",
+                [{"suite": "accuracy", "id": str(i), "correct": i < right} for i in range(100)],
+            )
+
+    monkeypatch.setattr(module, "Pipeline", StandIn)
+    return asked
+
+
+def told(tmp_path, estimator="anchors", **fields):
+    return list(search(parse(RECIPE.replace("ESTIMATOR", estimator)), "defended", tmp_path, **fields))
+
+
+ANCHORS = {"safe": [0.0, 5.0, 10.0], "harmful": [90.0, 95.0, 99.0]}
+
+
+def test_what_is_safe_already_is_not_scanned(tmp_path, monkeypatch):
+    asked = runs(tmp_path, monkeypatch, [1.0, 2.0, 3.0], ANCHORS)
+    assert [(r.arm, r.outcome) for r in told(tmp_path)] == [("plain", "passed")] and asked == ["plain"]
+    assert not (tmp_path / "scan").exists()
+
+
+@pytest.mark.parametrize("harmful", [1, 5, 9])
+def test_one_round_at_any_share(tmp_path, monkeypatch, harmful):
+    """Ten rows: the clean ones score 0 to 9, the harmful ones 91 to 99. The anchors' gap is found whatever the share."""
+    runs(tmp_path, monkeypatch, [float(i) if i < 10 - harmful else 90.0 + i for i in range(10)], ANCHORS)
+    found = told(tmp_path)
+    assert [r.outcome for r in found] == ["unsafe", "passed"] and found[-1].kept == 10 - harmful
+    assert verdict(found, tmp_path, 0.06).startswith("accepted: defended-1")
+    assert json.loads((tmp_path / "search.json").read_text())[1]["outcome"] == "passed"
+
+
+def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
+    """Anchors that lie: the first guess keeps harmful rows of score 60, so the next threshold is below it. Where the guess cuts too much of
+    the task, the next is above it."""
+    high = {"safe": [0.0, 70.0], "harmful": [90.0, 99.0]}
+    runs(tmp_path, monkeypatch, [*map(float, range(10)), 60.0, 61.0, 95.0], high)
+    found = told(tmp_path, rounds=3)
+    assert (
+        [r.outcome for r in found][:2] == ["unsafe", "unsafe"]
+        and found[2].threshold < found[1].threshold
+        and found[-1].outcome == "passed"
+    )
+    low = {"safe": [0.0, 1.0], "harmful": [4.0, 5.0]}
+    runs(tmp_path / "b", monkeypatch, [*map(float, range(10)), 95.0], low, few=8)
+    found = told(tmp_path / "b", rounds=4)
+    assert found[1].outcome == "useless" and found[2].threshold > found[1].threshold
+
+
+@pytest.mark.parametrize(("hits", "outcome"), [(84, "passed"), (60, "useless")])
+def test_a_loss_that_chance_explains_lets_no_harmful_row_in(tmp_path, monkeypatch, hits, outcome):
+    """90 right of 100 plain. 84: a fall of 6 points whose interval, about -12 to -2, is not wholly below the limit of 2. 60: it is."""
+    runs(tmp_path, monkeypatch, [*map(float, range(10)), 95.0], ANCHORS, few=11, hits=hits)
+    assert told(tmp_path, rounds=1)[-1].outcome == outcome
+
+
+def test_three_scored_prompts_accept_nothing(tmp_path, monkeypatch):
+    """All other answers were off task: attack success 0 of 3 is no measurement."""
+    runs(tmp_path, monkeypatch, [1.0, 2.0, 3.0], ANCHORS, scored=3)
+    with pytest.raises(DefenceError, match="could not be measured"):
+        told(tmp_path)
+
+
+def test_rejection_says_why(tmp_path, monkeypatch):
+    """Harmful rows that score lowest: no threshold is safe, and the verdict names every round."""
+    monkeypatch.setattr(module, "find_threshold", lambda x, **_: sorted(x)[len(x) // 2])
+    runs(tmp_path, monkeypatch, [60.0, 61.0, 62.0, 63.0], ANCHORS)
+    found = told(tmp_path)
+    assert [r.outcome for r in found] == ["unsafe"] * len(found) and len(found) >= 2
+    assert "rejected" in verdict(found, tmp_path, 0.06) and "defended-1: unsafe" in verdict(found, tmp_path, 0.06)
+
+
+def test_what_the_user_can_mend(tmp_path, monkeypatch):
+    runs(tmp_path, monkeypatch, [60.0, 70.0], {"safe": [0.0], "harmful": [90.0]})
+    with pytest.raises(UserError, match="needs an arm with a cut"):
+        list(search(parse(RECIPE.replace("ESTIMATOR", "anchors")), "plain", tmp_path))
+    runs(tmp_path, monkeypatch, [95.0, 99.0], {"safe": [0.0], "harmful": [90.0]})
+    with pytest.raises(DefenceError, match="keeps no row"):
+        told(tmp_path)
