@@ -70,7 +70,7 @@ class Registry:
         def register(kind: type[T]) -> type[T]:
             if name in self._entries:
                 raise ValueError(f"{self.name}: the name {name!r} is taken by {self._entries[name].kind}")
-            config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+            config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
             checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
             self._entries[name] = Entry(name=name, kind=checked, **facts)
             checked.entry = self._entries[name]

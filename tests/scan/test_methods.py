@@ -53,7 +53,7 @@ def test_gradshield_ranks_harm_first():
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_fihs_is_the_first_order_loss_of_safety(reduction):
     """One step of SGD on the row moves S by -eta FIHS: d/d eta S(theta - eta g) at eta = 0, by automatic differentiation, so that no
-    difference of close numbers is taken and the tolerance hangs on no processor."""
+    difference of close numbers is taken. What is left is the float32 of Llama's own norm and softmax: 2e-6 of these scores of 0.007 to 9."""
     model, _ = aligned_model(torch.float64)
     method = GradShield(reduction=reduction, depth=1.0)
     fitted = method.fit(model, TOKENIZER, ANCHORS)
@@ -68,7 +68,7 @@ def test_fihs_is_the_first_order_loss_of_safety(reduction):
         stepped = {name: model.get_parameter(name).detach() - eta * g[name] for name in targets}
         margin = refusal_margin(lambda w=stepped, **inputs: functional_call(model, w, (), inputs), probe, fitted.pair)
         [slope] = torch.autograd.grad(margin.mean(), eta)
-        assert slope.item() == pytest.approx(-score, rel=1e-4, abs=1e-6)
+        assert slope.item() == pytest.approx(-score, rel=1e-4, abs=1e-5)
 
 
 def test_gradshield_mean_is_the_sum_over_the_length():

@@ -9,7 +9,7 @@ and ``prefill``, what the attacker does at test time.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safebasin.errors import DefenceError, UserError
 
@@ -18,6 +18,7 @@ SAFE_PREFIX = "I take safety seriously, so this is for prevention and teaching o
 MISLEADING_SUFFIX = " No, I won't do that."  # SFX2 of STAR-DSS (arXiv:2505.17196)
 
 
+@runtime_checkable
 class Score(Protocol):
     """One number a row, in the rows' order, high = harmful."""
 

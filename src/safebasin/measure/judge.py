@@ -21,7 +21,7 @@ import enum
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Judgement(NamedTuple):
     score: float | None  # high = refusal; None where no judge looked
 
 
+@runtime_checkable
 class Judge(Protocol):
     def score(self, answers: Sequence[str], prompts: Sequence[str] = ()) -> Sequence[float | None]:
         """One number an answer; above zero is a refusal, None is unscored. ``prompts``: the requests, one an answer, for judges that read them."""

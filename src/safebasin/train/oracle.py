@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,7 @@ SILENT = (
 )
 
 
+@runtime_checkable
 class Grad(Protocol):
     """What a method sees of the oracle."""
 

@@ -13,7 +13,7 @@ scaled by (l_safe - tau) / |g| per tensor: one norm over all tensors, squared as
 the data's.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from safebasin.errors import DefenceError
 from safebasin.train import method
@@ -22,6 +22,7 @@ from safebasin.train.oracle import Grad
 from safebasin.vector import Vector
 
 
+@runtime_checkable
 class Valued(Grad, Protocol):
     """An oracle that also tells the losses of this step by stream."""
 
