@@ -1,4 +1,4 @@
-"""The report: one object, read from the files of a run folder. The JSON, the Markdown, the page and the exit code show it.
+"""The report: one object, read from the files of a run folder. It becomes JSON, Markdown, a page and an exit code.
 
 Nothing here imports torch: a report can be written on a laptop. What was not measured is None, never zero. Every string
 that came from a row has passed ``printable`` before it enters this tree.

@@ -142,8 +142,7 @@ def _checked(shape: Any, value: Any, where: str) -> Any:
 
 def load(path: Path, shape: Any, missing: Any = None) -> Any:
     """What a JSON file holds, checked against a shape; ``missing`` if there is no such file."""
-    value = read_json(path)
-    return missing if value is None else _checked(shape, value, str(path))
+    return _checked(shape, read_json(path), str(path)) if path.exists() else missing
 
 
 def load_run(path: Path) -> RunFile:

@@ -66,7 +66,7 @@ def judge_gate(report: Report, gate: Gate) -> Verdict:
 
 
 def read_verdict(run: Path) -> Verdict:
-    """The verdict that the run's report states; inconclusive if the report was made from other files than there are now.
+    """The verdict that the run's report states; inconclusive if the report was made from other files.
 
     Raises:
         UserError: the run has no report, or its report or its manifest is damaged.

@@ -4,9 +4,9 @@
     order by   (attacks not known, worst(d), - mean accuracy over attacks)
 
 Attack success is not known where the gate would be inconclusive, where the defence could not run, and where the cell is
-still to do. What is not known is never zero and enters no maximum. A suite that decides nothing on any defence (its answers
-are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so the worst by
-each judge is stated as well. The cost to the task is the difference to plain tuning, paired by attack and seed.
+still to do. What is not known is never zero and enters no maximum. A suite that decides nothing on any defence (its
+answers are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so
+the worst by each judge is stated too. The cost to the task is the difference to plain tuning by attack and seed.
 """
 
 import datetime
@@ -70,9 +70,9 @@ class Rank(NamedTuple):
 def records(cells: Sequence[Cell]) -> Iterator[Record]:
     """The time of all steps, then a record for each attack, defence, suite and judge.
 
-    A cell with a reason has a record without a value. The interval is over seeds, or over prompts if one seed was scored;
-    n, unscored, off_task and seconds are sums over seeds; ``fewest`` is the least n of a seed; kappa is the least with any
-    other judge.
+    A cell with a reason has a record without a value. The interval is over seeds, or over prompts if one seed was
+    scored; n, unscored, off_task and seconds are sums over seeds; ``fewest`` is the least n of a seed; kappa is the
+    least with any other judge.
 
     Raises:
         UserError: a manifest or measurements of a run are missing or damaged.

@@ -1,6 +1,6 @@
 """A run's answers and verdicts as eval logs that Inspect opens (the extra ``inspect``): one for every arm and suite.
 
-A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate. What was not scored or off the task is Inspect's NaN.
+A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate. What was not scored or was off the task is NaN.
 """
 
 import datetime

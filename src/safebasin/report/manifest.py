@@ -11,30 +11,23 @@ from safebasin.console import printable
 from safebasin.data.tables import file_digest
 from safebasin.errors import UserError
 
-Manifest = Mapping[
-    str, Any
-]  # steps: name -> {"digest", "inputs", "outputs", "versions", "seconds"}; and facts of the run
-# What a report is counted from. Each of these files must be an output of a step.
-EVIDENCE = (
-    *("data/train.*", "data/rows.json", "data/problems.json", "scan/scores.parquet", "scan/heat.json"),
-    *(
-        "cut/*/cut.json",
-        "cut/*/scores.parquet",
-        "arms/*/train.json",
-        "arms/*/measurements.jsonl",
-        "arms/*/answers.jsonl",
-    ),
-)
+# "steps": name -> {"digest", "inputs", "outputs", "versions", "seconds"}; and "model", "seed", "versions", "machine".
+Manifest = Mapping[str, Any]
+# What a report is counted from, by folder. Each of these files must be an output of a step.
+EVIDENCE = {
+    "data": ("train.*", "rows.json", "problems.json"),
+    "scan": ("scores.parquet", "heat.json", "problems.json"),
+    "cut/*": ("cut.json", "scores.parquet"),
+    "arms/*": ("measurements.jsonl", "answers.jsonl", "train.json", "problems.json"),
+}
 
 
-def read_json(path: Path, missing: Any = None) -> Any:
-    """What a JSON file holds; ``missing`` if there is no such file.
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or is nested too deeply.
     """
-    if not path.exists():
-        return missing
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         _limit_depth(value, 50)
@@ -58,7 +51,7 @@ def read_manifest(run: Path) -> Manifest:
         UserError: the file cannot be read, is not JSON, or has another shape.
     """
     path = run / "manifest.json"
-    manifest = read_json(path, {})
+    manifest = read_json(path) if path.exists() else {}
     steps = manifest.get("steps", {}) if isinstance(manifest, dict) else None
     if not isinstance(steps, dict) or not all(map(_is_step, steps.values())):
         raise UserError(f"{path} is not the manifest of a run; run again, into another folder")
@@ -79,7 +72,7 @@ def _is_output(output: tuple[str, Any]) -> bool:
 
 
 def _outputs(manifest: Manifest) -> dict[str, str]:
-    """Path -> digest. Where two steps wrote one file, the later one counts: steps are in the order in which they ended."""
+    """Path -> digest. Where two steps wrote one file, the later counts: steps are in the order in which they ended."""
     return {
         path: digest for step in manifest.get("steps", {}).values() for path, digest in step.get("outputs", {}).items()
     }
@@ -105,7 +98,8 @@ def evidence_problems(run: Path, manifest: Manifest) -> tuple[str, ...]:
         f"{printable(path, 200)} {'was edited after it was measured' if os.path.isfile(run / path) else 'is missing'}"
         for path in changed_outputs(run, manifest)
     ]
-    files = {path for pattern in EVIDENCE for path in run.glob(pattern) if path.is_file() and path.suffix != ".part"}
+    patterns = [f"{folder}/{name}" for folder, names in EVIDENCE.items() for name in names]
+    files = {path for each in patterns for path in run.glob(each) if path.is_file() and path.suffix != ".part"}
     added = sorted({path.relative_to(run).as_posix() for path in files} - _outputs(manifest).keys())
     return (
         *changed,

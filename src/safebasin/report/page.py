@@ -17,7 +17,7 @@ LIMITS = (  # of a run's report
     "An attack success of zero on these prompts is not zero on all prompts: read the upper end of the interval.",
     "Judges are models or word lists and make mistakes; where two judges disagree (kappa below 0.6), read the answers.",
     "Intervals are over prompts; training with another seed can give other numbers.",
-    "An answer off the task (such as a label of the tuned task) is neither a refusal nor harm: it is in no ratio, and the "
+    "An answer off the task (such as a label of the tuned task) is neither a refusal nor harm: it is in no ratio; the "
     "number of such answers is stated beside it.",
 )
 SHARED: dict[str, Any] = {
@@ -32,7 +32,7 @@ def facts(report: Report) -> dict[str, Any]:
     """Values of the templates of a run's report. The figures are SVG; Vega has escaped their labels."""
     return {
         "report": report,
-        "category_places": dict.fromkeys((c.suite, c.judge) for c in report.categories),
+        "category_keys": dict.fromkeys((c.suite, c.judge) for c in report.categories),
         "arm_figures": {quantity: figure.arms(report, quantity) for quantity in QUANTITIES},
         "score_figures": {cut.arm: figure.scores(cut) for cut in report.cuts},
         "loss_figure": figure.loss(report),

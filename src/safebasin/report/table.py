@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import rich.table
 from rich.text import Text
@@ -51,10 +52,7 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
     manifest = read_manifest(run)
     doubts = evidence_problems(run, manifest)
     problems = [Problem(place="evidence", reason=reason) for reason in doubts]
-    problems += [
-        Problem(place=f"line {bad['line']}", reason=printable(bad["reason"]))
-        for bad in load(run / "data" / "problems.json", list[ProblemFile], [])
-    ]
+    problems += _bad_rows(run)
     readings = tuple(reading for arm in arms for reading in readings_of(run, arm, problems))
     answers = answers_of(run, arms, problems)
     keys = list(dict.fromkeys(reading.key for reading in readings if reading.quantity in QUANTITIES))
@@ -90,6 +88,13 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
     return dataclasses.replace(report, verdict=judge_gate(report, gate))
 
 
+def _bad_rows(run: Path) -> list[Problem]:
+    """Rows that steps left out or cut short, each once."""
+    files = [run / "data" / "problems.json", run / "scan" / "problems.json", *sorted(run.glob("arms/*/problems.json"))]
+    rows = [(row["line"], printable(row["reason"])) for file in files for row in load(file, list[ProblemFile], [])]
+    return [Problem(place=f"line {line}", reason=reason) for line, reason in dict.fromkeys(rows)]
+
+
 def _arms(run: Path, config: RunFile) -> tuple[str, ...]:
     """Names of the arms: those of the configuration in its order, then other folders of arms."""
     folders = [path.name for path in (run / "arms").glob("*") if path.is_dir()]
@@ -108,6 +113,7 @@ def _arms(run: Path, config: RunFile) -> tuple[str, ...]:
 def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """The manifest without the steps' inputs and outputs, flat: names to texts."""
     for name, value in manifest.items():
+        facts: Mapping[str, Any]
         if name == "steps":
             facts = {f"{step}.{key}": entry.get(key) for step, entry in value.items() for key in ("seconds", "digest")}
         else:
