@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from safebasin.console import printable
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json
+from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, Gate, page
 from safebasin.report.files import measurements_of
 from safebasin.report.manifest import Manifest, read_manifest
@@ -78,7 +79,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
         UserError: a manifest or measurements of a run are missing or damaged.
     """
     manifests = {cell.folder: read_manifest(cell.folder) for cell in cells if cell.outcome == MEASURED}
-    total = sum(_seconds(manifest, list(manifest["steps"])) for manifest in manifests.values())
+    total = sum(_seconds(manifest, list(manifest.get("steps", {}))) for manifest in manifests.values())
     facts = {"attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s"}
     yield {"what": "seconds.total", **facts, "n": len(manifests)}
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -96,7 +97,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
 
 
 def _seconds(manifest: Manifest, steps: Sequence[str]) -> float:
-    return sum(manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps)
+    return sum((manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps), 0.0)
 
 
 def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest]) -> Iterator[Record]:
@@ -106,10 +107,12 @@ def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Man
         manifest, arm = manifests[cell.folder], cell.defence
         seconds = _seconds(manifest, [f"{step}.{arm}" for step in ("cut", "train", "measure")])
         about |= {"seconds": round(about.get("seconds", 0.0) + seconds, 2), "model": manifest.get("model", "")}
-        changed = (cell.folder / "arms" / arm / "measurements.jsonl").stat().st_mtime
-        date = max(datetime.date.fromtimestamp(changed).isoformat(), about.get("date", ""))
+        path, measured = cell.folder / "arms" / arm / "measurements.jsonl", measurements_of(cell.folder, arm)
+        if measured is None:
+            raise UserError(f"{path} is missing; measure it again: safebasin bench")
+        date = max(datetime.date.fromtimestamp(path.stat().st_mtime).isoformat(), about.get("date", ""))
         about |= {"machine": f"{manifest.get('machine', 'a machine')}, {os.cpu_count()} cores", "date": date}
-        for m in measurements_of(cell.folder, arm) or []:
+        for m in measured:
             if not m.category:
                 key = printable(m.suite), printable(m.what), printable(m.judge)
                 by_key.setdefault(key, {})[str(cell.seed)] = m

@@ -82,7 +82,8 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
 
 
 def _removed(cut: RemovedFile, facts: OriginFile | None, row: Any, show_text: bool) -> Removed:
-    if row is None or row_id(row) != cut["row_id"].split("-")[0]:  # a second row with the same content is named <id>-2
+    # A second row with the same content has the id <id>-2.
+    if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"
     else:
         turns = parse(row)
