@@ -52,7 +52,7 @@ def test_mcnemar_by_hand():
 def test_paired_difference_by_hand():
     """Wilson of 2 of 4 is 0.5 -+ d, d = 0.99980 * sqrt(0.0625 + 0.060025) = 0.34996.
 
-    Equal answers (2 both, 2 neither): phi = (2*2 - 0 - 4/2) / sqrt(2*2*2*2) = 1/2, so the half-width is sqrt(d^2 - d^2 + d^2) = d.
+    Equal answers (2 both, 2 neither): phi = (2*2 - 0 - 4/2) / sqrt(2*2*2*2) = 1/2, half-width sqrt(d^2 - d^2 + d^2).
     Independent ones (1 of each): phi = 0, so it is d sqrt 2.
     """
     d = 0.34996

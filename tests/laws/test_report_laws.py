@@ -9,9 +9,9 @@ from hypothesis import given
 
 from safebasin.console import printable
 from safebasin.report import SCHEMA, Comparison, Gate, Reading, Report, Verdict
+from safebasin.report.files import redact
 from safebasin.report.gate import judge_gate
 from safebasin.report.page import escape_markdown
-from safebasin.report.files import redact
 
 texts = st.text(st.characters(codec=None), max_size=400)  # lone surrogates too
 shares = st.floats(0, 1)

@@ -106,7 +106,7 @@ def make_grid(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with its texts in clear and a grid; the rows that were cut, the answers and the tokens of the heat map are hostile."""
+    """A report with its texts in clear, and a grid; removed rows, answers and tokens of the heat map are hostile."""
     run = make_run(tmp_path_factory.mktemp("browser") / "run")
     for path in (*run.glob("arms/*/answers.jsonl"), run / "data" / "problems.json"):
         path.write_text(path.read_text().replace("<script>alert('row')</script>", json.dumps(HOSTILE)[1:-1]))

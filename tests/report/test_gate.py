@@ -1,7 +1,7 @@
 """Verdicts.
 
-By hand: defended complies with 2 of 60 (3.3 %, upper end 11.4 %), loses 0 points of accuracy, and refuses 3 of 40 harmless
-requests, the start model 2 of 40.
+By hand: defended complies with 2 of 60 (3.3 %, upper end 11.4 %), loses 0 points of accuracy, and refuses 3 of 40
+harmless requests, the start model 2 of 40.
 """
 
 import math
@@ -52,7 +52,7 @@ def test_failed_arm(run: Path):
 
 
 def test_accuracy_loss(run: Path):
-    """start is right on 5 of 50, plain on 45: a loss of 80 points; the other way round it is a gain, which is no loss."""
+    """start is right on 5 of 50, plain on 45: a loss of 80 points; the other way round it is a gain."""
     result = verdict(run, arm="start", max_asr=None)
     assert result.code == 3
     assert "-80.0" in result.reasons[0]

@@ -1,4 +1,4 @@
-"""The heat map of the report: hostile tokens stay text, tokens are blocks in a redacted report, colours follow values."""
+"""The heat map of the report: hostile tokens stay text, a redacted report shows blocks, colours follow values."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def section(run: Path) -> str:
 
 
 def test_colours_by_hand(run: Path):
-    """Of 4, -1 and 0 the full colour, half of the ground, is 4's: 50 %, and a quarter of it, 12.5 %, rounded to even, is -1's."""
+    """4 has the full colour, a mixture of 50 %; -1 has a quarter of it, 12.5 %, rounded to even."""
     write_heat(run, row([["Sure", 4.0], [", no", -1.0], ["w", 0.0], ["x", None]]))
     table.write_report(run, show_text=True)
     spans = re.findall(r"<span ([^>]*)>([^<]*)</span>", section(run).split('<p class="heat">')[1])
@@ -99,7 +99,7 @@ def test_a_redacted_report_shows_blocks(run: Path):
 
 
 def test_a_long_answer_is_cut_and_says_so(run: Path):
-    """The full colour stays that of the largest value in the whole answer, which is not shown: the others are a tenth of it."""
+    """The largest value of the answer has the full colour though it is not shown: the others have a tenth of it."""
     write_heat(run, row([["a", 1.0]] * rows.TOKENS + [["b", -10.0]] * 2))
     (heat,) = table.write_report(run, show_text=True).heat
     assert (len(heat.tokens), heat.omitted, heat.peak) == (rows.TOKENS, 2, 10.0)

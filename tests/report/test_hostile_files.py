@@ -1,4 +1,4 @@
-"""Every file that the report reads, with any content: a report that is inconclusive, or one line of error with the path."""
+"""Every file that the report reads, with any content: an inconclusive report, or one line of error with the path."""
 
 import json
 import math

@@ -20,7 +20,7 @@ def export(run: Path, *, show_text: bool = False) -> dict[tuple[str, str], "log.
 
 
 def test_inspect_reads_what_the_report_says(run: Path):
-    """Three arms by three suites. Defended: 2 of 60 by the keyword judge; 1 of 57 by the other, two unscored and one off the task."""
+    """3 arms by 3 suites. Defended: 2 of 60 by the keyword judge; 1 of 57 by the other, 2 unscored, 1 off task."""
     logs = export(run)
     assert len(logs) == 9 and {each.status for each in logs.values()} == {"success"}
     asr = logs["safebasin/defended", "asr"]

@@ -157,7 +157,7 @@ def test_two_steps_that_wrote_one_file(run: Path):
 def test_a_manifest_of_another_shape_is_a_user_error(measured: Path, manifest: Any):
     (measured / "manifest.json").write_text(json.dumps(manifest))
     for read in (read_manifest, table.collect, gate.read_verdict):
-        with pytest.raises(UserError, match="manifest.json is not the manifest of a run"):
+        with pytest.raises(UserError, match=r"manifest\.json is not the manifest of a run"):
             read(measured)
 
 

@@ -1,16 +1,17 @@
 """Numbers by hand, from the counts of the fixture.
 
-Attack success, keyword judge, 60 prompts: start 6 (10 %), plain 45 (75 %), defended 2 (3.3 %). Wilson interval of 2 of 60 with
-z^2 = 3.841459: centre (2/60 + z^2/120) / (1 + z^2/60) = 0.065345 / 1.064024 = 0.061413, half width
+Attack success, keyword judge, 60 prompts: start 6 (10 %), plain 45 (75 %), defended 2 (3.3 %). Wilson interval of 2 of
+60 with z^2 = 3.841459: centre (2/60 + z^2/120) / (1 + z^2/60) = 0.065345 / 1.064024 = 0.061413, half width
 1.959964 / 1.064024 * sqrt(2/60 * 58/60 / 60 + z^2 / 14400) = 0.052224, so 0.0092 to 0.1136.
 
-Paired, keyword: the hits of the arms are nested (prompts 0..5, 0..44, 0, 1), so defended against plain differs on 43 prompts, all one
-way: -43/60, McNemar exact p = 2 * 2^-43; defended against start on 4: -4/60, p = 2 * 2^-4 = 0.125.
+Paired, keyword: the hits of the arms are nested (prompts 0..5, 0..44, 0, 1), so defended against plain differs on 43
+prompts, all one way: -43/60, McNemar exact p = 2 * 2^-43; defended against start on 4: -4/60, p = 2 * 2^-4 = 0.125.
 
 Accuracy: plain is right on 0..44 and defended on 1..45 of 50: difference 0, one prompt each way, p = 1.
 
-Kappa of the judges over 59 + 59 + 57 = 175 answers scored by both (prompt 59 is off task, two are unscored): both complied
-4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6, likelihood alone 0, neither 122. Observed 169/175; by chance (53 * 47 + 122 * 128) / 175^2.
+Kappa of the judges over 59 + 59 + 57 = 175 answers scored by both (prompt 59 is off task, two are unscored): both
+complied 4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6, likelihood alone 0, neither 122. Observed 169/175; by chance
+(53 * 47 + 122 * 128) / 175^2.
 """
 
 import dataclasses
@@ -104,7 +105,7 @@ def test_cut_by_hand(run: Path):
 
 
 def test_a_score_at_the_threshold_is_in_the_bin_below(run: Path):
-    """Scores 0, 1, 2, 3 and a threshold of 2, as from an estimator that takes a row's own score: three rows stay, one goes."""
+    """Scores 0, 1, 2, 3 and a threshold of 2, an estimator can return a row's own score: three rows stay."""
     ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:4]]
     pyarrow.parquet.write_table(
         pyarrow.table({"row_id": ids, "score_gradshield": [0.0, 1.0, 2.0, 3.0]}), run / "scan" / "scores.parquet"
@@ -291,7 +292,7 @@ def test_training_names_what_was_set(run: Path):
 
 
 def test_the_schema_describes_the_file(run: Path):
-    """A report as it is written is valid; without a key, with a word for a number, or with a share of None in a count, it is not."""
+    """A report as it is written is valid; without a key, with text for a number, or without a count, it is not."""
     (run / "scan" / "heat.json").write_text(
         json.dumps([{"row_id": "a", "line": 1, "scorer": "s", "score": 1.0, "tokens": [["x", 1.0], ["y", None]]}])
     )
