@@ -107,9 +107,13 @@ class Registry:
         """
         name, fields = split_spec(spec, self.name)
         try:
-            return TypeAdapter(self[name].kind).validate_python(fields)
+            method = TypeAdapter(self[name].kind).validate_python(fields)
+            refuse_converted(fields, method)
         except ValidationError as error:
             raise UserError(f"{self.name}.{name}: {explain(error)}") from None
+        except UserError as error:
+            raise UserError(f"{self.name}.{name}: {error}") from None
+        return method
 
 
 def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -124,6 +128,20 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
         [(name, fields)] = spec.items()
         return name, dict(fields or {})
     raise UserError(f"{where}: a method is `name` or `name: {{field: value}}`, found {spec!r}")
+
+
+def refuse_converted(raw: Any, checked: Any, where: str = "") -> None:
+    """UserError where pydantic made a number of something else: ``take: true`` is no 1, and ``rho: "2"`` no 2."""
+    if isinstance(checked, int | float) and not isinstance(checked, bool):
+        if isinstance(raw, bool | str):
+            raise UserError(f"{where}: a number is needed, found {raw!r}")
+    elif isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = checked.get(key) if isinstance(checked, Mapping) else getattr(checked, str(key), None)
+            refuse_converted(value, inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(raw, list | tuple) and isinstance(checked, list | tuple):
+        for i, (value, inner) in enumerate(zip(raw, checked, strict=False)):
+            refuse_converted(value, inner, f"{where}.{i}")
 
 
 def explain(error: ValidationError) -> str:
