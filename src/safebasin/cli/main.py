@@ -72,10 +72,16 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def main() -> None:
+def terminate_cleanly() -> None:
+    """From now on SIGTERM ends what is going on by ``Terminated``."""
+
     def terminate(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the clean stop
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def main() -> None:
+    terminate_cleanly()
     sys.exit(guarded(lambda: app(result_action="return_value", exit_on_error=False)))
