@@ -17,7 +17,7 @@ from kill import prepare
 from safebasin.cli.main import app, guarded
 from safebasin.data.tables import file_digest
 from safebasin.pipeline.config import read
-from safebasin.pipeline.old import Pipeline
+from safebasin.pipeline.run import Run
 
 ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -106,11 +106,9 @@ def test_another_method_does_not_go_on_from_the_checkpoints_of_the_last(recipe):
     plain = ['arms={"defended": {"train": ["sft"]}}', *saved]
 
     def tuned(folder: str, changes: list[str]) -> dict:
-        pipeline = Pipeline(read(recipe, changes), recipe.parent / folder)
-        pipeline.prepare()
-        pipeline.scan()
-        pipeline.train("defended")
-        return weights(pipeline.out)
+        with Run(read(recipe, changes), recipe.parent / folder) as run:
+            run.ensure("defended")
+        return weights(recipe.parent / folder)
 
     first, second, fresh = tuned("again", plain), tuned("again", saved), tuned("fresh", saved)
     assert all((second[name] == fresh[name]).all() for name in fresh)

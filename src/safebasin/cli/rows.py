@@ -10,7 +10,7 @@ import rich.table
 from cyclopts import Parameter
 from rich.text import Text
 
-from safebasin.cli.options import ShowText, cells, out, say, start_torch
+from safebasin.cli.options import cells, out, say, start_torch
 from safebasin.console import printable
 from safebasin.errors import UserError
 
@@ -72,7 +72,7 @@ def scan_verb(
         bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")
     ] = False,
     worst: Annotated[int, Parameter(help="Rows of highest score that are named, of each scorer.")] = 5,
-    show_text: ShowText = False,
+    show_text: Annotated[bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")] = False,
 ) -> int:
     """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on.
 

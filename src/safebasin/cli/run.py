@@ -40,6 +40,7 @@ def run_verb(
     from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.plan import Plan
     from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.rows import check_column_files
     from safebasin.pipeline.run import Run
     from safebasin.report.table import terminal_table
     from safebasin.runtime import processes
@@ -48,7 +49,9 @@ def run_verb(
     config = read_recipe(recipe, changes, parse_sets(set_))
     folder = out_ or _folder(recipe, f"-{seed}" if seed is not None else "")
     if dry_run:
-        Plan.of(config).check_files()
+        plan = Plan.of(config)
+        plan.check_files()
+        check_column_files(plan)
         out.print(dump(config), end="", markup=False)
         return 0
     with Run(config, folder) as run:

@@ -142,6 +142,10 @@ class Plan:
         """Whether an arm rests on the scan, by its cut or by a column."""
         return bool(self.recipe.arms[arm].cut) or self.reads_scores(arm)
 
+    def column_files(self, arm: str) -> dict[str, str]:
+        """The columns of a tuned arm that come from a file of the user's: column -> file."""
+        return {column: source for column, source in self.recipe.arms[arm].columns.items() if source not in self.scorers}
+
     def reads_scores(self, arm: str) -> bool:
         """Whether a column of the arm comes from the scan, not from a file of the user's."""
         return any(source in self.scorers for source in self.recipe.arms[arm].columns.values())

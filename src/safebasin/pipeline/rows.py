@@ -17,12 +17,14 @@ from safebasin.data.source import Source, open_examples, open_rows
 from safebasin.data.tables import BadRow, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
-from safebasin.models.load import ModelAndTokenizer, load
+from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
+from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores
+from safebasin.train.trainer import check_columns
 
 
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
@@ -185,3 +187,20 @@ def encoded_set(
 def anchor_rows(plan: Plan, tokenizer: Any) -> Mapping[str, list[TokenizedRow]]:
     """The anchor sets of a scan, encoded."""
     return {name: encoded_set(plan, source, tokenizer, any_length=True) for name, source in plan.anchors.items()}
+
+
+def check_column_files(plan: Plan) -> None:
+    """UserError where a column that comes from a file of the user's has another length than its row has answer tokens.
+
+    Rows that an attack is mixed into have their ids only when they are written, so that nothing can be said of them before.
+    """
+    pairs = {(source, column) for arm in plan.compositions for column, source in plan.column_files(arm).items()}
+    if not pairs or plan.mixes:
+        return
+    model = plan.recipe.model
+    examples = usable_rows(plan, plan.recipe.data.task).examples
+    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    rows, _ = encode_all(tokenizer, examples, plan.recipe.data.max_length)
+    for source, column in sorted(pairs):
+        values = column_from_file(source, column, examples)
+        check_columns([dataclasses.replace(row, columns={column: values[row.id]}) for row in rows], (column,))
