@@ -22,7 +22,7 @@ from rich.text import Text
 
 import safebasin.report as parts
 from safebasin.console import printable
-from safebasin.data.chat import parse
+from safebasin.data.chat import to_messages
 from safebasin.data.example import row_id
 from safebasin.data.records import Measurement
 from safebasin.data.tables import read_table, write_json
@@ -296,7 +296,7 @@ def _removed(cut: Mapping[str, Any], about: Mapping[str, Any], row: Any, show_te
     if row is None or row_id(row) != cut["row_id"].split("-")[0]:  # a second row alike is named <id>-2
         text = "[the row is not in the training file]"
     else:
-        turns = parse(row)
+        turns = to_messages(row)
         text = (
             json.dumps(row, ensure_ascii=False)
             if isinstance(turns, str)
