@@ -34,6 +34,7 @@ class Entry:
     reads: tuple[str, ...] = ()  # what else it is handed: "score" (attacks), "prompts" (judges)
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
+    harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal
 
     @property
     def summary(self) -> str:
