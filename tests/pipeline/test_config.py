@@ -94,7 +94,8 @@ def test_shipped_recipes_survive_a_round_trip(path):
         ("nonsense=1", "unknown key"),
         ("data.task.path=", "path"),
         ("no sign", "dotted.key=value"),
-        ("data.task.path.x=1", "on the way"),
+        ("data.task.path.x=1", "does not end in a mapping"),
+        ("data.task.path.x.y=1", "on the way"),
     ],
 )
 def test_what_is_refused(change, words):
