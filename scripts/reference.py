@@ -41,7 +41,7 @@ STAGES = {  # page -> title, registry, where a recipe names such a method, what 
         "A suite asks the model of an arm and gives measurements: a value, its 95 % interval, the number of scored "
         "prompts, and what could not be scored.",
     ),
-    "judges_": (
+    "judges": (
         "Measure: judges",
         "safebasin.measure:judge",
         "`judges:` of a suite",
@@ -54,6 +54,12 @@ STAGES = {  # page -> title, registry, where a recipe names such a method, what 
         "An attack makes the rows that a hostile customer would send, and says how the attacker asks at test time. "
         "It is for experiments: your own rows need none.",
     ),
+}
+METHODS = {  # keys of a recipe that name methods, or are explained on another page
+    "attack": "an [attack](attack.md)",
+    "scorers": "list of [scorers](scan.md)",
+    "suites": "list of [suites](measure.md)",
+    "judges": "mapping of [judges](judges.md) to their settings",
 }
 NEEDS = {
     "streams": "rows beside the task",
@@ -78,7 +84,8 @@ def prose(text: str) -> str:
 def markdown(doc: str) -> str:
     """A docstring as Markdown: indented blocks are equations, ``Args:`` and the like are lists, ``>>>`` is code."""
     blocks = []
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
+    text = re.sub(r"(?<=[^\n])\n(?=Departs from )", "\n\n", inspect.cleandoc(doc))
+    for block in re.split(r"\n\s*\n", text):
         head, _, rest = block.partition("\n")
         if re.fullmatch(r"(Args|Returns|Raises|Yields):", head):
             items = re.split(r"\n(?=\S)", inspect.cleandoc(rest))
@@ -108,13 +115,19 @@ def comments(kind: type) -> dict[str, str]:
             above = []
             while node.lineno - 1 - len(above) in alone:
                 above.insert(0, alone[node.lineno - 1 - len(above)])
-            inside = [(notes | alone)[at] for at in range(node.lineno, (node.end_lineno or 0) + 1) if at in notes | alone]
+            inside = [
+                (notes | alone)[at] for at in range(node.lineno, (node.end_lineno or 0) + 1) if at in notes | alone
+            ]
             found[node.target.id] = " ".join(above + inside)
     return found
 
 
-def type_of(schema: dict[str, Any]) -> str:
-    """A JSON schema in words, with its bounds."""
+def type_of(schema: dict[str, Any], name: str = "") -> str:
+    """A JSON schema in words, with its bounds. ``name``: of the key, where it names methods or holds a mapping."""
+    if name in METHODS:
+        return METHODS[name]
+    if "properties" in schema and name:
+        return f"[mapping](#{name.lower()})"
     if "$ref" in schema:
         name = schema["$ref"].split("/")[-1]
         return f"[{name}](recipe.md#{name.lower()})"
@@ -136,14 +149,18 @@ def type_of(schema: dict[str, Any]) -> str:
     return TYPES.get(kind, kind) + "".join(f", {sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema)
 
 
-def fields_table(schema: dict[str, Any], notes: dict[str, str]) -> str:
+def fields_table(schema: dict[str, Any], notes: dict[str, str], *, recipe: bool = False) -> str:
+    """The fields of a mapping in their order, with type, bounds, default and comment."""
     rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
-    for name, inner in schema.get("properties", {}).items():
+    order = [*notes, *schema.get("properties", {})]
+    for name, inner in sorted(schema.get("properties", {}).items(), key=lambda item: order.index(item[0])):
         default = "required" if name in schema.get("required", ()) else ""
         if "default" in inner:
-            default = f"`{json.dumps(inner['default'], ensure_ascii=False)}`"
+            text = json.dumps(inner["default"], ensure_ascii=False)
+            default = "see its page" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"
+        kind = type_of(inner, name if recipe else "")
         note = prose(inner.get("description") or notes.get(name, ""))
-        rows.append(f"| `{name}` | {type_of(inner)} | {default.replace('|', chr(92) + '|')} | {note} |")
+        rows.append(f"| `{name}` | {kind} | {default.replace('|', chr(92) + '|')} | {note} |")
     return "\n".join(rows) if len(rows) > 2 else "No fields."
 
 
@@ -159,7 +176,11 @@ def stage_page(title: str, registry: Any, where: str, intro: str) -> str:
         for entry in entries:
             parts.append(f"## {entry.name} {{ #{entry.name} }}")
             parts.append(prose(entry.summary))
-            needs = [f"{text}: {', '.join(f'`{n}`' for n in getattr(entry, k))}" for k, text in NEEDS.items() if getattr(entry, k)]
+            needs = [
+                f"{text}: {', '.join(f'`{n}`' for n in getattr(entry, k))}"
+                for k, text in NEEDS.items()
+                if getattr(entry, k)
+            ]
             if entry.paper:
                 needs.insert(0, f"Paper: {prose(entry.paper)}")
             if needs:
@@ -167,33 +188,41 @@ def stage_page(title: str, registry: Any, where: str, intro: str) -> str:
             parts.append(fields_table(TypeAdapter(entry.kind).json_schema(), comments(entry.kind)))
         doc = importlib.import_module(name).__doc__ or ""
         path = Path(inspect.getfile(entries[0].kind)).relative_to(ROOT / "src" / "safebasin").as_posix()
-        several = f"### Equations of {', '.join(f'`{entry.name}`' for entry in entries)}\n\n" if len(entries) > 1 else ""
+        several = (
+            f"### Equations of {', '.join(f'`{entry.name}`' for entry in entries)}\n\n" if len(entries) > 1 else ""
+        )
         parts.append(f"{several}{markdown(doc)}\n\nSource: `safebasin/{path}`")
     return "\n\n".join(parts) + "\n"
 
 
-def definitions(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mappings of a recipe: the whole first, then its parts in the order in which they are named."""
-    yield schema.get("title", "Run"), schema
-    for name in schema.get("$defs", {}):
-        if "properties" in schema["$defs"][name]:
-            yield name, schema["$defs"][name]
+def sections(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A mapping of the recipe, then the mappings that stand inside it without a name of their own."""
+    yield name, schema
+    for key, inner in schema.get("properties", {}).items():
+        if "properties" in inner and key != "judges":
+            yield key, inner
 
 
 def recipe_page() -> str:
+    from safebasin.data.source import Source
     from safebasin.pipeline import config
+    from safebasin.pipeline.schema import schema
+    from safebasin.report import Gate
 
+    tree = schema()
     parts = [
         "# Recipe keys",
-        "A recipe is one YAML file. An unknown key is an error. `safebasin schema` prints the JSON schema from which "
-        "this page is made; an editor that reads JSON schemas completes and checks a recipe with it.",
+        "A recipe is one YAML file (YAML 1.2: `1e-4` is a number). An unknown or repeated key is an error. "
+        "`safebasin schema` prints the JSON schema from which this page is made; an editor that reads JSON schemas "
+        "completes and checks a recipe with it.",
     ]
-    for name, schema in definitions(config.schema()):
-        kind = getattr(config, name, None)
-        notes = comments(kind) if inspect.isclass(kind) and kind.__module__.startswith("safebasin") else {}
+    mappings = [*sections(tree.get("title", "Recipe"), tree)]
+    mappings += [(name, part) for name, part in tree["$defs"].items() if part.get("properties")]
+    for name, part in mappings:
+        kind = getattr(config, name, None) or {"gate": Gate, "Source": Source}.get(name)
         parts.append(f"## {name} {{ #{name.lower()} }}")
-        parts += [prose(schema["description"])] if schema.get("description") else []
-        parts.append(fields_table(schema, notes))
+        parts += [prose(part["description"])] if part.get("description") else []
+        parts.append(fields_table(part, comments(kind) if inspect.isclass(kind) else {}, recipe=True))
     return "\n\n".join(parts) + "\n"
 
 
@@ -223,6 +252,59 @@ def python_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+FILES = {  # of a run folder -> what is in it
+    "run.yaml": "the recipe with everything resolved; it is a recipe itself",
+    "manifest.json": "model, seed, machine, versions; for each step the digests of its inputs and of the files it wrote, and its seconds",
+    "data/train.*": "the training rows: your rows in the form in which they came, or JSONL if an attack was mixed in",
+    "data/rows.json": "id, line and origin of every row (`task`, or the attack)",
+    "data/problems.json": "rows that were left out, with line and reason",
+    "scan/scores.parquet": "a row each: `row_id`, `line`, `cut_short`, and for each scorer `score_NAME` and, where it gives them, `tokens_NAME`",
+    "scan/anchors.json": "scores of the rows known to be safe and known to be harmful",
+    "scan/heat.json": "the rows of highest score, token by token",
+    "scan/problems.json": "rows that were scored on what fits",
+    "cut/ARM/train.*": "the rows that stay",
+    "cut/ARM/cut.json": "scorer, threshold, estimator, how many stay, which were removed",
+    "arms/ARM/adapter/": "the tuned adapter, a PEFT folder; its `README.md` is the model card",
+    "arms/ARM/train.json": "steps, seconds, loss, methods, number of rows",
+    "arms/ARM/problems.json": "rows that could not be tuned on",
+    "arms/ARM/checkpoints/": "the last checkpoint, until the arm is done",
+    "arms/ARM/answers.jsonl": "every prompt with its answer, and each judge's verdict and score",
+    "arms/ARM/measurements.jsonl": "every number: value, 95 % interval, n, unscored, off task, judge, category, evidence",
+    "answers.db": "answers by digest, so that none is generated twice; it can be deleted",
+    "report.html": "the report for people",
+    "report.md": "the report for a pull request",
+    "report.json": "the report for programs; `safebasin schema --report` is its schema",
+}
+CODES = {  # exit code -> what it means in full
+    0: "the command worked; of `gate`: passed",
+    1: "your recipe, rows or command: one line says what was asked, what was found, and what to do",
+    2: "the run broke, or a defence could not run; an unforeseen error leaves its traceback in a file that the line names",
+    3: "`gate`: failed, a limit is crossed; `search`: no cut makes this set safe",
+    4: "`gate`: inconclusive, something could not be measured well enough, or the report is not of the files in the folder",
+    130: "interrupted (Ctrl-C); the same command goes on",
+    143: "terminated (SIGTERM), after a clean stop; the same command goes on",
+}
+
+
+def files_page() -> str:
+    rows = "\n".join(f"| `{path}` | {text} |" for path, text in FILES.items())
+    return (
+        "# Files of a run\n\n`safebasin run RECIPE --out RUN` fills one folder. `ARM` is the name of an arm of the recipe. Every file is "
+        "written whole: it is there or it is not. The contents of these files are a contract for programs; where a run of several "
+        f"processes writes, rank 0 does.\n\n| file | what |\n| --- | --- |\n{rows}\n\n"
+        "Texts in `data/`, `cut/`, `scan/heat.json` and `answers.jsonl` are in clear and may be harmful. The reports redact them.\n"
+    )
+
+
+def exit_codes_page() -> str:
+    rows = "\n".join(f"| {code} | {text} |" for code, text in CODES.items())
+    return (
+        '# Exit codes\n\nThe numbers are stable. "Could not be measured" is never 0.\n\n'
+        f"| code | meaning |\n| --- | --- |\n{rows}\n\n"
+        "The exit code of `run` says whether the run worked; `gate` says whether the model passed.\n"
+    )
+
+
 def registry_of(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -231,10 +313,18 @@ def registry_of(path: str) -> Any:
 def pages() -> dict[str, Callable[[], str]]:
     """The name of every generated page of the reference, and what writes it."""
     stages: dict[str, Callable[[], str]] = {
-        name: lambda title=title, path=path, where=where, intro=intro: stage_page(title, registry_of(path), where, intro)
+        name: lambda title=title, path=path, where=where, intro=intro: stage_page(
+            title, registry_of(path), where, intro
+        )
         for name, (title, path, where, intro) in STAGES.items()
     }
-    return stages | {"recipe": recipe_page, "cli": cli_page, "python": python_page}
+    return stages | {
+        "recipe": recipe_page,
+        "cli": cli_page,
+        "python": python_page,
+        "files": files_page,
+        "exit-codes": exit_codes_page,
+    }
 
 
 def main(folder: Path) -> None:
