@@ -2,7 +2,7 @@
 
     python scripts/reference.py [FOLDER]        by default docs/reference, and docs/changelog.md from CHANGELOG.md
 
-The pages are not committed: `make docs` runs this before it builds the site, so a page can state nothing that the code does not.
+These pages are not committed: `make docs` runs this before it builds the site, so they cannot differ from the code.
 """
 
 import ast
@@ -204,9 +204,10 @@ def sections(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str,
 
 
 def recipe_page() -> str:
+    from safebasin.pipeline.schema import schema
+
     from safebasin.data.source import Source
     from safebasin.pipeline import config
-    from safebasin.pipeline.schema import schema
     from safebasin.report import Gate
 
     tree = schema()
@@ -252,59 +253,6 @@ def python_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-FILES = {  # of a run folder -> what is in it
-    "run.yaml": "the recipe with everything resolved; it is a recipe itself",
-    "manifest.json": "model, seed, machine, versions; for each step the digests of its inputs and of the files it wrote, and its seconds",
-    "data/train.*": "the training rows: your rows in the form in which they came, or JSONL if an attack was mixed in",
-    "data/rows.json": "id, line and origin of every row (`task`, or the attack)",
-    "data/problems.json": "rows that were left out, with line and reason",
-    "scan/scores.parquet": "a row each: `row_id`, `line`, `cut_short`, and for each scorer `score_NAME` and, where it gives them, `tokens_NAME`",
-    "scan/anchors.json": "scores of the rows known to be safe and known to be harmful",
-    "scan/heat.json": "the rows of highest score, token by token",
-    "scan/problems.json": "rows that were scored on what fits",
-    "cut/ARM/train.*": "the rows that stay",
-    "cut/ARM/cut.json": "scorer, threshold, estimator, how many stay, which were removed",
-    "arms/ARM/adapter/": "the tuned adapter, a PEFT folder; its `README.md` is the model card",
-    "arms/ARM/train.json": "steps, seconds, loss, methods, number of rows",
-    "arms/ARM/problems.json": "rows that could not be tuned on",
-    "arms/ARM/checkpoints/": "the last checkpoint, until the arm is done",
-    "arms/ARM/answers.jsonl": "every prompt with its answer, and each judge's verdict and score",
-    "arms/ARM/measurements.jsonl": "every number: value, 95 % interval, n, unscored, off task, judge, category, evidence",
-    "answers.db": "answers by digest, so that none is generated twice; it can be deleted",
-    "report.html": "the report for people",
-    "report.md": "the report for a pull request",
-    "report.json": "the report for programs; `safebasin schema --report` is its schema",
-}
-CODES = {  # exit code -> what it means in full
-    0: "the command worked; of `gate`: passed",
-    1: "your recipe, rows or command: one line says what was asked, what was found, and what to do",
-    2: "the run broke, or a defence could not run; an unforeseen error leaves its traceback in a file that the line names",
-    3: "`gate`: failed, a limit is crossed; `search`: no cut makes this set safe",
-    4: "`gate`: inconclusive, something could not be measured well enough, or the report is not of the files in the folder",
-    130: "interrupted (Ctrl-C); the same command goes on",
-    143: "terminated (SIGTERM), after a clean stop; the same command goes on",
-}
-
-
-def files_page() -> str:
-    rows = "\n".join(f"| `{path}` | {text} |" for path, text in FILES.items())
-    return (
-        "# Files of a run\n\n`safebasin run RECIPE --out RUN` fills one folder. `ARM` is the name of an arm of the recipe. Every file is "
-        "written whole: it is there or it is not. The contents of these files are a contract for programs; where a run of several "
-        f"processes writes, rank 0 does.\n\n| file | what |\n| --- | --- |\n{rows}\n\n"
-        "Texts in `data/`, `cut/`, `scan/heat.json` and `answers.jsonl` are in clear and may be harmful. The reports redact them.\n"
-    )
-
-
-def exit_codes_page() -> str:
-    rows = "\n".join(f"| {code} | {text} |" for code, text in CODES.items())
-    return (
-        '# Exit codes\n\nThe numbers are stable. "Could not be measured" is never 0.\n\n'
-        f"| code | meaning |\n| --- | --- |\n{rows}\n\n"
-        "The exit code of `run` says whether the run worked; `gate` says whether the model passed.\n"
-    )
-
-
 def registry_of(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -322,8 +270,6 @@ def pages() -> dict[str, Callable[[], str]]:
         "recipe": recipe_page,
         "cli": cli_page,
         "python": python_page,
-        "files": files_page,
-        "exit-codes": exit_codes_page,
     }
 
 
