@@ -13,7 +13,8 @@ from typing import Any
 
 import cyclopts
 
-from safebasin.console import mask_secrets, printable
+from safebasin.console import printable
+from safebasin.data.tables import masked
 from safebasin.errors import DefenceError, UserError
 
 app = cyclopts.App(
@@ -61,14 +62,14 @@ def guarded(action: Callable[[], Any]) -> int:
     except Exception as error:  # the last catch: what nobody foresaw leaves one line, and its traceback in a file
         file, path = tempfile.mkstemp(prefix="safebasin-", suffix=".log", text=True)
         with open(file, "w", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(mask_secrets(traceback.format_exc()))
+            log.write(masked(traceback.format_exc()))
         lines = str(error).strip().splitlines()
         return _say(f"{type(error).__name__}: {lines[0] if lines else 'no message'} (traceback: {path})", 2)
 
 
 def _say(text: str, code: int) -> int:
     """One line on the standard error: hostile characters escaped, secrets masked."""
-    print(f"safebasin: {printable(mask_secrets(text), 2000)}", file=sys.stderr)
+    print(f"safebasin: {printable(masked(text), 2000)}", file=sys.stderr)
     return code
 
 
