@@ -54,8 +54,8 @@ class Drift:
         harmful, harmless = (
             [prompt.text for prompt in open_prompts(path, take=self.take)] for path in (self.harmful, self.harmless)
         )
-        sizes = {self.data.path: len(rows), self.harmful: len(harmful), self.harmless: len(harmless)}
-        for path, size in sizes.items():
+        sizes = ((self.data.path, len(rows)), (self.harmful, len(harmful)), (self.harmless, len(harmless)))
+        for path, size in sizes:
             if size < 2:
                 raise UserError(
                     f"{self.name}: {path} gives {size} rows within max_length {self.max_length}; two are the least"
