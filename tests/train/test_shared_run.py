@@ -78,16 +78,16 @@ def test_two_processes_make_what_one_makes(recipe):
     assert done.stderr.count("arm defended") == 1  # one of them speaks
     truth = weights(one)
     for mode in ("ddp", "fsdp2"):
-        found = weights(two / mode)
-        assert found.keys() == truth.keys()
+        actual = weights(two / mode)
+        assert actual.keys() == truth.keys()
         for name, tensor in truth.items():
-            assert found[name] == pytest.approx(tensor, abs=1e-5), (mode, name)
+            assert actual[name] == pytest.approx(tensor, abs=1e-5), (mode, name)
         assert file_digest(two / mode / "scan" / "scores.parquet") == file_digest(one / "scan" / "scores.parquet")
-    told = [
+    answers = [
         [json.loads(line) for line in (run / "arms" / "defended" / "answers.jsonl").read_text().splitlines()]
         for run in (one, two / "ddp")
     ]
-    assert told[0] == told[1]
+    assert answers[0] == answers[1]
     assert (two / "ddp" / "report.html").is_file()
 
 
