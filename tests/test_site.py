@@ -226,7 +226,7 @@ def test_a_docstring_as_markdown():
     doc += "Args:\n    one: first,\n        on two lines.\n    two: second.\n\n>>> 1 + 1\n2"
     assert reference.markdown(doc).split("\n\n") == [
         "What.",
-        "```text\na = b * c\n```",
+        "``` { .text .no-copy }\na = b * c\n```",
         "Departs from x: &lt;i> and ``k*``.",
         "**Args**",
         "- one: first, on two lines.\n- two: second.",
