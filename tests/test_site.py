@@ -28,7 +28,7 @@ spec.loader.exec_module(reference)
 
 GENERATED = {DOCS / "changelog.md", *(DOCS / "reference" / f"{name}.md" for name in reference.pages())}
 WRITTEN = sorted(set(DOCS.rglob("*.md")) - GENERATED)
-TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
+TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README")]
 PAGES = [*TOP, *WRITTEN]
 GUIDES = [page for page in PAGES if page.name != "log.md" and page.parent.name != "decisions"]
 OTHERS = ("torchrun --nproc-per-node 8 -m ", "accelerate launch -m ", ".venv/bin/", "run: ")  # what may stand before it
@@ -102,6 +102,15 @@ def test_commands_of_the_readme_are_there():
             assert os.access(ROOT / script, os.X_OK), script
         assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets | {"check"}
     assert commands((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_benchmarks_that_pages_name_are_there():
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*/*.py"))
+    experiments = set(re.findall(r'@experiment\(\s*"(\w+)"', sources))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"python -m benchmarks (\w+)", text)) <= experiments, name(page)
+        assert page.name == "log.md" or not re.search(r"benchmarks/\w+/\w+\.py", text), name(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
