@@ -116,7 +116,8 @@ def test_benchmarks_that_pages_name_are_there():
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_resolve(page):
     """Links to files and pages; links to headings are checked by the build of the site."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
         if re.match(r"https?://|#", target):
             continue
         path = (page.parent / target.split("#")[0]).resolve()
