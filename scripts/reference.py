@@ -93,7 +93,7 @@ def markdown(doc: str) -> str:
         elif block.startswith(">>>"):
             blocks.append(f"```pycon\n{block}\n```")
         elif all(line.startswith("    ") for line in block.split("\n")):
-            blocks.append(f"```text\n{inspect.cleandoc(block)}\n```")
+            blocks.append(f"``` {{ .text .no-copy }}\n{inspect.cleandoc(block)}\n```")
         else:
             blocks.append(prose(block))
     return "\n\n".join(blocks)
@@ -157,7 +157,7 @@ def fields_table(schema: dict[str, Any], notes: dict[str, str], *, recipe: bool 
         default = "required" if name in schema.get("required", ()) else ""
         if "default" in inner:
             text = json.dumps(inner["default"], ensure_ascii=False)
-            default = "see its page" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"
+            default = "its defaults" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"
         kind = type_of(inner, name if recipe else "")
         note = prose(inner.get("description") or notes.get(name, ""))
         rows.append(f"| `{name}` | {kind} | {default.replace('|', chr(92) + '|')} | {note} |")
@@ -187,11 +187,11 @@ def stage_page(title: str, registry: Any, where: str, intro: str) -> str:
                 parts.append(". ".join(f"{each[0].upper()}{each[1:]}" for each in needs) + ".")
             parts.append(fields_table(TypeAdapter(entry.kind).json_schema(), comments(entry.kind)))
         doc = importlib.import_module(name).__doc__ or ""
-        path = Path(inspect.getfile(entries[0].kind)).relative_to(ROOT / "src" / "safebasin").as_posix()
+        path = entries[0].kind.__module__.replace(".", "/")
         several = (
             f"### Equations of {', '.join(f'`{entry.name}`' for entry in entries)}\n\n" if len(entries) > 1 else ""
         )
-        parts.append(f"{several}{markdown(doc)}\n\nSource: `safebasin/{path}`")
+        parts.append(f"{several}{markdown(doc)}\n\nSource: `{path}.py`")
     return "\n\n".join(parts) + "\n"
 
 

@@ -28,7 +28,7 @@ spec.loader.exec_module(reference)
 
 GENERATED = {DOCS / "changelog.md", *(DOCS / "reference" / f"{name}.md" for name in reference.pages())}
 WRITTEN = sorted(set(DOCS.rglob("*.md")) - GENERATED)
-TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")]
+TOP = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG", "benchmarks/README")]
 PAGES = [*TOP, *WRITTEN]
 GUIDES = [page for page in PAGES if page.name != "log.md" and page.parent.name != "decisions"]
 OTHERS = ("torchrun --nproc-per-node 8 -m ", "accelerate launch -m ", ".venv/bin/", "run: ")  # what may stand before it
@@ -104,10 +104,20 @@ def test_commands_of_the_readme_are_there():
     assert commands((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
+def test_benchmarks_that_pages_name_are_there():
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "benchmarks").glob("*/*.py"))
+    experiments = set(re.findall(r'@experiment\(\s*"(\w+)"', sources))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"python -m benchmarks (\w+)", text)) <= experiments, name(page)
+        assert page.name == "log.md" or not re.search(r"benchmarks/\w+/\w+\.py", text), name(page)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_resolve(page):
     """Links to files and pages; links to headings are checked by the build of the site."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
         if re.match(r"https?://|#", target):
             continue
         path = (page.parent / target.split("#")[0]).resolve()
@@ -226,7 +236,7 @@ def test_a_docstring_as_markdown():
     doc += "Args:\n    one: first,\n        on two lines.\n    two: second.\n\n>>> 1 + 1\n2"
     assert reference.markdown(doc).split("\n\n") == [
         "What.",
-        "```text\na = b * c\n```",
+        "``` { .text .no-copy }\na = b * c\n```",
         "Departs from x: &lt;i> and ``k*``.",
         "**Args**",
         "- one: first, on two lines.\n- two: second.",
