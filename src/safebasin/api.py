@@ -233,7 +233,7 @@ def measure_model(
     [2]
     """
     from safebasin.measure import suite
-    from safebasin.measure.judge import check_judges, make_judges, needs_aligned
+    from safebasin.measure.judging import check_judges, make_judges, needs_aligned
     from safebasin.measure.subject import Subject
 
     methods = [suite.make(spec) for spec in suites]

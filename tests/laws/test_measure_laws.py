@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.generate import Answer
-from safebasin.measure.judge import Keyword, Prefix, Verdict
+from safebasin.measure.judging import Keyword, Prefix, Verdict
 from safebasin.measure.subject import Subject, count
 
 KINDS = {

@@ -13,7 +13,7 @@ from tiny import tiny_model
 from safebasin.data.tables import write_table
 from safebasin.errors import UserError
 from safebasin.measure import suite
-from safebasin.measure.judge import Keyword, Verdict
+from safebasin.measure.judging import Keyword, Verdict
 from safebasin.measure.landscape import ask, decided, harm, moved, random_direction, surprise, visage, visage_interval
 from safebasin.measure.subject import Subject
 from safebasin.stats import wilson

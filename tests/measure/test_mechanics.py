@@ -12,7 +12,7 @@ from safebasin.data.tables import write_table
 from safebasin.encode import encode
 from safebasin.errors import UserError
 from safebasin.measure import suite
-from safebasin.measure.judge import Keyword
+from safebasin.measure.judging import Keyword
 from safebasin.measure.mechanics import asked, change, compare, effects, inputs, margins, null_angles
 from safebasin.measure.subject import Subject
 

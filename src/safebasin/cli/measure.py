@@ -35,7 +35,7 @@ def measure_verb(
     from safebasin.data.source import open_prompts
     from safebasin.data.tables import write_table
     from safebasin.measure import suite as suites
-    from safebasin.measure.judge import check_judges, make_judges, needs_aligned
+    from safebasin.measure.judging import check_judges, make_judges, needs_aligned
     from safebasin.measure.subject import Subject
     from safebasin.models.load import load
 

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from safebasin.data.source import Source, open_table
 from safebasin.data.tables import BadRow
-from safebasin.models.fingerprint import file_fingerprint, hub_commit, model_fingerprint
+from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model, plain
 
 PACKAGES = (
@@ -32,7 +34,7 @@ PACKAGES = (
     "numpy",
     "scipy",
 )
-HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
+HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -100,7 +102,8 @@ def _named(text: str) -> str | None:
             return digest([_content(part) for part in pair])
     except OSError:  # a system prompt is too long to be a name
         return None
-    return hub_commit(text) if HUB.fullmatch(text) else None
+    found = try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None  # a model of the Hub that was fetched
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _content(path: Path) -> str:

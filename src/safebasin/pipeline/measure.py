@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safebasin.data.tables import write_table
 from safebasin.measure.answers import AnswerCache
-from safebasin.measure.judge import Judge, make_judges, needs_aligned
+from safebasin.measure.judging import Judge, make_judges, needs_aligned
 from safebasin.measure.subject import Subject
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.plan import Plan

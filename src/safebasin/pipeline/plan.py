@@ -10,14 +10,14 @@ from safebasin.attack import attack
 from safebasin.data.source import SetName, Source, check_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
-from safebasin.measure.judge import check_judges
+from safebasin.measure.judging import check_judges
 from safebasin.pipeline.config import Recipe, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import check_settings, training_arguments
+from safebasin.train.settings import check_settings, training_arguments
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -71,7 +71,7 @@ class Plan:
             raise UserError(f"gate.arm: {recipe.gate['arm']!r} is not among the arms ({', '.join(recipe.arms)})")
         training_arguments(recipe.arguments, Path("unused"))
         for composition in self.compositions.values():
-            check_settings(recipe.arguments, recipe.adapter, composition)
+            check_settings(recipe.arguments, recipe.adapter, composition, recipe.align_share)
         if self.compositions and not recipe.adapter:
             raise UserError(
                 "train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)"

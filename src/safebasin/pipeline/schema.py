@@ -1,10 +1,8 @@
 """The JSON schema of a recipe, with every method's fields, the keys of ``train`` and those of ``gate``: for editors."""
 
-import inspect
 from typing import Any
 
 from pydantic import TypeAdapter
-from transformers import TrainingArguments
 
 from safebasin.attack import attack
 from safebasin.measure import judge, suite
@@ -13,7 +11,7 @@ from safebasin.registry import Registry
 from safebasin.report import Gate
 from safebasin.scan import scorer
 from safebasin.train import method
-from safebasin.train.trainer import ALLOWED
+from safebasin.train.settings import Adapter, Settings
 
 SPECS = {  # where a recipe names methods: (definition, property) -> the registry, and whether several may stand there
     ("Data", "attack"): (attack, False),
@@ -36,7 +34,7 @@ def schema() -> dict[str, Any]:
         parts[definition]["properties"][name] = {**spec, **about}
     judges = {entry.name: _fields(entry.kind, parts) for entry in judge}
     parts["Measure"]["properties"]["judges"] = {"type": "object", "additionalProperties": False, "properties": judges}
-    tree["properties"]["train"] = _train()
+    tree["properties"]["train"] = _train(parts)
     tree["properties"]["gate"] = _fields(Gate, parts)
     return tree
 
@@ -63,22 +61,8 @@ def _fields(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "additionalProperties": False}
 
 
-def _train() -> dict[str, Any]:
-    hints = inspect.signature(TrainingArguments).parameters
-    ours = {
-        "adapter": {
-            "type": "object",
-            "description": "peft.LoraConfig by its names: r, lora_alpha, target_modules, ...",
-        },
-        "align_share": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "rows of other streams over rows of the task",
-        },
-    }
-    theirs = {
-        name: {"description": f"transformers.TrainingArguments: {hints[name].annotation}"}
-        for name in sorted(ALLOWED)
-        if name in hints
-    }
-    return {"type": "object", "additionalProperties": False, "properties": ours | theirs}
+def _train(parts: dict[str, Any]) -> dict[str, Any]:
+    settings = _fields(Settings, parts)
+    share = {"type": "number", "exclusiveMinimum": 0, "description": "rows of other streams over rows of the task"}
+    adapter = {**TypeAdapter(Adapter).json_schema(), "description": "peft.LoraConfig by its names"}
+    return {**settings, "properties": {"adapter": adapter, "align_share": share, **settings["properties"]}}

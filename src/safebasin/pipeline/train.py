@@ -18,7 +18,9 @@ from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
 from safebasin.runtime import processes
 from safebasin.scan.column import Column, column_from_file, keep_column, star_column
 from safebasin.scan.scores import read_scores
-from safebasin.train.trainer import OracleTrainer, last_checkpoint, streams_of, training_arguments
+from safebasin.train.checkpoint import last_checkpoint
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of, total_steps
 from safebasin.vector import gather_full, trainable
 
 
@@ -66,8 +68,7 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
     model = fresh_adapter(loaded.model, recipe.adapter, recipe.seed)
     args = training_arguments(recipe.arguments, checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
-    steps = args.max_steps if args.max_steps > 0 else int(streams["task"].steps * args.num_train_epochs)
-    with progress(f"{arm}: train", steps) as advance:
+    with progress(f"{arm}: train", total_steps(args, streams)) as advance:
         trainer = OracleTrainer(
             model,
             args,
