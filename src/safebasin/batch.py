@@ -23,7 +23,7 @@ ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
 class Batch:
     """Rows padded on the left. ``answers`` is the length of the tail that holds every answer token.
 
-    ``mask`` is False on padding and on prompt tokens inside the tail; ``columns`` hold [batch] or [batch, answers] tensors.
+    ``mask`` is False on padding and on prompt tokens inside the tail; ``columns`` are [batch] or [batch, answers].
     """
 
     input_ids: Int[Tensor, "batch tokens"]

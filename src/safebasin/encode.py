@@ -67,7 +67,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool =
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
-    """Token ids and answer mask of a row; the mask ends with the turn's end token. One that cannot be used is a bad row.
+    """Token ids and answer mask of a row; the mask ends with the turn's end token. One that cannot be used is bad.
 
     Raises:
         UserError: the tokenizer has no chat template that can be read.

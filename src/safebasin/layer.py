@@ -1,7 +1,7 @@
 """A weight in its roles. A (base, aligned) pair gives the alignment direction d = W_aligned - W_base.
 
-The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16 weights
-cancels most of their digits). Nothing here holds a model in memory, and no matrix is larger than the weight itself.
+The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16
+weights cancels most of their digits). Nothing here holds a model in memory, and no matrix is larger than the weight.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from safebasin.data.tables import atomic_write, cause, regular_file, shown
 from safebasin.errors import UserError
-
 
 LFS = b"version https://git-lfs"  # the beginning of a pointer that git leaves in the place of a large file
 
@@ -84,7 +83,8 @@ class Pair:
                     shapes.append(tuple(part.get_shape()))
             if shapes[0] != shapes[1] or len(shapes[0]) != 2:
                 raise UserError(
-                    f"{name} is {shapes[0]} in {shown(base)} and {shapes[1]} in {shown(aligned)}; equal matrices are needed"
+                    f"{name} is {shapes[0]} in {shown(base)} and {shapes[1]} in {shown(aligned)};"
+                    " equal matrices are needed"
                 )
             self.shapes[module] = shapes[0]
 

@@ -68,7 +68,7 @@ def check_file(path: str) -> None:
 
 
 def _remote(path: str) -> bool:
-    """Whether a name is a Hub id and no file: ``owner/name``, then ``:split`` or ``:configuration:split`` if need be."""
+    """Whether a name is a Hub id and no file: ``owner/name``, then ``:split`` or ``:configuration:split``, or not."""
     endings = Path(path.removesuffix(".gz")).suffix in KINDS
     return (
         re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}(:[\w.-]{1,96}){0,2}", path) is not None

@@ -56,9 +56,10 @@ def shown(name: str | Path) -> str:
 
 def cause(error: BaseException) -> str:
     """The first line of an error's message, for a message of ours."""
-    text = getattr(error, "strerror", None) or next((line for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = getattr(error, "strerror", None) or " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1])
     named = not text or isinstance(error, LookupError | AttributeError | TypeError)  # their texts need the kind
-    return printable(masked(f"{type(error).__name__}: {text}".removesuffix(": ") if named else text.strip()), 200)
+    return printable(masked(f"{type(error).__name__}: {text}".removesuffix(": ") if named else text), 200)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -123,22 +124,30 @@ def read_table(path: str | Path) -> list[tuple[int, Any]]:
         raise UserError(f"{shown(path)}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
     if kind == ".parquet":
         return _parquet_rows(path)
-    text = read_text(path)
     if kind == ".csv":
-        return _csv_rows(path, text)
+        return _csv_rows(path, read_text(path))
     if kind != ".json":
-        return [(n, _json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    try:
-        rows = JSON.decode(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{shown(path)}: not a list of rows: it is nested too deep") from None
+        return [(n, _json_line(n, line)) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(
             f"{shown(path)} holds a JSON {type(rows).__name__}; a list of rows is needed (or JSON lines in a .jsonl)"
         )
     return [(n, _checked(n, row)) for n, row in enumerate(rows, 1)]
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return JSON.decode(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{shown(path)}: not JSON that can be read: it is nested too deep") from None
 
 
 class _Repeated(dict[str, Any]):
@@ -150,7 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row if len(row) == len(pairs) else _Repeated(row)
 
 
-def _integer(digits: str) -> float:
+def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= DIGITS else math.inf
 
 
@@ -172,7 +181,7 @@ def _checked(number: int, row: Any) -> Any:
 
 
 def flaw(row: Any, *, finite: bool = False) -> str:
-    """Why no file of ours can hold a row, or nothing. ``finite``: NaN and infinities are flaws too, as JSON has none."""
+    """Why no file of ours can hold a row, or nothing. ``finite``: NaN and infinities are flaws too: JSON has none."""
     level = [row]
     for _ in range(DEEPEST):
         inner: list[Any] = []
