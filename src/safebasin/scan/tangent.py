@@ -197,7 +197,7 @@ def _frozen(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Inside, attention is eager: the fused kernels have no forward derivative."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
     before = [(config, config._attn_implementation) for config in configs]
     try:

@@ -71,12 +71,14 @@ class Larf:
         for name in target_weights(model):
             block = next(int(step) for step in name.split(".") if step.isdigit())
             owned.setdefault(block, {})[name] = model.get_parameter(name)
+
+        def margin(weights: dict[str, Tensor], a: float) -> float:
+            with perturbed(weights, lambda _, weight: a * weight):
+                return float(refusal_margin(model, probe, pair).mean())
+
         ranges = {}
         for block, weights in owned.items():
-            margins = []
-            for a in self.scales:
-                with perturbed(weights, lambda _, weight, a=a: a * weight):
-                    margins.append(float(refusal_margin(model, probe, pair).mean()))
+            margins = [margin(weights, a) for a in self.scales]
             ranges[block] = max(margins) - min(margins)
         return max(ranges, key=lambda block: ranges[block])
 
