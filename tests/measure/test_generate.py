@@ -86,7 +86,7 @@ def test_an_answer_that_is_cut_is_not_finished():
 
 
 def test_the_generation_config_does_not_bend_greedy():
-    """A repetition penalty in the model's folder makes ``model.generate`` avoid words of the prompt, also when greedy."""
+    """A repetition penalty in a model's folder makes ``model.generate`` avoid the prompt's words, also when greedy."""
     model, tokenizer = tiny_model(), word_tokenizer()
     model.generation_config.update(repetition_penalty=50.0, no_repeat_ngram_size=1)
     truth = slow(model, tokenizer, "make a cake now", 12, {tokenizer.eos_token_id})

@@ -12,6 +12,7 @@ from safebasin.measure.judging import Verdict
 from safebasin.measure.subject import Subject
 
 Judges = Annotated[tuple[str, ...], Field(min_length=1)]
+OneJudge = Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,10 +45,11 @@ class Subject:
         with steps(f"{self.arm}: {title}", len(turns)) as advance:
             return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache)
 
-    def one_judge(self, suite: str, names: Sequence[str]) -> Judge:
-        if len(names) != 1 or names[0] not in self.judges:
-            raise UserError(f"{suite}: name one judge of {', '.join(self.judges)}; found {', '.join(names) or 'none'}")
-        return self.judges[names[0]]
+    def judge(self, suite: str, name: str) -> Judge:
+        """UserError: this run has no judge of that name."""
+        if name not in self.judges:
+            raise UserError(f"{suite}: no judge {name!r}; this run has: {', '.join(self.judges)}")
+        return self.judges[name]
 
     def judged(
         self,
@@ -64,15 +65,13 @@ class Subject:
         Yields the share of ``hit`` among refusals and compliances by judge, then by category for the first judge, then
         the agreement of the first judge with each other one.
         """
-        missing = [name for name in judges if name not in self.judges]
-        if missing or not judges:
-            raise UserError(f"{suite}: no judge {', '.join(missing)!r}; this run has: {', '.join(self.judges)}")
+        chosen = {name: self.judge(suite, name) for name in judges}
         prompts = distinct(suite, prompts)
         texts = [prompt.text for prompt in prompts]
         answers = self.ask(texts, max_new_tokens, suite)
         judgements = {
-            name: judge_answers(self.judges[name], [answer.text for answer in answers], self.labels, texts)
-            for name in judges
+            name: judge_answers(judge, [answer.text for answer in answers], self.labels, texts)
+            for name, judge in chosen.items()
         }
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             scores = {name: judgements[name][i].score for name in judges}

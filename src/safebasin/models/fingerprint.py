@@ -38,14 +38,14 @@ def model_fingerprint(name: str) -> str:
         if not any((folder / settings).is_file() for settings in ("config.json", "adapter_config.json")):
             raise UserError(f"cannot load {what}: no config.json in it")
         files = sorted({path for path in itertools.chain(*map(folder.glob, FILES)) if path.is_file()})
-        weights = _weights([path for path in files if path.suffix == ".safetensors"])
+        weights = file_digests([path for path in files if path.suffix == ".safetensors"])
         digest = hashlib.blake2b(digest_size=16)
         for path in files:
             digest.update(f"{path.relative_to(folder).as_posix()}\0{weights.get(path) or file_digest(path)}\0".encode())
     return digest.hexdigest()
 
 
-def _weights(paths: list[Path]) -> dict[Path, str]:
+def file_digests(paths: list[Path]) -> dict[Path, str]:
     """Digests of large files, remembered."""
     memory, digests = cache() / "digests.json", {}
     remembered = _remembered(memory)

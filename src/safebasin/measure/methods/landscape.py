@@ -24,6 +24,7 @@ from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import Verdict
 from safebasin.measure.landscape import ask, harm, random_direction, visage, visage_interval
+from safebasin.measure.prompts import OneJudge
 from safebasin.measure.subject import Subject, count, distinct
 from safebasin.stats import wilson
 from safebasin.vector import Vector
@@ -38,7 +39,7 @@ class Lines(abc.ABC):
     limit: PositiveInt | None = None
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
-    judges: tuple[str, ...] = ("classifier",)  # one
+    judges: OneJudge = ("classifier",)
     max_new_tokens: PositiveInt = 24
     batch: PositiveInt = 16  # prompts asked before it is looked whether a stop is decided
     width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
@@ -53,7 +54,7 @@ class Lines(abc.ABC):
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         prompts = open_prompts(self.prompts, self.column, None, self.take, self.seed, limit=self.limit)
         texts = [prompt.text for prompt in distinct(self.name, prompts)]
-        judge = subject.one_judge(self.name, self.judges)
+        judge = subject.judge(self.name, self.judges[0])
         order = np.random.default_rng(self.seed).permutation(len(texts))  # files are often in the order of categories
         (low, high), table = self.ends, []
         visited: dict[str, tuple[list[Verdict], Float[np.ndarray, " prompts"]]] = {}

@@ -24,6 +24,7 @@ from safebasin.measure import suite
 from safebasin.measure.judging import Verdict, check_counts_refusals
 from safebasin.measure.landscape import moved_verdicts
 from safebasin.measure.mechanics import MLP, Block, compare, prompt_rows
+from safebasin.measure.prompts import OneJudge
 from safebasin.measure.subject import Subject, count, distinct
 from safebasin.stats import mean
 from safebasin.vector import Vector
@@ -42,7 +43,7 @@ class Mechanics:
     seed: NonNegativeInt = 0
     k: PositiveInt = 3  # largest parts of dW
     alphas: tuple[float, ...] = (0.0, 1.0, 1.5)  # (): none is asked
-    judges: tuple[str, ...] = ("classifier",)  # one
+    judges: OneJudge = ("classifier",)
     max_new_tokens: PositiveInt = 24
     mlp: tuple[str, str] = MLP
     name: str = "mechanics"
@@ -54,7 +55,7 @@ class Mechanics:
         safe, unsafe = (self.requests(path) for path in (self.safe, self.unsafe))
         if subject.start is None:
             raise UserError(f"{self.name} compares with the start model and has none here; measure it in a run")
-        judge = subject.one_judge(self.name, self.judges) if self.alphas else None
+        judge = subject.judge(self.name, self.judges[0]) if self.alphas else None
         safe_rows, unsafe_rows = (prompt_rows(subject.loaded, subject.turns(texts)) for texts in (safe, unsafe))
         blocks, d = [], Vector()
         for block in compare(subject.start, subject.loaded, safe_rows, unsafe_rows, self.k, self.mlp):
