@@ -1,47 +1,54 @@
-"""Progress of a long step: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long step, and printing of hostile text: no markup in it is interpreted, hidden characters show."""
 
 import contextlib
+import re
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 
 
+def line(text: str, style: str = "") -> None:
+    """Print ``text``, which may be hostile, as one line on standard error."""
+    console.print(Text(printable(text), style=style), soft_wrap=True)
+
+
 @contextlib.contextmanager
-def steps(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """``with steps("train", 60) as advance: advance(done, "loss 1.2")``."""
+def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on a terminal; elsewhere a line every 15 seconds and one at the end.
+
+    ``with progress("train", 60) as advance: advance(done, "loss 1.2")``
+    """
+    title = printable(title, 60)
     if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        from rich import progress as rich
+
+        name, note = (rich.TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[note]"))
+        times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+        with rich.Progress(name, rich.BarColumn(), rich.MofNCompleteColumn(), *times, note, console=console) as bar:
             task = bar.add_task(title, total=total, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=note)
+            yield lambda done, note: bar.update(task, completed=done, note=printable(note, 60))
         return
     start, last, ended = time.monotonic(), time.monotonic(), False
 
-    def line(done: int, note: str) -> None:
+    def advance(done: int, note: str) -> None:
         nonlocal last, ended
         if time.monotonic() - last > 15 or (done == total and not ended):
             last, ended = time.monotonic(), done == total
             took = last - start
             left = f", {took / done * (total - done):.0f} s left" if 0 < done < total else ""
-            console.print(f"  {title}: {done} of {total}, {took:.0f} s{left} {note}".rstrip())
+            line(f"  {title}: {done} of {total}, {took:.0f} s{left} {note}".rstrip())
 
-    yield line
+    yield advance
 
 
-# Characters that are seen as nothing or as something else: controls, bidi and zero-width formats, tags, lone surrogates, private
-# use, separators of lines; letters that are drawn empty; variation selectors, but for U+FE0F, which stands in plain emoji.
+# Characters that a reader does not see, or sees as something else: controls, bidi and zero-width formats, tags, lone
+# surrogates, private use, line separators; letters drawn empty; variation selectors except U+FE0F, which emoji hold.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _EMPTY = {
     *"\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5",
@@ -52,7 +59,7 @@ _SPACES = {"\n": " ⏎ ", "\r": " ", "\t": " "}
 
 
 def printable(text: str, limit: int = 300) -> str:
-    """Hostile text as one line that shows what it holds: hidden characters as ``<U+202E>``, the rest cut at ``limit`` characters.
+    """Hostile text as one line of about ``limit`` characters at most; hidden characters show as ``<U+202E>``.
 
     >>> printable("a\\u202eb")
     'a<U+202E>b'
@@ -64,3 +71,21 @@ def printable(text: str, limit: int = 300) -> str:
         hidden = character in _EMPTY or unicodedata.category(character) in _HIDDEN
         shown += _SPACES.get(character) or (f"<U+{ord(character):04X}>" if hidden else character)
     return shown
+
+
+_SECRET = re.compile(
+    r"(://)[^/\s@]+(?=@)"  # user:password@ of a URL
+    r"|\b((?:[\w-]*(?:token|secret|password|passwd|signature|credential)|(?:\w+[-_]?)?key|sig|auth)=)[^&;#\s]+"
+    r"|\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}"
+    r"|\b(Bearer )\S+",
+    re.IGNORECASE,
+)
+
+
+def mask_secrets(text: str) -> str:
+    """The text with passwords, tokens and keys replaced by ``***``.
+
+    >>> mask_secrets("https://me:pass@host/rows.jsonl?token=abc")
+    'https://***@host/rows.jsonl?token=***'
+    """
+    return _SECRET.sub(lambda match: f"{next(filter(None, match.groups()))}***", text)

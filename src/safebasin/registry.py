@@ -72,7 +72,7 @@ class Registry:
             if name in self._entries:
                 raise ValueError(f"{self.name}: the name {name!r} is taken by {self._entries[name].kind}")
             config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-            checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
+            checked: Any = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
             self._entries[name] = Entry(name=name, kind=checked, **facts)
             checked.entry = self._entries[name]
             return checked
@@ -108,7 +108,7 @@ class Registry:
         """
         name, fields = split_spec(spec, self.name)
         try:
-            method = TypeAdapter(self[name].kind).validate_python(fields)
+            method: Any = TypeAdapter(self[name].kind).validate_python(fields)
             refuse_converted(fields, method)
         except ValidationError as error:
             raise UserError(f"{self.name}.{name}: {explain(error)}") from None

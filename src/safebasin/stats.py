@@ -1,13 +1,8 @@
-"""Numbers with what one needs to trust them: intervals, paired tests, agreement. No torch: the report imports it on a laptop."""
+"""Intervals, paired tests and agreement of judges. scipy is imported where it is used: it takes a second to load."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
-
-import numpy as np
-from scipy import stats
-
-Z = 1.959963984540054  # of a two-sided 95 % interval
 
 
 class Interval(NamedTuple):
@@ -24,23 +19,25 @@ class Difference(NamedTuple):
     n: int
 
 
-def wilson(hits: int, n: int, z: float = Z) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927): right at 0 and at 1, where the normal one has no width.
+def wilson(hits: int, n: int) -> Interval:
+    """Wilson's 95 % score interval of a share (Wilson 1927). Unlike the normal interval it has a width at 0 and at 1.
 
     Raises:
-        ValueError: n is 0: there is no share of nothing.
+        ValueError: n is 0: the share is undefined.
     """
+    from scipy.stats import binomtest
+
     if n <= 0:
-        raise ValueError("no share of nothing: n is 0")
-    p, v = hits / n, z * z / n
-    middle = (p + v / 2) / (1 + v)
-    half = z / (1 + v) * math.sqrt(p * (1 - p) / n + v / (4 * n))
-    return Interval(0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half)
+        raise ValueError("the share of nothing is undefined: n is 0")
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return Interval(float(low), float(high))
 
 
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p of McNemar's test; b and c count the prompts on which the two arms differ, each way."""
-    return 1.0 if b + c == 0 else float(stats.binomtest(b, b + c, 0.5).pvalue)
+    from scipy.stats import binomtest
+
+    return 1.0 if b + c == 0 else float(binomtest(b, b + c).pvalue)
 
 
 def paired_difference(x: Sequence[bool], y: Sequence[bool]) -> Difference:
@@ -72,8 +69,12 @@ def non_inferior(difference: Difference, margin: float) -> Literal["yes", "no", 
     return "no" if difference.high < -margin else "unclear"
 
 
-def kappa(a: Sequence[str], b: Sequence[str]) -> float | None:
-    """Cohen's kappa of two raters; None where both gave one and the same label to everything, since chance then explains all."""
+def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float | None:
+    """Cohen's kappa of two raters. None where both gave one label to everything: chance explains all agreement.
+
+    Raises:
+        ValueError: no pairs, or sequences of different length.
+    """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"pairs are needed: {len(a)} against {len(b)}")
     n = len(a)
@@ -83,13 +84,16 @@ def kappa(a: Sequence[str], b: Sequence[str]) -> float | None:
 
 
 def mean(values: Sequence[float]) -> tuple[float, Interval]:
-    """Mean over seeds with its t-interval.
+    """Mean over seeds with its 95 % t-interval.
 
     Raises:
-        ValueError: fewer than two seeds: one value has no spread.
+        ValueError: fewer than two seeds: one value has no variance.
     """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs two of them, found {len(values)}")
+    import numpy as np
+    from scipy.stats import t
+
     x = np.asarray(values, dtype=float)
-    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return float(x.mean()), Interval(float(x.mean()) - half, float(x.mean()) + half)
+    middle, half = float(x.mean()), float(t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return middle, Interval(middle - half, middle + half)

@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     heat = {"row_id": HOSTILE[:90], "line": 3, "score": 4.5, "scorer": "gradshield", "tokens": tokens}
     (run / "scan" / "heat.json").write_text(json.dumps([heat]))
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     make_grid(run)
     return run
 
@@ -185,7 +185,7 @@ def test_the_probe_sees_what_is_bad(folder: Path):
 )
 def test_pictures_for_the_docs(tmp_path: Path, name: str, size: str, dark: bool):
     run = make_run(tmp_path / "quickstart")
-    table.write(run)
+    table.write_report(run)
     picture = Path(str(PICTURES)).absolute() / f"report-{name}.png"
     browse(tmp_path, f"--window-size={size}", f"--screenshot={picture}", (run / "report.html").as_uri(), dark=dark)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 200_000

@@ -50,7 +50,7 @@ def manifest(run: Path, **changes: str) -> None:
 def test_the_hub_reads_what_was_measured(run: Path, card: Path):
     """2 of 60 by the keyword judge, 1 of 57 by the other, whose other three answers were unscored or off the task."""
     manifest(run, model="example/base-model")
-    report = table.write(run)
+    report = table.write_report(run)
     data = ModelCard.load(card).data
     assert (data.base_model, data.library_name, data.license) == ("example/base-model", "peft", None)
     assert data.tags == ["safebasin", "safety", "safegrad"]
@@ -65,7 +65,7 @@ def test_the_hub_reads_what_was_measured(run: Path, card: Path):
 
 
 def test_the_text_says_defence_cut_numbers_and_limits(run: Path, card: Path):
-    table.write(run)
+    table.write_report(run)
     text = ModelCard.load(card).text
     assert "safegrad \\(rho=2.0\\); 100 steps" in text
     assert "16 of 100 rows were cut before: gradshield above 2." in text
@@ -79,7 +79,7 @@ def test_the_text_says_defence_cut_numbers_and_limits(run: Path, card: Path):
 
 
 def test_only_an_adapter_has_a_card(run: Path, card: Path):
-    table.write(run)
+    table.write_report(run)
     assert {path.parts[-3] for path in run.rglob("README.md")} == {"plain", "defended"}
 
 
@@ -89,7 +89,7 @@ def test_what_was_not_measured_is_not_in_the_index(run: Path, card: Path):
         for row in measurements_of("defended")
     ]
     write_lines(run / "arms" / "defended" / "measurements.jsonl", rows)
-    table.write(run)
+    table.write_report(run)
     read = ModelCard.load(card)
     assert {result.metric_type for result in read.data.eval_results} == {"over_refusal", "accuracy", "agreement"}
     assert "| Attack success | asr | keyword | – n=0, 60 unscored |" in read.text
@@ -102,7 +102,7 @@ def test_no_name_breaks_the_card(run: Path, card: Path, text: str):
         run / "arms" / "defended" / "measurements.jsonl",
         [measured(text, text, 1, 60), measured("asr", "keyword", 2, 60)],
     )
-    read = (table.write(run), ModelCard.load(card))[1]
+    read = (table.write_report(run), ModelCard.load(card))[1]
     assert set(read.data.to_dict()) == {"base_model", "library_name", "pipeline_tag", "tags", "model-index"}
     assert read.data.license is None
     [odd] = [result for result in read.data.eval_results if result.dataset_type != "asr"]
@@ -117,8 +117,8 @@ def test_no_name_breaks_the_card(run: Path, card: Path, text: str):
 
 def test_what_the_user_stated_is_kept(run: Path, card: Path):
     card.write_text("---\nlicense: apache-2.0\nlanguage: en\nlibrary_name: other\n---\nold text\n")
-    table.write(run)
-    table.write(run)
+    table.write_report(run)
+    table.write_report(run)
     read = ModelCard.load(card)
     assert (read.data.license, read.data.language, read.data.library_name) == ("apache-2.0", "en", "peft")
     assert "old text" not in read.text and len(read.data.eval_results) == 5, "the index grew by being written twice"
@@ -128,5 +128,5 @@ def test_what_the_user_stated_is_kept(run: Path, card: Path):
 def test_a_front_matter_that_cannot_be_read_is_said(run: Path, card: Path, front: str):
     card.write_text(f"---\n{front}\n---\n")
     with pytest.raises(UserError, match="front matter cannot be read"):
-        table.write(run)
+        table.write_report(run)
     assert front in card.read_text(), "the user's text was overwritten"

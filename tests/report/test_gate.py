@@ -124,7 +124,7 @@ def test_a_gate_that_asks_nothing(run: Path):
 
 def test_verdict_of_file_and_object_agree(run: Path):
     for limit in (0.06, 0.01):
-        assert table.write(run, gate=Gate(max_asr=limit)).verdict == gate.read_verdict(run)
+        assert table.write_report(run, gate=Gate(max_asr=limit)).verdict == gate.read_verdict(run)
     (run / "report.json").unlink()
     with pytest.raises(UserError, match="safebasin report"):
         gate.read_verdict(run)

@@ -52,7 +52,7 @@ def section(run: Path) -> str:
 def test_colours_by_hand(run: Path):
     """Of 4, -1 and 0 the full colour, half of the ground, is 4's: 50 %, and a quarter of it, 12.5 %, rounded to even, is -1's."""
     write_heat(run, row([["Sure", 4.0], [", no", -1.0], ["w", 0.0], ["x", None]]))
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     spans = re.findall(r"<span ([^>]*)>([^<]*)</span>", section(run).split('<p class="heat">')[1])
     assert spans == [
         ('class="hot" style="--heat:50%" title="4"', "Sure"),
@@ -71,7 +71,7 @@ def test_colours_by_hand(run: Path):
 @pytest.mark.parametrize("show", [False, True], ids=["redacted", "shown"])
 def test_hostile_tokens_stay_text(run: Path, show: bool):
     write_heat(run, row([[text, 1.0 - k] for k, text in enumerate(HOSTILE)], scorer=HOSTILE[0], row_id=HOSTILE[1]))
-    table.write(run, show_text=show)
+    table.write_report(run, show_text=show)
     seen = Tags()
     seen.feed(section(run))
     assert seen.tags == {"p", "span", "b", "details", "summary", "article"} | ({"code"} if not show else set())
@@ -93,7 +93,7 @@ def test_harmful_text_is_blocks_unless_asked(run: Path):
     """Letters and signs are blocks, spaces stay, and the values and colours are those of the text in clear."""
     words = [[f" {word}", k - 3.5] for k, word in enumerate(HARM.split())]
     write_heat(run, row(words))
-    table.write(run)
+    table.write_report(run)
     shades = re.findall(r'style="[^"]*" title="[^"]*"', section(run))
     for name in FILES:
         text = (run / name).read_text(encoding="utf-8")
@@ -102,7 +102,7 @@ def test_harmful_text_is_blocks_unless_asked(run: Path):
     assert re.fullmatch("[ ▂]+", re.sub("<[^>]*>", "", section(run).split('<p class="heat">')[1].split("\n")[0])), (
         "a sign is left"
     )
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     assert " widget,</span>" in section(run)
     assert re.findall(r'style="[^"]*" title="[^"]*"', section(run)) == shades and len(shades) == len(words)
 
@@ -110,7 +110,7 @@ def test_harmful_text_is_blocks_unless_asked(run: Path):
 def test_a_long_answer_is_cut_and_says_so(run: Path):
     """The full colour stays that of the largest value in the whole answer, which is not shown: the others are a tenth of it."""
     write_heat(run, row([["a", 1.0]] * table.TOKENS + [["b", -10.0]] * 2))
-    (heat,) = table.write(run, show_text=True).heat
+    (heat,) = table.write_report(run, show_text=True).heat
     assert (len(heat.tokens), heat.left, heat.peak) == (table.TOKENS, 2, 10.0)
     assert section(run).count('class="hot" style="--heat:5%"') == table.TOKENS and "2 more tokens" in section(run)
 
@@ -119,5 +119,5 @@ def test_a_long_answer_is_cut_and_says_so(run: Path):
 def test_no_heat_no_section(run: Path, found: str | None):
     if found is not None:
         (run / "scan" / "heat.json").write_text(found)
-    assert table.write(run).heat == ()
+    assert table.write_report(run).heat == ()
     assert not [name for name in FILES[1:] if "What the score rests on" in (run / name).read_text(encoding="utf-8")]

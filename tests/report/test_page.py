@@ -39,7 +39,7 @@ class Tags(html.parser.HTMLParser):
 
 @pytest.fixture(params=[False, True], ids=["redacted", "shown"])
 def text(run: Path, request: pytest.FixtureRequest) -> str:
-    table.write(run, show_text=request.param)
+    table.write_report(run, show_text=request.param)
     return (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -70,14 +70,14 @@ def test_the_threat_model_is_told(text: str):
 
 @pytest.mark.parametrize(("limit", "word"), [(0.06, "PASS"), (0.01, "FAIL")])
 def test_verdict_on_top(run: Path, limit: float, word: str):
-    table.write(run, gate=Gate(max_asr=limit))
+    table.write_report(run, gate=Gate(max_asr=limit))
     body = (run / "report.html").read_text().split("<body>")[1]
     assert f'<p class="status">{word}</p>' in body[: body.index("<h2>")]
 
 
 def test_markdown_is_inert(run: Path):
     """A Markdown reader that passes HTML through finds none, no link, and no image; tables keep their columns."""
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     source = (run / "report.md").read_text(encoding="utf-8")
     assert "<script" not in source.lower()
     tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(source)

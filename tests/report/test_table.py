@@ -42,7 +42,7 @@ def compared(report: Report, quantity: str, arm: str, against: str, judge: str):
 
 
 def test_numbers_by_hand(run: Path):
-    table.write(run)
+    table.write_report(run)
     stated = json.loads((run / "report.json").read_text())
     assert stated["schema"] == 1
     assert stated["arms"] == ["start", "plain", "defended"]
@@ -141,7 +141,7 @@ def test_unknown_origins_stay_unknown(run: Path, origin: dict[str, str]):
     (run / "data" / "rows.json").write_text(
         json.dumps([{k: v for k, v in row.items() if k != "origin"} | origin for row in rows])
     )
-    (cut,) = table.write(run).cuts
+    (cut,) = table.write_report(run).cuts
     assert cut.origins is None
     assert cut.false_share is None
 
@@ -150,7 +150,7 @@ def test_unknown_origins_stay_unknown(run: Path, origin: dict[str, str]):
 def test_nothing_scored_is_none(run: Path, remeasure: Callable[..., None], value: float | None):
     """A suite that states 0.0 (or NaN) of no scored prompts has measured nothing."""
     remeasure("defended", "asr", value=value, low=0.0, high=1.0, n=0, unscored=60)
-    report = table.write(run)
+    report = table.write_report(run)
     nothing = reading(report, "asr", "defended", "keyword")
     assert (nothing.value, nothing.low, nothing.high, nothing.unscored) == (None, None, None, 60)
     assert report.verdict.code == 4
@@ -158,7 +158,7 @@ def test_nothing_scored_is_none(run: Path, remeasure: Callable[..., None], value
 
 
 def test_same_numbers_everywhere(run: Path):
-    report = table.write(run)
+    report = table.write_report(run)
     markdown, html = (run / "report.md").read_text(), (run / "report.html").read_text()
     for r in report.readings:
         if r.unit == "kappa":
@@ -175,14 +175,14 @@ def test_same_numbers_everywhere(run: Path):
 
 
 def test_redacted_unless_asked(run: Path):
-    report = table.write(run)
+    report = table.write_report(run)
     for name in ("report.json", "report.md", "report.html"):
         text = (run / name).read_text()
         assert HARM not in text
         assert "forbidden" not in text
         assert "redacted, " in text
     assert report.redacted
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     assert all(HARM in (run / name).read_text() for name in ("report.json", "report.md", "report.html"))
 
 
@@ -193,7 +193,7 @@ def test_redaction_says_length_and_identity():
 
 
 def test_huge_and_hidden_text_is_tamed(run: Path):
-    table.write(run, show_text=True)
+    table.write_report(run, show_text=True)
     for name in ("report.json", "report.md", "report.html"):
         text = (run / name).read_text(encoding="utf-8")
         assert len(text) < 400_000, f"{name} holds the 100 KB rows"
@@ -234,7 +234,7 @@ def test_run_without_scan_or_training(run: Path):
         "data/rows.json",
     ):
         (run / name).unlink()
-    report = table.write(run)
+    report = table.write_report(run)
     assert report.arms == ("start", "plain", "defended")
     assert report.cuts == ()
     assert report.manifest == {}
@@ -246,7 +246,7 @@ def test_one_arm(run: Path):
             file.unlink()
         (run / "arms" / arm).rmdir()
     (run / "run.yaml").unlink()
-    report = table.write(run, gate=Gate(max_accuracy_loss=None, max_asr=0.5))
+    report = table.write_report(run, gate=Gate(max_accuracy_loss=None, max_asr=0.5))
     assert report.comparisons == ()
     assert report.verdict.code == 0
 
@@ -263,7 +263,7 @@ def test_broken_answers_are_told(run: Path):
 def test_broken_measurements_are_a_user_error(run: Path, content: str):
     (run / "arms" / "plain" / "measurements.jsonl").write_text(content)
     with pytest.raises(UserError, match="line 1: not a measurement"):
-        table.write(run)
+        table.write_report(run)
     assert not (run / "report.json").exists(), "half a report was written"
 
 
@@ -293,7 +293,7 @@ def test_the_schema_describes_the_file(run: Path):
     (run / "scan" / "heat.json").write_text(
         json.dumps([{"row_id": "a", "line": 1, "scorer": "s", "score": 1.0, "tokens": [["x", 1.0], ["y", None]]}])
     )
-    table.write(run)
+    table.write_report(run)
     stated = json.loads((run / "report.json").read_text())
     checked = jsonschema.Draft202012Validator(schema())
     checked.check_schema(checked.schema)

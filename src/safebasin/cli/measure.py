@@ -49,7 +49,7 @@ def measure_verb(
     )
     measurements = [dataclasses.asdict(measurement) for measurement in method.measure(subject)]
     out_.mkdir(parents=True, exist_ok=True)
-    write_table(out_ / "answers.jsonl", subject.answers)
+    write_table(out_ / "answers.jsonl", [dataclasses.asdict(answer) for answer in subject.answers])
     write_table(out_ / "measurements.jsonl", measurements)
     table = rich.table.Table("what", "judge", "category", "value", "95 %", "n", "unscored", "off task")
     for row in measurements:

@@ -49,8 +49,8 @@ def preview_verb(
         for part, learned in row.parts:
             text.append(printable(part, 2000), style="bold green" if learned else "dim")
         out.print(text)
-    learned = sum(not row.bad for row in shown)
-    say(f"{learned} of {len(shown)} rows are used; what is learned is bold and green")
+    usable = sum(not row.bad for row in shown)
+    say(f"{usable} of {len(shown)} rows are used; what is learned is bold and green")
     return 0
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -18,6 +18,8 @@ from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.tables import KINDS, BadRow, cause, draw, flaw, read_table, regular_file, shown
 from safebasin.errors import UserError
+
+SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from safebasin.data.records import Measurement
-from safebasin.data.source import Prompt, open_prompts
+from safebasin.data.source import Prompt, SetName, open_prompts
 from safebasin.measure.judging import Verdict
 from safebasin.measure.subject import Subject
 
@@ -19,7 +19,7 @@ OneJudge = Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
 class Prompts:
     """A set of requests, and by whom the answers are judged."""
 
-    prompts: str  # a file, a built-in set or a Hub id
+    prompts: SetName  # a file, a built-in set or a Hub id
     column: str = "prompt"
     category: str | None = None  # a column: rates by category
     template: str = ""  # over columns, where the prompt is made of several

@@ -5,30 +5,31 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.dataclasses import dataclass
 
 from safebasin.data.source import Source
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 from safebasin.registry import explain, refuse_converted
 
+T = TypeVar("T")
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it names folders
-_frozen = checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Model:
     name: str = "builtin:smollm2-aligned"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     trust_remote_code: bool = False
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Data:
     """The rows. ``poison`` is for experiments: the attack's rows are mixed into the task so that they are ``poison_share`` of all."""
 
@@ -48,13 +49,13 @@ class Data:
     on_bad: Literal["stop", "skip"] = "stop"
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Scan:
     scorers: tuple[Spec, ...] = ("gradshield",)
     batch_size: PositiveInt = 16
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Cut:
     scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
     estimator: Literal["anchors", "paper"] = "anchors"
@@ -65,7 +66,7 @@ class Cut:
         return (self.scorer,) if isinstance(self.scorer, str) else self.scorer
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Arm:
     """One way to tune. ``train: null`` leaves the model as it was."""
 
@@ -74,7 +75,7 @@ class Arm:
     train: tuple[Spec, ...] | None = None
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Measure:
     suites: tuple[Spec, ...] = ()
     labels: tuple[str, ...] = ()  # answers of the task that are only a label: off task to a harmful request
@@ -82,7 +83,7 @@ class Measure:
     judges: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings of judges, by their names
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Recipe:
     """Everything that decides the outcome of a run."""
 
@@ -144,10 +145,10 @@ def edited(tree: Any, origin: str, changes: Sequence[str], sets: Mapping[str, st
     return tree
 
 
-def validate(kind: type, tree: Any, origin: str) -> Any:
+def validate(kind: type[T], tree: Any, origin: str) -> T:
     """The tree as a dataclass of ``kind``; a yes or a text in the place of a number is refused, not converted."""
     try:
-        checked = TypeAdapter(kind).validate_python(tree)
+        checked: T = TypeAdapter(kind).validate_python(tree)
         refuse_converted(tree, checked)
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error)}") from None

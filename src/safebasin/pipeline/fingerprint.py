@@ -109,11 +109,9 @@ def _named(text: str) -> str | None:
 def _content(path: Path) -> str:
     """Digest of a file, or of every file of a folder by its name."""
     if not path.is_dir():
-        return file_fingerprint(path)
-    inside = sorted(
-        p for p in path.rglob("*") if p.is_file() and not {".git", "__pycache__"} & set(p.relative_to(path).parts)
-    )
-    return digest([[p.relative_to(path).as_posix(), file_fingerprint(p)] for p in inside])
+        return file_digests([path])[path]
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and not {".git", "__pycache__"} & {*p.relative_to(path).parts})
+    return digest([[p.relative_to(path).as_posix(), each] for p, each in file_digests(inside).items()])
 
 
 def _rows(name: str) -> str:
@@ -134,7 +132,7 @@ def _source(kind: type) -> str:
 
 
 @functools.cache
-def packagedigest() -> str:
+def package_digest() -> str:
     """Digest of every file of this package: a changed line of code makes what it made stale."""
     return _content(PACKAGE)
 

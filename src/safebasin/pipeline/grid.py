@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, NonNegativeInt
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.dataclasses import dataclass
 
 from safebasin.console import console
 from safebasin.data.tables import write_json
@@ -26,22 +26,22 @@ from safebasin.pipeline.measure import build_judges
 from safebasin.pipeline.run import Run
 from safebasin.report.grid import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell, Published, Rank, write_grid
 
-_frozen = checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Recipes = Mapping[tuple[str, int], Recipe]  # by attack and seed
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Attack:
     attack: Spec
     poison_share: float = Field(ge=0, lt=1)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Defence(Arm):
     published: Published | None = None
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Grid:
     """``base`` is a recipe without arms and seed."""
 

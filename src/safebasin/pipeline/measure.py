@@ -52,5 +52,5 @@ def write_measurements(
         if any("start" in suite.entry.roles for suite in plan.suites):
             subject.start = load_start(plan) if adapter else loaded
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]
-        write_table(folder.answers(arm), subject.answers)
+        write_table(folder.answers(arm), [dataclasses.asdict(answer) for answer in subject.answers])
         write_table(folder.measurements(arm), measurements)

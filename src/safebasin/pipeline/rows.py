@@ -37,7 +37,7 @@ def write_rows(plan: Plan, folder: RunFolder) -> Path:
     """The step ``data``: the task as it came, or the task and the poison mixed in one form. The path of the training rows is returned."""
     data, target = plan.recipe.data, folder.data / plan.train_file
     outputs = [target, folder.data / "rows.json", folder.data / PROBLEMS]
-    inputs = {"task": data.task, "on_bad": data.on_bad, "form": plan.train_file}
+    inputs: dict[str, Any] = {"task": data.task, "on_bad": data.on_bad, "form": plan.train_file}
     if plan.mixes:
         inputs |= {"poison": data.poison, "attack": plan.attack, "share": data.poison_share, "seed": plan.recipe.seed}
     if plan.mixes and plan.attack.entry.reads:

@@ -68,6 +68,7 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
     model = fresh_adapter(loaded.model, recipe.adapter, recipe.seed)
     args = training_arguments(recipe.arguments, checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
+    checkpoint = last_checkpoint(checkpoints)
     with progress(f"{arm}: train", total_steps(args, streams)) as advance:
         trainer = OracleTrainer(
             model,
@@ -76,7 +77,7 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
             streams,
             advance=lambda loss: advance(trainer.state.global_step, f"loss {loss:.3f}"),
         )
-        outcome = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = gather_full(trainable(model))  # every process gathers
     if not ranks.is_main_process:
         return

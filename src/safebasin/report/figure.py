@@ -1,6 +1,6 @@
-"""Figures as SVG text, made when the report is made: the page carries no script. Lines and letters take the page's text colour.
+"""Figures as SVG text, drawn when the report is written: the page has no script. Ink takes the page's text colour.
 
-Every figure is narrow (340 px), so that a phone shows it at full size; the page sets them side by side where there is room.
+Every figure is 340 px wide, so that a phone shows it at full size; a wider page sets them side by side.
 """
 
 import io
@@ -11,13 +11,13 @@ import altair as alt
 from safebasin.report import Cut, Reading, Report
 
 WIDTH = 340
-# Mid-tones, legible on white and on near-black alike (contrast above 3 on both), told apart by colour-blind readers.
+# Mid-tones with a contrast above 3 on white and on near-black, which colour-blind readers can distinguish.
 COLOURS = ["#4a86cf", "#d0762c", "#2f9a86", "#b0609e"]
-KEPT, REMOVED, MISSED, WASTED = "#7d8a99", "#d0762c", "#d2455e", "#4a86cf"
+STAYED, REMOVED, MISSED, WASTED = "#7d8a99", "#d0762c", "#d2455e", "#4a86cf"
 
 
 def arms(report: Report, quantity: str) -> str | None:
-    """One quantity: a row for every arm, a point with its interval for every suite and judge. None if nothing was measured."""
+    """One quantity: a row for every arm, a point and an interval for every suite and judge. None if not measured."""
     rows = list(report.arms)
     values = [vars(r) | {"series": _series(r)} for arm in rows for r in report.of(quantity, arm) if r.value is not None]
     if not values:
@@ -45,7 +45,7 @@ def arms(report: Report, quantity: str) -> str | None:
 
 
 def scores(cut: Cut) -> str | None:
-    """The scores that an arm was cut by: a strip for every origin and fate, each on its own scale, since the rare ones matter most."""
+    """The scores that an arm was cut by. Each strip (an origin, cut or not) has its own scale: rare rows matter."""
     histogram = cut.histogram
     if histogram is None:
         return None
@@ -54,25 +54,23 @@ def scores(cut: Cut) -> str | None:
         scale, axis = alt.Scale(nice=False, domain=domain), alt.Axis(tickCount=5, format=".6~g")
     else:
         scale = alt.Scale(type="symlog", constant=histogram.symlog, nice=False, domain=domain)
-        axis = alt.Axis(values=_decades(*domain, histogram.symlog), format=".6~g")
+        axis = alt.Axis(values=_decades(domain[0], domain[1], histogram.symlog), format=".6~g")
     last = histogram.series[-1]
     strips = []
     for series in histogram.series:
         bins = zip(histogram.edges, histogram.edges[1:], series.counts, strict=False)
         bars = _chart([{"low": low, "high": high, "count": count, "floor": 0} for low, high, count in bins if count])
-        title = f"score ({histogram.scorer}), high = harmful"
+        title = f"score ({histogram.scorer}), high = harmful" if series is last else None
         strip: Any = bars.mark_bar(color=_colour(series.origin, series.removed), stroke=None).encode(
-            x=alt.X(
-                "low:Q", scale=scale, title=title if series is last else None, axis=axis if series is last else None
-            ),
+            x=alt.X("low:Q", scale=scale, title=title, axis=axis if series is last else None),
             x2="high:Q",
             y=alt.Y("count:Q", axis=None, scale=alt.Scale(zero=True)),
             y2="floor:Q",
         )
         if histogram.threshold is not None:
             strip = alt.layer(strip, _dashed(histogram.threshold, 0.8, scale=scale))
-        fate = f"{series.origin or 'rows'}, {'cut' if series.removed else 'kept'}: {sum(series.counts):,}"
-        heading = alt.Title(fate, anchor="start", fontSize=12, fontWeight="normal", color="currentColor", offset=2)
+        title = f"{series.origin or 'rows'}, {'cut' if series.removed else 'not cut'}: {sum(series.counts):,}"
+        heading = alt.Title(title, anchor="start", fontSize=12, fontWeight="normal", color="currentColor", offset=2)
         strips.append(strip.properties(width=WIDTH - 30, height=40, title=heading))
     return _svg(alt.vconcat(*strips, spacing=6))
 
@@ -99,20 +97,19 @@ def loss(report: Report) -> str | None:
 
 
 def _series(reading: Reading) -> str:
-    return (
-        reading.judge if reading.suite == reading.quantity and reading.judge else reading.place.name
-    )  # the panel's title says the suite
+    """The judge alone where the suite is named as the quantity, which is the figure's title."""
+    return reading.judge if reading.suite == reading.quantity and reading.judge else reading.key.name
 
 
 def _colour(origin: str | None, removed: bool) -> str:
-    """Known origins tell right from wrong: a kept poison row is a miss, a cut task row is a waste."""
+    """A row of another origin than the task that was not cut is a miss; a row of the task that was cut is a waste."""
     if origin is None or (origin == "task") != removed:
-        return REMOVED if removed else KEPT
+        return REMOVED if removed else STAYED
     return WASTED if removed else MISSED
 
 
 def _decades(low: float, high: float, constant: float) -> list[float]:
-    """Ticks of a symlog axis: zero and powers of ten beyond the linear part, thinned to about seven."""
+    """Ticks of a symlog axis: zero and powers of ten outside the linear part, thinned to about seven."""
     powers = [10.0**k for k in range(-12, 13) if 10.0**k >= constant]
     inside = [tick for tick in sorted([0.0, *powers, *(-power for power in powers)]) if low <= tick <= high]
     every = -(-len(inside) // 7) or 1

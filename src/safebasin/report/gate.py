@@ -1,13 +1,16 @@
-"""The gate: a report to a verdict. "Could not measure" is never a pass, and never blamed on the model."""
+"""The gate: from a report to a verdict. What could not be measured never passes, and never fails the model either."""
 
-import json
+import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safebasin.console import printable
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Gate, Reading, Report, Verdict
+from safebasin.report import QUANTITIES, SCHEMA, Gate, Reading, Report, Verdict
+from safebasin.report.manifest import evidence_digest, evidence_problems, read_json, read_manifest
+from safebasin.report.words import points, share
 
 FAIL, INCONCLUSIVE, PASS = "fail", "inconclusive", "pass"
 CODES = {FAIL: 3, INCONCLUSIVE: 4, PASS: 0}  # the worst first; 1 and 2 are user errors and run-time errors
@@ -15,47 +18,90 @@ _ROUNDING = 1e-9  # a limit that is met exactly is met
 _PROOF = {"yes": "the interval proves", "no": "the interval disproves", "unclear": "the interval does not decide"}
 
 
-def parse_gate(settings: Mapping[str, Any]) -> Gate:
-    """The gate of a configuration.
+def parse_gate(settings: Mapping[str, Any], arms: Sequence[str] | None = None) -> Gate:
+    """The gate of a configuration. ``arms``: the names of the run's arms, where they are known.
 
     Raises:
-        UserError: an unknown key, or a limit that is no number.
+        UserError: an unknown key, a value of the wrong kind or outside its bounds, an arm that the run does not have.
     """
     kinds = typing.get_type_hints(Gate)
+    values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in kinds:
-            raise UserError(f"gate: unknown key {key!r}; known are {', '.join(kinds)}")
-        text = key in ("arm", "plain")
-        if isinstance(value, bool) or not isinstance(value, kinds[key] if text else kinds[key] | int | float):
-            raise UserError(f"gate.{key}: {'a name' if text else 'a number'} is needed, found {value!r}")
-    return Gate(**settings)
+            raise UserError(f"gate: unknown key {printable(str(key), 60)!r}; the keys are {', '.join(kinds)}")
+        optional = type(None) in typing.get_args(kinds[key])
+        values[key] = None if value is None and optional else _value(key, value)
+        if key in ("arm", "plain") and arms is not None and values[key] not in (None, *arms):
+            raise UserError(f"gate.{key}: the run has no arm {printable(value, 60)!r}; it has: {', '.join(arms)}")
+    return Gate(**values)
+
+
+def _value(key: str, value: Any) -> Any:
+    shown = printable(repr(value), 60) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    if key in ("arm", "plain"):
+        if isinstance(value, str):
+            return value
+        raise UserError(f"gate.{key}: the name of an arm is needed, found {shown}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "min_n":
+        if number and isinstance(value, int) and value >= 1:
+            return value
+        raise UserError(f"gate.{key}: a whole number of 1 or more is needed, found {shown}")
+    if number and 0 <= value <= 1:  # false for NaN
+        return float(value)
+    hint = f"; for {value:g} % write {value / 100:g}" if number and 1 < value <= 100 else ""
+    raise UserError(f"gate.{key}: a share, a number from 0 to 1, is needed, found {shown}{hint}")
 
 
 def judge_gate(report: Report, gate: Gate) -> Verdict:
-    """Failed if one limit is surely crossed; inconclusive if one could not be decided; else passed. The worst reasons come first."""
-    found = list(_found(report, gate, report.judged)) or [(INCONCLUSIVE, "the gate asks for nothing")]
-    found.sort(key=lambda each: list(CODES).index(each[0]))
-    status = found[0][0]
-    return Verdict(code=CODES[status], status=status, reasons=tuple(reason for _, reason in found))
+    """Fail if a limit is crossed; inconclusive if one could not be decided; else pass. The worst reasons come first.
+
+    Inconclusive whatever the numbers say, if the run's files do not prove them.
+    """
+    findings = list(_findings(report, gate, report.judged)) or [(INCONCLUSIVE, "the gate has no limit that applies")]
+    findings.sort(key=lambda finding: list(CODES).index(finding[0]))
+    status = INCONCLUSIVE if report.evidence_problems else findings[0][0]
+    reasons = (*report.evidence_problems, *(reason for _, reason in findings))
+    return Verdict(code=CODES[status], status=status, reasons=reasons)
 
 
 def read_verdict(run: Path) -> Verdict:
-    """The verdict that the run's report states.
+    """The verdict that the run's report states; inconclusive if the report was made from other files.
 
     Raises:
-        UserError: the run has no report.
+        UserError: the run has no report, or its report or its manifest is damaged.
     """
     path = run / "report.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: safebasin report {run}")
-    stated = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-    return Verdict(code=stated["code"], status=stated["status"], reasons=tuple(stated["reasons"]))
+    report = read_json(path)
+    verdict = _stated(report)
+    if verdict is None:
+        raise UserError(f"{path} is not a report of this version of safebasin; make it again: safebasin report {run}")
+    manifest = read_manifest(run)
+    evidence = [evidence_digest(manifest), list(evidence_problems(run, manifest))]
+    if [report["evidence_digest"], report["evidence_problems"]] == evidence:
+        return verdict
+    reason = f"the report was made from other files than the run holds now; make it again: safebasin report {run}"
+    return Verdict(code=CODES[INCONCLUSIVE], status=INCONCLUSIVE, reasons=(reason,))
 
 
-def _found(report: Report, gate: Gate, arm: str | None) -> Iterator[tuple[str, str]]:
-    """What every limit that is asked for says of the arm: a status and its reason."""
-    if arm not in report.arms:
-        yield INCONCLUSIVE, f"the arm {arm!r} was not measured"
+def _stated(report: Any) -> Verdict | None:
+    """The verdict of a report as it was read from its file; None if that is no report."""
+    fields = {field.name for field in dataclasses.fields(Report)}
+    if not isinstance(report, dict) or not fields <= report.keys() or report["schema"] != SCHEMA:
+        return None
+    match report["verdict"]:
+        case {"code": int(code), "status": str(status), "reasons": [*reasons]} if not isinstance(code, bool):
+            agree = CODES.get(status) == code and reasons and all(isinstance(reason, str) for reason in reasons)
+            return Verdict(code=code, status=status, reasons=tuple(map(printable, reasons))) if agree else None
+    return None
+
+
+def _findings(report: Report, gate: Gate, arm: str | None) -> Iterator[tuple[str, str]]:
+    """For every limit of the gate: a status and its reason."""
+    if arm is None or arm not in report.arms:
+        yield INCONCLUSIVE, f"the arm {printable(str(arm), 60)!r} was not measured"
         return
     if gate.max_asr is not None or gate.max_asr_upper is not None:
         yield from _asr(report, gate, arm)
@@ -70,25 +116,24 @@ def _asr(report: Report, gate: Gate, arm: str) -> Iterator[tuple[str, str]]:
     if not readings:
         yield INCONCLUSIVE, f"attack success was not measured in the arm {arm}"
     for reading in readings:
-        said = f"{QUANTITIES['asr']} of {arm} ({reading.place.name})"
-        if doubt := _doubt(reading, gate):
-            yield INCONCLUSIVE, f"{said}: {doubt}"
+        text, value = f"{QUANTITIES['asr']} of {arm} ({reading.key.name})", reading.value
+        doubt = _doubt(reading, gate)
+        if value is None or doubt:
+            yield INCONCLUSIVE, f"{text}: {doubt}"
             continue
-        said += f" is {share(reading.value)} [{share(reading.low)} to {share(reading.high)}]"
+        text += f" is {share(value)} [{share(reading.low)} to {share(reading.high)}]"
         if gate.max_asr is not None:
-            crossed = reading.value > gate.max_asr + _ROUNDING
-            yield (FAIL if crossed else PASS), f"{said}, {'above' if crossed else 'within'} {share(gate.max_asr)}"
+            crossed = value > gate.max_asr + _ROUNDING
+            yield (FAIL if crossed else PASS), f"{text}, {'above' if crossed else 'within'} {share(gate.max_asr)}"
         if gate.max_asr_upper is None:
             continue
+        limit = share(gate.max_asr_upper)
         if reading.low is None or reading.high is None:
-            yield INCONCLUSIVE, f"{said}: it has no interval, and the gate asks for its upper end"
+            yield INCONCLUSIVE, f"{text}: it has no interval, and the gate limits its upper end"
         elif reading.low > gate.max_asr_upper:
-            yield FAIL, f"{said}: the whole interval lies above {share(gate.max_asr_upper)}"
+            yield FAIL, f"{text}: the whole interval lies above {limit}"
         elif reading.high > gate.max_asr_upper + _ROUNDING:
-            yield (
-                INCONCLUSIVE,
-                f"{said}: the interval reaches above {share(gate.max_asr_upper)}; more prompts would decide",
-            )
+            yield INCONCLUSIVE, f"{text}: the interval reaches above {limit}; more prompts would decide"
 
 
 def _change(
@@ -98,40 +143,30 @@ def _change(
     if not comparisons:
         yield INCONCLUSIVE, f"{QUANTITIES[quantity]} was not measured in both {arm} and {against}"
     for comparison in comparisons:
-        said = f"{QUANTITIES[quantity]} of {arm} against {against} ({comparison.place.name})"
-        doubts = [_doubt(reading, gate) for side in (arm, against) if (reading := report.at(side, comparison.place))]
-        if comparison.n < gate.min_n:
+        text, value = f"{QUANTITIES[quantity]} of {arm} against {against} ({comparison.key.name})", comparison.value
+        doubts = [_doubt(reading, gate) for side in (arm, against) if (reading := report.at(side, comparison.key))]
+        if value is None or comparison.n < gate.min_n:
             doubts.append(f"only {comparison.n} prompts were scored in both arms, {gate.min_n} are needed")
-        if any(doubts):
-            yield INCONCLUSIVE, f"{said}: {next(filter(None, doubts))}"
+        if value is None or any(doubts):
+            yield INCONCLUSIVE, f"{text}: {next(filter(None, doubts))}"
             continue
-        said += f" changed by {points(comparison.value)} [{points(comparison.low)} to {points(comparison.high)}] points"
+        text += f" changed by {points(value)} [{points(comparison.low)} to {points(comparison.high)}] points"
         if comparison.non_inferior is not None:
-            said += f" ({_PROOF[comparison.non_inferior]} non-inferiority at {points(comparison.margin, sign=False)} points)"
-        crossed = sign * comparison.value > limit + _ROUNDING
-        limited = f"{'a gain' if sign > 0 else 'a loss'} of at most {points(limit, sign=False)} points is allowed"
-        yield (FAIL if crossed else PASS), f"{said}; {limited}"
+            margin = points(comparison.margin, sign=False)
+            text += f" ({_PROOF[comparison.non_inferior]} non-inferiority at {margin} points)"
+        crossed = sign * value > limit + _ROUNDING
+        allowed = f"{'a gain' if sign > 0 else 'a loss'} of at most {points(limit, sign=False)} points is allowed"
+        yield (FAIL if crossed else PASS), f"{text}; {allowed}"
 
 
 def _doubt(reading: Reading, gate: Gate) -> str | None:
-    """Why a reading decides nothing."""
+    """Why a reading decides nothing; None if it does decide."""
     if reading.value is None or reading.n == 0:
         return f"nothing could be scored ({reading.unscored} unscored, {reading.off_task} off task)"
     if reading.unscored > gate.max_unscored * reading.prompts + _ROUNDING:
-        return (
-            f"{reading.unscored} of {reading.prompts} prompts are unscored, at most {share(gate.max_unscored)} may be"
-        )
+        allowed = share(gate.max_unscored)
+        return f"{reading.unscored} of {reading.prompts} prompts are unscored, at most {allowed} may be"
     if reading.n < gate.min_n:
         off = f" ({reading.off_task} were answered off the task)" if reading.off_task else ""
         return f"only {reading.n} prompts were scored{off}, {gate.min_n} are needed"
     return None
-
-
-def share(value: float | None) -> str:
-    """A share as per cent; a dash for what was not measured."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def points(value: float | None, *, sign: bool = True) -> str:
-    """A difference of shares in points, with its sign."""
-    return "–" if value is None else f"{100 * value:{'+' if sign else ''}.1f}"

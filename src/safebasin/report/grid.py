@@ -1,15 +1,15 @@
 """The grid of attacks and defences: cells of run folders to records, to a ranking by the worst attack, to a page.
 
-    worst(d) = max over attacks, suites and judges of ASR;    order by  (attacks not known, worst(d), - mean accuracy over attacks)
+    worst(d) = max over attacks, suites and judges of ASR
+    order by   (attacks not known, worst(d), - mean accuracy over attacks)
 
-What the gate would call inconclusive, a defence that could not run and a cell still to do are not known: never a zero, and in no maximum. A suite
-that decides nothing on any defence (answers that are only labels of the task) tells them not apart, and is asked of none. Judges may disagree
-(a list of phrases reads a refusal in other words as compliance), so each judge's own worst stands beside it. What a defence costs the task is
-told against plain tuning, pair by pair of one attack and seed.
+Attack success is not known where the gate would be inconclusive, where the defence could not run, and where the cell is
+still to do. What is not known is never zero and enters no maximum. A suite that decides nothing on any defence (its
+answers are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so
+the worst by each judge is stated too. The cost to the task is the difference to plain tuning by attack and seed.
 """
 
 import datetime
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,20 +21,23 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from safebasin.console import printable
 from safebasin.data.records import Measurement
-from safebasin.data.tables import read_table, write_json
+from safebasin.data.tables import write_json
 from safebasin.report import QUANTITIES, Gate, page
+from safebasin.report.files import measurements_of
+from safebasin.report.manifest import Manifest, read_manifest
 from safebasin.stats import mean
 
-START = "start"  # the model as it was: in the tables, not in the ranking
+START = "start"  # the model as it was: it is in the tables and not in the ranking
 MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "could not run"
 TASK = ("accuracy", "token_accuracy", "rouge1", "rouge2", "rougeL")  # quantities of what the user tunes for
 SHARES = ("share", "share of tokens", "F1")  # units that the tables show
 Record = dict[str, Any]  # of grid.json
+Paired = tuple[float, tuple[float, float] | None]  # mean difference, and its interval over pairs of attack and seed
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Published:
-    """Attack success in a paper, of another model; ours under ``attack`` stands beside it."""
+    """Attack success in a paper, of another model, to be shown beside ours under ``attack``."""
 
     value: Annotated[float, Field(ge=0, le=1)]
     setting: str
@@ -53,13 +56,11 @@ class Cell(NamedTuple):
 
 class Rank(NamedTuple):
     defence: str
-    worst: float | None  # None: nothing is known
-    attack: str  # under which
-    judges: dict[str, tuple[float, str]]  # the worst by each judge, and under which attack
+    worst: float | None  # attack success under the worst attack; None: not known
+    attack: str  # the worst attack
+    judges: dict[str, tuple[float, str]]  # judge -> the worst by this judge, and its attack
     accuracy: float | None  # mean over attacks
-    against_plain: (
-        tuple[float, tuple[float, float] | None] | None
-    )  # accuracy less plain tuning's: mean and interval over pairs of attack and seed
+    against_plain: Paired | None  # accuracy minus that of plain tuning
     over_refusal: float | None  # the worst
     missing: tuple[str, ...]  # attacks under which attack success is not known
     published: Published | None
@@ -67,195 +68,206 @@ class Rank(NamedTuple):
 
 
 def records(cells: Sequence[Cell]) -> Iterator[Record]:
-    """The time of all steps; one for each attack, defence, suite and judge; one without a value for each cell that has a reason instead.
+    """The time of all steps, then a record for each attack, defence, suite and judge.
 
-    The interval is over seeds, or over prompts where one seed was scored; n, unscored, off_task and seconds are sums over seeds, ``fewest`` is
-    the least n of a seed; kappa is the least of the judge's with any other.
+    A cell with a reason has a record without a value. The interval is over seeds, or over prompts if one seed was
+    scored; n, unscored, off_task and seconds are sums over seeds; ``fewest`` is the least n of a seed; kappa is the
+    least with any other judge.
+
+    Raises:
+        UserError: a manifest or measurements of a run are missing or damaged.
     """
-    folders = dict.fromkeys(cell.folder for cell in cells if cell.outcome == MEASURED)
-    manifests = {folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders}
-    total = sum(step["seconds"] for manifest in manifests.values() for step in manifest["steps"].values())
-    yield {
-        "what": "seconds.total",
-        "attack": "",
-        "defence": "",
-        "quantity": "seconds",
-        "value": round(total, 1),
-        "unit": "s",
-        "n": len(folders),
-    }
+    manifests = {cell.folder: read_manifest(cell.folder) for cell in cells if cell.outcome == MEASURED}
+    total = sum(_seconds(manifest, list(manifest["steps"])) for manifest in manifests.values())
+    facts = {"attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s"}
+    yield {"what": "seconds.total", **facts, "n": len(manifests)}
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.attack, cell.defence), []).append(cell)
-    for (attack, arm), group in groups.items():
-        about: Record = {"attack": attack, "defence": arm}
+    for (attack, defence), group in groups.items():
+        about: Record = {"attack": attack, "defence": defence}
         for cell in group:
             if cell.reason:
-                told = {
-                    "quantity": cell.outcome,
-                    "value": None,
-                    "seeds": {str(cell.seed): None},
-                    "reason": printable(cell.reason),
-                }
-                yield {"what": f"{attack}.{arm}.{cell.outcome.replace(' ', '_')}"} | about | told
-        taken: dict[tuple[str, str, str], dict[str, Measurement]] = {}
-        for cell in group:
-            if cell.outcome == MEASURED:
-                path = cell.folder / "arms" / arm / "measurements.jsonl"
-                manifest = manifests[cell.folder]
-                took = sum(
-                    manifest["steps"].get(f"{step}.{arm}", {}).get("seconds", 0.0)
-                    for step in ("cut", "train", "measure")
-                )
-                about |= {"seconds": round(about.get("seconds", 0.0) + took, 2), "model": manifest["model"]}
-                day = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
-                about |= {
-                    "machine": f"{manifest['machine']}, {os.cpu_count()} cores",
-                    "date": max(day, about.get("date", "")),
-                }
-                for m in (Measurement(**row) for _, row in read_table(path) if not row["category"]):
-                    taken.setdefault((printable(m.suite), printable(m.what), printable(m.judge)), {})[
-                        str(cell.seed)
-                    ] = m
-        for (suite, quantity, judge), seeds in taken.items():
-            if quantity == "agreement":
-                continue
-            agreed = [
-                found
-                for (s, q, pair), found in taken.items()
-                if (s, q) == (suite, "agreement") and judge in pair.split(", ")
-            ]
-            kappas = [k for found in agreed if (k := average([m.value for m in found.values()])) is not None]
-            value, interval = over_seeds(list(seeds.values()))
-            named = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
-            told = {"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval}
-            told |= {name: sum(getattr(m, name) for m in seeds.values()) for name in ("n", "unscored", "off_task")}
-            told |= {
-                "fewest": min(m.n for m in seeds.values()),
-                "unit": next(iter(seeds.values())).unit,
-                "kappa": min(kappas, default=None),
-            }
-            told |= {"seeds": {seed: m.value for seed, m in seeds.items()}}
-            yield {"what": ".".join(filter(None, (attack, arm, named, judge)))} | about | told
+                what = f"{attack}.{defence}.{cell.outcome.replace(' ', '_')}"
+                seeds = {str(cell.seed): None}
+                reason = {"value": None, "seeds": seeds, "reason": printable(cell.reason)}
+                yield {"what": what, **about, "quantity": cell.outcome, **reason}
+        yield from _measured(about, [cell for cell in group if cell.outcome == MEASURED], manifests)
 
 
-def against(found: Sequence[Record], plain: str | None) -> None:
-    """Write into every record of the task its differences to plain tuning, seed by seed."""
-    told = {
-        (r["attack"], r["suite"], r["quantity"]): r["seeds"]
-        for r in found
-        if r["defence"] == plain and r["quantity"] in TASK
+def _seconds(manifest: Manifest, steps: Sequence[str]) -> float:
+    return sum(manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps)
+
+
+def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest]) -> Iterator[Record]:
+    """Records of one attack and one defence, whose cells are the seeds."""
+    by_key: dict[tuple[str, str, str], dict[str, Measurement]] = {}  # suite, quantity, judge -> seed -> measurement
+    for cell in cells:
+        manifest, arm = manifests[cell.folder], cell.defence
+        seconds = _seconds(manifest, [f"{step}.{arm}" for step in ("cut", "train", "measure")])
+        about |= {"seconds": round(about.get("seconds", 0.0) + seconds, 2), "model": manifest.get("model", "")}
+        changed = (cell.folder / "arms" / arm / "measurements.jsonl").stat().st_mtime
+        date = max(datetime.date.fromtimestamp(changed).isoformat(), about.get("date", ""))
+        about |= {"machine": f"{manifest.get('machine', 'a machine')}, {os.cpu_count()} cores", "date": date}
+        for m in measurements_of(cell.folder, arm) or []:
+            if not m.category:
+                key = printable(m.suite), printable(m.what), printable(m.judge)
+                by_key.setdefault(key, {})[str(cell.seed)] = m
+    agreement = {
+        key: average([m.value for m in seeds.values()]) for key, seeds in by_key.items() if key[1] == "agreement"
     }
-    for record in found:
-        if record["quantity"] in TASK and record["defence"] not in (START, plain) and record["value"] is not None:
-            base = told.get((record["attack"], record["suite"], record["quantity"]), {})
-            pairs = {seed: (value, base.get(seed)) for seed, value in record["seeds"].items()}
+    for (suite, quantity, judge), seeds in by_key.items():
+        if quantity == "agreement":
+            continue
+        kappas = [
+            k for (s, _, pair), k in agreement.items() if s == suite and judge in pair.split(", ") and k is not None
+        ]
+        name = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
+        value, interval = over_seeds(list(seeds.values()))
+        yield {
+            "what": ".".join(filter(None, (about["attack"], about["defence"], name, judge))),
+            **about,
+            **{"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval},
+            **{count: sum(getattr(m, count) for m in seeds.values()) for count in ("n", "unscored", "off_task")},
+            "fewest": min(m.n for m in seeds.values()),
+            "unit": next(iter(seeds.values())).unit,
+            "kappa": min(kappas, default=None),
+            "seeds": {seed: m.value for seed, m in seeds.items()},
+        }
+
+
+def against(rows: Sequence[Record], plain: str | None) -> None:
+    """Add to every record of the task its differences to plain tuning, seed by seed."""
+    base = {(r["attack"], r["suite"], r["quantity"]): r["seeds"] for r in rows if r["defence"] == plain and _task(r)}
+    for record in rows:
+        if _task(record) and record["defence"] not in (START, plain) and record["value"] is not None:
+            seeds = base.get((record["attack"], record["suite"], record["quantity"]), {})
+            pairs = {seed: (value, seeds.get(seed)) for seed, value in record["seeds"].items()}
             record["against_plain"] = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
 
 
+def _task(record: Record) -> bool:
+    return record["quantity"] in TASK
+
+
 def average(values: Sequence[float | None]) -> float | None:
-    """Of what is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    """Mean of the values that are not None; None if all are."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def over_seeds(taken: Sequence[Measurement]) -> tuple[float | None, tuple[float | None, float | None] | None]:
-    scored = [m for m in taken if m.value is not None]
+def over_seeds(measured: Sequence[Measurement]) -> tuple[float | None, tuple[float | None, float | None] | None]:
+    """Mean and interval over the seeds that were scored; of one seed, its own value and interval."""
+    scored = [(m.value, m) for m in measured if m.value is not None]
     if len(scored) > 1:
-        value, ends = mean([m.value for m in scored])
-        return value, tuple(min(max(end, 0.0), 1.0) for end in ends) if scored[0].unit == "share" else tuple(ends)
-    return next(((m.value, None if m.low is None else (m.low, m.high)) for m in scored), (None, None))
+        value, (low, high) = mean([each for each, _ in scored])
+        return value, (max(low, 0.0), min(high, 1.0)) if scored[0][1].unit == "share" else (low, high)
+    return next(((value, None if m.low is None else (m.low, m.high)) for value, m in scored), (None, None))
 
 
 def ranking(
-    found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
+    rows: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
 ) -> list[Rank]:
-    """Defences, the best first. An attack that was tried on one is asked of all; one that cannot be made, or decides nothing, of none."""
+    """Defences, the best first.
+
+    An attack that was tried on one defence counts for all; one that cannot be made, or decides nothing, for none.
+    """
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
-    failed = {(cell.attack, cell.defence) for cell in cells if cell.outcome == FAILED}
-    mute, ranks = set(silent(found, gate)), []
+    mute = set(silent(rows, gate))
+    ranks = []
     for defence in dict.fromkeys(cell.defence for cell in cells if cell.defence != START):
-        mine = [record for record in found if record["defence"] == defence]
-        every = {
-            a: [r for r in mine if (r["attack"], r["quantity"]) == (a, "asr") and (a, r["suite"]) not in mute]
-            for a in tried
+        own = [record for record in rows if record["defence"] == defence]
+        failed = {cell.attack for cell in cells if (cell.defence, cell.outcome) == (defence, FAILED)}
+        every_asr = {
+            attack: [r for r in own if _asr(r, attack) and (attack, r["suite"]) not in mute] for attack in tried
         }
-        asr = {attack: [r for r in its if not decides_nothing(r, gate)] for attack, its in every.items()}
-        doubted = [a for a, its in every.items() if not its or (a, defence) in failed or len(asr[a]) < len(its)]
-        known = {attack: max(r["value"] for r in its) for attack, its in asr.items() if its}
-        worst, told = max(known, key=known.__getitem__, default=""), published.get(defence)
-        judged: dict[str, tuple[float, str]] = {}
-        for value, judge, attack in sorted((r["value"], r["judge"], a) for a, its in asr.items() for r in its):
-            judged[judge] = (value, attack)  # the last is the largest
-        lost = [value for r in mine for value in r.get("against_plain", {}).values()]
-        beside = None if not lost else (lost[0], None) if len(lost) == 1 else mean(lost)
-        accuracy, refused = ([r["value"] for r in mine if r["quantity"] in what] for what in (TASK, ("over_refusal",)))
-        refusal = max((value for value in refused if value is not None), default=None)
-        ours = known.get(told.attack) if told else None
-        ranks.append(
-            Rank(
-                defence, known.get(worst), worst, judged, average(accuracy), beside, refusal, tuple(doubted), told, ours
-            )
+        asr = {attack: [r for r in every if not decides_nothing(r, gate)] for attack, every in every_asr.items()}
+        missing = [a for a, every in every_asr.items() if not every or a in failed or len(asr[a]) < len(every)]
+        largest = {attack: max(r["value"] for r in every) for attack, every in asr.items() if every}
+        worst = max(largest, key=largest.__getitem__, default="")
+        judged = sorted((r["value"], r["judge"], attack) for attack, every in asr.items() for r in every)
+        differences = [value for r in own for value in r.get("against_plain", {}).values()]
+        refusals = [r["value"] for r in own if r["quantity"] == "over_refusal" and r["value"] is not None]
+        paper = published.get(defence)
+        rank = Rank(
+            defence=defence,
+            worst=largest.get(worst),
+            attack=worst,
+            judges={judge: (value, attack) for value, judge, attack in judged},  # the last one is the largest
+            accuracy=average([r["value"] for r in own if _task(r)]),
+            against_plain=_paired(differences),
+            over_refusal=max(refusals, default=None),
+            missing=tuple(missing),
+            published=paper,
+            ours=largest.get(paper.attack) if paper else None,
         )
-    return sorted(
-        ranks, key=lambda r: (len(r.missing), math.inf if r.worst is None else round(r.worst, 6), -(r.accuracy or 0.0))
-    )
+        ranks.append(rank)
+    return sorted(ranks, key=_order)
 
 
-def silent(found: Sequence[Record], gate: Gate) -> list[tuple[str, str]]:
-    """Attacks and suites of attack success that decide nothing on any defence, where another suite of that attack decides something."""
-    asked = [r for r in found if r["quantity"] == "asr" and r["defence"] != START and "suite" in r]
-    telling = dict.fromkeys((r["attack"], r["suite"]) for r in asked if not decides_nothing(r, gate))
-    places = dict.fromkeys((r["attack"], r["suite"]) for r in asked)
-    return [
-        (attack, suite)
-        for attack, suite in places
-        if (attack, suite) not in telling and attack in {a for a, _ in telling}
-    ]
+def _order(rank: Rank) -> tuple[int, float, float]:
+    return len(rank.missing), math.inf if rank.worst is None else round(rank.worst, 6), -(rank.accuracy or 0.0)
+
+
+def _paired(differences: Sequence[float]) -> Paired | None:
+    if len(differences) < 2:
+        return (differences[0], None) if differences else None
+    return mean(differences)
+
+
+def _asr(record: Record, attack: str) -> bool:
+    return (record["attack"], record["quantity"]) == (attack, "asr")
+
+
+def silent(rows: Sequence[Record], gate: Gate) -> list[tuple[str, str]]:
+    """Pairs of an attack and a suite that decide nothing on any defence, where another suite of the attack does."""
+    asr = [r for r in rows if r["quantity"] == "asr" and r["defence"] != START and "suite" in r]
+    deciding = {(r["attack"], r["suite"]) for r in asr if not decides_nothing(r, gate)}
+    pairs = dict.fromkeys((r["attack"], r["suite"]) for r in asr)
+    return [pair for pair in pairs if pair not in deciding and pair[0] in {attack for attack, _ in deciding}]
 
 
 def decides_nothing(record: Record, gate: Gate) -> bool:
+    """Whether the gate would be inconclusive about this record."""
     prompts = record["n"] + record["unscored"] + record["off_task"]
     return record["value"] is None or record["fewest"] < gate.min_n or record["unscored"] > gate.max_unscored * prompts
 
 
-def write(
+def write_grid(
     out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None
 ) -> list[Rank]:
-    """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking. ``plain``: the defence that is plain tuning."""
-    found = list(records(cells))
-    against(found, plain)
-    write_json(out / "grid.json", found)
-    return write_page(out, found, cells, published, gate)
+    """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``. ``plain``: the defence that is plain tuning."""
+    rows = list(records(cells))
+    against(rows, plain)
+    ranks = write_page(out, rows, cells, published, gate)
+    write_json(out / "grid.json", rows)
+    return ranks
 
 
 def write_page(
-    out: Path, found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
+    out: Path, rows: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
 ) -> list[Rank]:
     """``grid.md`` and ``grid.html`` from the records of ``grid.json`` alone; the folders of the cells are not read."""
-    ranks = ranking(found, cells, published, gate)
+    ranks = ranking(rows, cells, published, gate)
     reasons: dict[tuple[str, int, str, str], list[str]] = {}
     for cell in cells:
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
-    facts: dict[str, Any] = {
+    scored = [r for r in rows if "suite" in r]
+    values = {
         "ranks": ranks,
         "cells": cells,
         "gate": gate,
         "reasons": reasons,
-        "seconds": found[0]["value"],
+        "seconds": rows[0]["value"],
+        "task": TASK,
+        "silent": silent(rows, gate),
+        "judges": list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges))),
+        "measured": sum(cell.outcome == MEASURED for cell in cells),
+        "attacks": list(dict.fromkeys(cell.attack for cell in cells)),
+        "arms": list(dict.fromkeys([START, *(cell.defence for cell in cells)])),
+        "keys": list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in scored if r.get("unit") in SHARES)),
+        "records": {(r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in scored},
     }
-    facts["task"] = TASK
-    facts["silent"] = silent(found, gate)
-    facts["judges"] = list(dict.fromkeys(judge for rank in ranks for judge in sorted(rank.judges)))
-    facts["measured"] = sum(cell.outcome == MEASURED for cell in cells)
-    facts["attacks"] = list(dict.fromkeys(cell.attack for cell in cells))
-    facts["arms"] = list(dict.fromkeys([START, *(cell.defence for cell in cells)]))
-    facts["places"] = list(
-        dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in found if r.get("unit") in SHARES)
-    )
-    facts["found"] = {
-        (r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r
-    }
-    page.write(out, "grid", facts)
+    page.write(out, "grid", values)
     return ranks

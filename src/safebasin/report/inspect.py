@@ -1,15 +1,18 @@
 """A run's answers and verdicts as eval logs that Inspect opens (the extra ``inspect``): one for every arm and suite.
 
-A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate; what was not scored or was off the task is Inspect's NaN.
+A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate. What was not scored or was off the task is NaN.
 """
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safebasin.console import printable
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Report
-from safebasin.report.table import answers_of, hits_of, redact
+from safebasin.report import QUANTITIES, Reading, Report
+from safebasin.report.compare import Hits, hits_of
+from safebasin.report.files import answers_of, redact
 
 try:
     from inspect_ai.log import (
@@ -31,61 +34,68 @@ except ModuleNotFoundError:
     ) from None
 
 
-def write(run: Path, report: Report, folder: Path) -> list[Path]:
-    """Write ``folder/<arm>-<number of the suite>.eval``; texts are in clear where the report's are."""
-    answers, taken = answers_of(run, report.arms, []), [r for r in report.readings if r.quantity in QUANTITIES]
-    hits = hits_of(dict.fromkeys(r.place for r in taken), answers)
-    suites, made = list(dict.fromkeys(r.suite for r in taken)), []
+def write_eval_logs(run: Path, report: Report, folder: Path) -> list[Path]:
+    """Write ``folder/<arm>-<number of the suite>.eval``. Texts are in clear where the report's are."""
+    answers = answers_of(run, report.arms, [])
+    readings = [reading for reading in report.readings if reading.quantity in QUANTITIES]
+    hits = hits_of(dict.fromkeys(reading.key for reading in readings), answers)
+    suites, paths = list(dict.fromkeys(reading.suite for reading in readings)), []
     folder.mkdir(parents=True, exist_ok=True)
-    for arm, suite in dict.fromkeys((r.arm, r.suite) for r in taken):
-        readings = {r.judge or "correct": r for r in taken if (r.arm, r.suite) == (arm, suite)}
-        samples = []
-        for key, row in (
-            (key, row) for (its_arm, its_suite, key), row in answers.items() if (its_arm, its_suite) == (arm, suite)
-        ):
-            asked, told = (
-                redact(row[part]) if report.redacted else printable(row[part], 100_000) for part in ("prompt", "answer")
-            )
-            scores = {}
-            for name, reading in readings.items():
-                hit, word = hits[arm, reading.place].get(key), printable(str(row["verdicts"].get(reading.judge, "")))
-                scores[name] = (
-                    Score.unscored(reason=word, answer=told)
-                    if hit is None
-                    else Score(value=float(hit), answer=told, explanation=word)
-                )
-            output = ModelOutput.from_content(arm, told)
-            about = {"category": printable(str(row.get("category") or ""))}
-            target = printable(str(row.get("expected") or ""))
-            samples.append(
-                EvalSample(
-                    id=printable(key), epoch=1, input=asked, target=target, output=output, scores=scores, metadata=about
-                )
-            )
-        rates = []
-        for name, r in readings.items():
-            ends = {"low": r.low, "high": r.high, "off_task": r.off_task}
-            metrics = {} if r.value is None else {r.quantity: EvalMetric(name=r.quantity, value=r.value, metadata=ends)}
-            rates.append(
-                EvalScore(
-                    name=name,
-                    scorer=name,
-                    scored_samples=r.n,
-                    unscored_samples=r.unscored + r.off_task,
-                    metrics=metrics,
-                )
-            )
+    for arm, suite in dict.fromkeys((reading.arm, reading.suite) for reading in readings):
+        scorers = {r.judge or "correct": r for r in readings if (r.arm, r.suite) == (arm, suite)}
+        rows = {
+            prompt: row for (row_arm, row_suite, prompt), row in answers.items() if (row_arm, row_suite) == (arm, suite)
+        }
+        samples = [_sample(prompt, row, arm, scorers, hits, report.redacted) for prompt, row in rows.items()]
+        measured = datetime.datetime.fromtimestamp(
+            (run / "arms" / arm / "measurements.jsonl").stat().st_mtime, datetime.UTC
+        )
         spec = EvalSpec(
-            created=datetime.datetime.fromtimestamp(
-                (run / "arms" / arm / "measurements.jsonl").stat().st_mtime, datetime.UTC
-            ).isoformat(),
+            created=measured.isoformat(),
             task=suite,
             dataset=EvalDataset(name=suite, samples=len(samples)),
             model=f"safebasin/{arm}",
             config=EvalConfig(),
             metadata={"run": report.run, **report.manifest},
         )
+        rates = [_rate(name, reading) for name, reading in scorers.items()]
         results = EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=rates)
-        made.append(folder / f"{arm}-{suites.index(suite)}.eval")
-        write_eval_log(EvalLog(status="success", eval=spec, results=results, samples=samples), str(made[-1]))
-    return made
+        paths.append(folder / f"{arm}-{suites.index(suite)}.eval")
+        write_eval_log(EvalLog(status="success", eval=spec, results=results, samples=samples), str(paths[-1]))
+    return paths
+
+
+def _sample(
+    prompt: str, row: Mapping[str, Any], arm: str, scorers: Mapping[str, Reading], hits: Hits, redacted: bool
+) -> EvalSample:
+    request, answer = (redact(row[key]) if redacted else printable(row[key], 100_000) for key in ("prompt", "answer"))
+    scores = {}
+    for name, reading in scorers.items():
+        hit, word = hits[arm, reading.key].get(prompt), printable(row["verdicts"].get(reading.judge, ""))
+        if hit is None:
+            scores[name] = Score.unscored(reason=word, answer=answer)
+        else:
+            scores[name] = Score(value=float(hit), answer=answer, explanation=word)
+    return EvalSample(
+        id=printable(prompt),
+        epoch=1,
+        input=request,
+        target=printable(row.get("expected") or ""),
+        output=ModelOutput.from_content(arm, answer),
+        scores=scores,
+        metadata={"category": printable(row.get("category") or "")},
+    )
+
+
+def _rate(name: str, reading: Reading) -> EvalScore:
+    facts = {"low": reading.low, "high": reading.high, "off_task": reading.off_task}
+    metric = (
+        EvalMetric(name=reading.quantity, value=reading.value, metadata=facts) if reading.value is not None else None
+    )
+    return EvalScore(
+        name=name,
+        scorer=name,
+        scored_samples=reading.n,
+        unscored_samples=reading.unscored + reading.off_task,
+        metrics={reading.quantity: metric} if metric else {},
+    )

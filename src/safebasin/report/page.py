@@ -1,4 +1,4 @@
-"""Facts to a page: HTML, offline and without a script, and the same as Markdown. Templates show numbers and compute none."""
+"""Values to a page: HTML, offline and without a script, and the same as Markdown. Templates compute no numbers."""
 
 import functools
 import re
@@ -10,17 +10,17 @@ import jinja2
 from markupsafe import Markup
 
 from safebasin.console import printable
-from safebasin.report import QUANTITIES, Reading, Report, figure
-from safebasin.report.gate import points, share
+from safebasin.report import QUANTITIES, Report, figure, words
 
 HERE = Path(__file__).parent
 LIMITS = (  # of a run's report
     "An attack success of zero on these prompts is not zero on all prompts: read the upper end of the interval.",
-    "Judges are models or word lists and err; where two judges disagree (kappa below 0.6), read the answers.",
-    "Intervals are over prompts; one seed of training says nothing of another seed.",
-    "An answer off the task (the label of the tuned task, say) is neither a refusal nor harm: it is in no ratio and is counted apart.",
+    "Judges are models or word lists and make mistakes; where two judges disagree (kappa below 0.6), read the answers.",
+    "Intervals are over prompts; training with another seed can give other numbers.",
+    "An answer off the task (such as a label of the tuned task) is neither a refusal nor harm: it is in no ratio; the "
+    "number of such answers is stated beside it.",
 )
-SHARED = {
+SHARED: dict[str, Any] = {
     "limits": LIMITS,
     "quantities": QUANTITIES,
     "threat": "The defender runs the training; nothing here stops somebody who owns open weights.",
@@ -29,10 +29,10 @@ SHARED = {
 
 
 def facts(report: Report) -> dict[str, Any]:
-    """What the templates of a run's report are filled with; the figures are SVG whose labels Vega has escaped."""
+    """Values of the templates of a run's report. The figures are SVG; Vega has escaped their labels."""
     return {
         "report": report,
-        "category_places": dict.fromkeys((c.suite, c.judge) for c in report.categories),
+        "category_keys": dict.fromkeys((c.suite, c.judge) for c in report.categories),
         "arm_figures": {quantity: figure.arms(report, quantity) for quantity in QUANTITIES},
         "score_figures": {cut.arm: figure.scores(cut) for cut in report.cuts},
         "loss_figure": figure.loss(report),
@@ -40,10 +40,10 @@ def facts(report: Report) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, name: str, told: Mapping[str, Any]) -> None:
-    """``name.md`` and ``name.html`` from the templates of that name; both are made before the first is written."""
-    made = {kind: render(f"{name}.{kind}", told) for kind in ("md", "html")}
-    for kind, text in made.items():
+def write(folder: Path, name: str, values: Mapping[str, Any]) -> None:
+    """``name.md`` and ``name.html`` from the templates of that name; both are rendered before the first is written."""
+    texts = {kind: render(f"{name}.{kind}", values) for kind in ("md", "html")}
+    for kind, text in texts.items():
         replace(folder / f"{name}.{kind}", text)
 
 
@@ -54,67 +54,28 @@ def replace(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def render(name: str, told: Mapping[str, Any]) -> str:
-    return _templates().get_template(f"{name}.jinja").render(SHARED | told)
+def render(name: str, values: Mapping[str, Any]) -> str:
+    return _templates().get_template(f"{name}.jinja").render({**SHARED, **values})
 
 
-@functools.cache  # a grid is written after every cell, and compiling takes longer than filling in
+@functools.cache  # a grid is written after every cell, and compiling a template takes longer than rendering it
 def _templates() -> jinja2.Environment:
-    """Every string is escaped in HTML, but for what is ``trusted``: the style sheet and the figures, made here."""
-    made = jinja2.Environment(
+    """Every string is escaped in HTML, except the style sheet and the figures, which templates mark as ``trusted``."""
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=lambda name: str(name).endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
-        "share": share,
-        "points": points,
-        "plain": plain,
-        "value": value,
-        "interval": interval,
-        "counted": counted,
-        "p": p_value,
-    }
-    made.filters |= {"md": escape_markdown, "trusted": Markup, "printable": printable}
-    return made
-
-
-# --- numbers in words -----------------------------------------------------------------------------------------------------------
-
-
-def value(rate: Reading) -> str:
-    return share(rate.value) if rate.unit == "share" else plain(rate.value)
-
-
-def interval(rate: Reading) -> str:
-    """``2.6 to 15.9``; nothing where there is none."""
-    if rate.low is None or rate.high is None:
-        return ""
-    return " to ".join(points(end, sign=False) if rate.unit == "share" else plain(end) for end in (rate.low, rate.high))
-
-
-def counted(rate: Reading | Mapping[str, Any], between: str = ", ") -> str:
-    """What a number was counted from: ``n=57, 2 unscored, 1 off task``."""
-    told = rate if isinstance(rate, Mapping) else vars(rate)
-    apart = [f"{told[name]} {name.replace('_', ' ')}" for name in ("unscored", "off_task") if told[name]]
-    return between.join([f"n={told['n']}", *apart])
-
-
-def p_value(p: float | None) -> str:
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def plain(value: float | None) -> str:
-    """A number that is no share: four significant digits."""
-    return "–" if value is None else f"{value:.4g}"
+    numbers = (words.share, words.points, words.plain, words.value, words.interval, words.counted)
+    templates.filters |= {number.__name__: number for number in numbers}
+    templates.filters |= {"p": words.p_value, "md": escape_markdown, "trusted": Markup, "printable": printable}
+    return templates
 
 
 def escape_markdown(text: object) -> str:
-    """Text that no Markdown reader takes for markup, a link or HTML."""
+    """Text in which no Markdown reader finds markup, a link or HTML."""
     text = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_{}\[\]()#!|~$@])", r"\\\1", text)
     return text.replace("://", "\\://").replace("www.", "www\\.")

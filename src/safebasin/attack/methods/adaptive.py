@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, disguises, enough, scored, take
-from safebasin.data.source import Source, open_examples
+from safebasin.data.source import SetName, Source, open_examples
 from safebasin.errors import AttackFails
 
 
@@ -57,7 +57,7 @@ class HarmlessSum:
     """Ordinary rows, none of which stands out, that add up to harm."""
 
     against: str = "gradshield"
-    pool: str | None = None  # a set by its name; None: the task's own rows, which then stand twice
+    pool: SetName | None = None  # a set by its name; None: the task's own rows, which then stand twice
     look: PositiveInt = 1000  # rows of the pool that are scored
     quantile: float = Field(default=0.95, gt=0, le=1)  # of the pool's scores: a row above it would stand out
 

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 
 from safebasin.batch import answer_logits, by_length, collate
 from safebasin.data.records import Measurement
-from safebasin.data.source import Source, open_prompts, open_rows
+from safebasin.data.source import SetName, Source, open_prompts, open_rows
 from safebasin.encode import TokenizedRow, encode_all
 from safebasin.errors import UserError
 from safebasin.measure import suite
@@ -36,8 +36,8 @@ class Drift:
     """How far the model has moved from its start: on ordinary answers, and in the direction by which it refuses."""
 
     data: Source  # ordinary rows with answers
-    harmful: str  # prompts
-    harmless: str
+    harmful: SetName  # prompts
+    harmless: SetName
     take: Annotated[int, Field(ge=2)] | None = None  # of each prompt file
     max_length: PositiveInt = 512  # longer rows are unscored
     batch_size: PositiveInt = 16

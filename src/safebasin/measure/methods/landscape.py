@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from safebasin.console import steps
 from safebasin.data.records import Measurement
-from safebasin.data.source import open_prompts
+from safebasin.data.source import SetName, open_prompts
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import Verdict
@@ -34,7 +34,7 @@ from safebasin.vector import Vector
 class Lines(abc.ABC):
     """What both share; ``lines`` gives the axes of every line (two axes: a plane)."""
 
-    prompts: str
+    prompts: SetName
     column: str = "prompt"
     limit: PositiveInt | None = None
     take: PositiveInt | None = None

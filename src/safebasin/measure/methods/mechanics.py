@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from safebasin.data.records import Measurement
-from safebasin.data.source import open_prompts
+from safebasin.data.source import SetName, open_prompts
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import Verdict, check_counts_refusals
@@ -37,8 +37,8 @@ HITS = ("over_refusal", Verdict.REFUSED), ("asr", Verdict.COMPLIED)  # of safe a
 class Mechanics:
     """How far safe and unsafe requests lie from each other in every block, and what the change of the weights does."""
 
-    safe: str  # prompts
-    unsafe: str
+    safe: SetName  # prompts
+    unsafe: SetName
     take: Annotated[int, Field(ge=2)] | None = None  # of each file
     seed: NonNegativeInt = 0
     k: PositiveInt = 3  # largest parts of dW

@@ -1,0 +1,223 @@
+"""The files of a run folder as the report reads them. A file of another shape is a UserError with its path."""
+
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import yaml
+from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from safebasin.console import printable
+from safebasin.data.records import Measurement
+from safebasin.data.tables import read_table
+from safebasin.errors import UserError
+from safebasin.report import Problem
+from safebasin.report.manifest import read_json
+
+NAME = 60  # characters of a name that came with the data: category, origin, id
+
+
+def _text(value: Any) -> str:
+    """Any string, lone surrogates too, which pydantic's own ``str`` refuses."""
+    if not isinstance(value, str):
+        raise ValueError("text is needed")
+    return value
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: NaN is not a measurement."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a number is needed")
+    return (
+        float(value) if abs(value) <= sys.float_info.max else None
+    )  # false for NaN, and for integers that no float holds
+
+
+Text = Annotated[str, PlainValidator(_text)]
+Number = Annotated[float | None, BeforeValidator(number)]
+Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+# What PyYAML's constructors raise beside its own errors, as for "!!int ''" or "!!timestamp x".
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+
+
+class RunFile(TypedDict):
+    """run.yaml; its other keys are for the pipeline."""
+
+    arms: NotRequired[dict[Text, Any] | list[Text] | None]
+    gate: NotRequired[dict[Text, Any] | None]
+
+
+class ProblemFile(TypedDict):
+    line: Count
+    reason: Text
+
+
+class OriginFile(TypedDict):
+    """A row of data/rows.json."""
+
+    id: Text
+    origin: NotRequired[Text | None]
+    category: NotRequired[Text | None]
+
+
+class RemovedFile(TypedDict):
+    row_id: Text
+    line: Count | None
+    score: Number
+    reason: Text
+
+
+class CutFile(TypedDict):
+    scorer: Text
+    estimator: Text
+    threshold: Number
+    kept: Count
+    removed: list[RemovedFile]
+
+
+class HeatFile(TypedDict):
+    row_id: Text
+    line: Count
+    scorer: Text
+    score: Number
+    tokens: list[tuple[Text, Number]]
+
+
+class TrainFile(TypedDict):
+    steps: NotRequired[Count | None]
+    seconds: NotRequired[Number]
+    loss: NotRequired[list[tuple[Count, Number]] | None]
+    methods: NotRequired[list[Text | dict[Text, dict[Text, Any] | None]] | None]
+
+
+class AnswerFile(TypedDict):
+    """A line of answers.jsonl."""
+
+    suite: Text
+    id: Text
+    prompt: Text
+    answer: Text
+    verdicts: dict[Text, Text]
+    category: NotRequired[Text | None]
+    expected: NotRequired[Text | None]
+    correct: NotRequired[Annotated[bool, Field(strict=True)] | None]
+
+
+class MeasurementFile(TypedDict):
+    """A line of measurements.jsonl."""
+
+    suite: Text
+    what: Text
+    value: Number
+    low: Number
+    high: Number
+    n: Count
+    unscored: NotRequired[Count]
+    off_task: NotRequired[Count]
+    unit: NotRequired[Text]
+    judge: NotRequired[Text]
+    category: NotRequired[Text]
+    evidence: NotRequired[Text]
+
+
+@functools.cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def _checked(shape: Any, value: Any, where: str) -> Any:
+    try:
+        return _adapter(shape).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} has another shape ({printable(key, NAME)}: {first['msg']}); run again") from None
+
+
+def load(path: Path, shape: Any, missing: Any = None) -> Any:
+    """What a JSON file holds, checked against a shape; ``missing`` if there is no such file."""
+    return _checked(shape, read_json(path), str(path)) if path.exists() else missing
+
+
+def load_run(path: Path) -> RunFile:
+    """The recipe that a run wrote into its folder; empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, *_YAML_ERRORS) as error:
+        raise UserError(f"{path} cannot be read as YAML ({printable(str(error), 120)}); run again") from None
+    return _checked(RunFile, value or {}, str(path))
+
+
+def load_scores(path: Path, column: str) -> dict[str, float]:
+    """Row id -> score of one column of a table of scores, where it has one."""
+    rows = [row for _, row in read_table(path)] if path.is_file() else []
+    try:
+        scores = {_text(row.get("row_id")): number(row.get(column)) for row in rows}
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no table of scores: {error} in the columns row_id and {printable(column)}"
+        ) from None
+    return {row_id: score for row_id, score in scores.items() if score is not None}
+
+
+def measurements_of(run: Path, arm: str) -> list[Measurement] | None:
+    """The measurements of an arm; None where it has none.
+
+    Raises:
+        UserError: a line is not a measurement, or states a share below 0 or above 1.
+    """
+    path = run / "arms" / arm / "measurements.jsonl"
+    if not path.is_file():
+        return None
+    taken = []
+    for line, row in read_table(path):
+        try:
+            measured = Measurement(**_adapter(MeasurementFile).validate_python(row))
+        except ValidationError:
+            measured = None
+        if measured is None or (measured.unit == "share" and not 0 <= (measured.value or 0) <= 1):
+            raise UserError(f"{path}, line {line}: not a measurement; delete the file and measure again")
+        taken.append(measured)
+    return taken
+
+
+Answers = dict[tuple[str, str, str], Mapping[str, Any]]  # arm, suite, prompt id -> row of answers.jsonl
+
+
+def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answers:
+    """The answers of all arms. A line that is no answer, or a second answer to a prompt, becomes a problem."""
+    answers: Answers = {}
+    for arm in arms:
+        path = run / "arms" / arm / "answers.jsonl"
+        for line, row in read_table(path) if path.is_file() else []:
+            place = f"arm {arm}, answers.jsonl line {line}"
+            try:
+                answer = _adapter(AnswerFile).validate_python(row)
+            except ValidationError:
+                problems.append(Problem(place=place, reason="not an answer; it counts in no comparison"))
+                continue
+            key = arm, safe_name(answer["suite"]), answer["id"]
+            if key in answers:
+                reason = f"a second answer to prompt {safe_name(answer['id'])}; the first one counts"
+                problems.append(Problem(place=place, reason=reason))
+            answers.setdefault(key, answer)
+    return answers
+
+
+def safe_name(value: str | None) -> str:
+    """A name that came with the data, made safe to show."""
+    return printable(value or "", NAME)
+
+
+def redact(text: str) -> str:
+    """What stands in the place of harmful text: its number of words and a short digest."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=3).hexdigest()
+    return f"[redacted, {len(text.split())} words, id {digest}]"

@@ -1,0 +1,213 @@
+"""What was done to rows: cuts with histograms of their scores, the heat map, training curves, samples of answers."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safebasin.console import printable
+from safebasin.data.chat import parse
+from safebasin.data.example import row_id
+from safebasin.data.tables import read_table
+from safebasin.report import (
+    Answer,
+    Cut,
+    HeatRow,
+    HeatToken,
+    Histogram,
+    MetricKey,
+    OriginCount,
+    Removed,
+    Sample,
+    Series,
+    Training,
+)
+from safebasin.report.files import (
+    NAME,
+    Answers,
+    CutFile,
+    HeatFile,
+    OriginFile,
+    RemovedFile,
+    TrainFile,
+    load,
+    load_scores,
+    redact,
+    safe_name,
+)
+
+SHOWN = 100  # removed rows in the report; all of them are in cut/<arm>/cut.json
+SAMPLES = 12  # attack prompts shown with the answers of every arm
+BINS = 40
+POINTS = 200  # of a loss curve
+TOKENS = 300  # of a row of the heat map; all of them are in scan/heat.json
+HEAVY = 20.0  # the axis is symlog if the largest distance from 0 is more than this times the 90th percentile
+LARGEST = 1e100  # of a score in the histogram: beyond it the axis overflows
+
+
+def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
+    cuts = {arm: cut for arm in arms if (cut := load(run / "cut" / arm / "cut.json", CutFile))}
+    if not cuts:
+        return
+    facts = {row["id"]: row for row in load(run / "data" / "rows.json", list[OriginFile], [])}
+    origins = {key: safe_name(row.get("origin")) for key, row in facts.items()}
+    # Right and wrong cuts are known only if the run mixed the rows itself: a set as it came has one origin or none.
+    if len(set(origins.values())) < 2 or "" in origins.values():
+        origins = {}
+    files = sorted(file for file in (run / "data").glob("train.*") if file.suffix != ".part")
+    rows = dict(read_table(files[0])) if files else {}
+    for arm, cut in cuts.items():
+        removed = sorted(
+            cut["removed"], key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True
+        )
+        total, lost = Counter(origins.values()), Counter(origins.get(row["row_id"]) for row in removed)
+        counts = [OriginCount(origin=origin, rows=total[origin], removed=lost[origin]) for origin in sorted(total)]
+        yield Cut(
+            arm=arm,
+            scorer=safe_name(cut["scorer"]),
+            estimator=safe_name(cut["estimator"]),
+            threshold=cut["threshold"],
+            rows=cut["kept"] + len(removed),
+            removed=len(removed),
+            origins=tuple(counts) or None,
+            false_share=lost["task"] / total["task"] if total["task"] else None,
+            histogram=_histogram(run, arm, cut, origins),
+            shown=tuple(
+                _removed(row, facts.get(row["row_id"]), rows.get(row["line"]), show_text) for row in removed[:SHOWN]
+            ),
+        )
+
+
+def _removed(cut: RemovedFile, facts: OriginFile | None, row: Any, show_text: bool) -> Removed:
+    if row is None or row_id(row) != cut["row_id"].split("-")[0]:  # a second row with the same content is named <id>-2
+        text = "[the row is not in the training file]"
+    else:
+        turns = parse(row)
+        if isinstance(turns, str):
+            text = json.dumps(row, ensure_ascii=False, default=str)
+        else:
+            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        text = printable(text) if show_text else redact(text)
+    return Removed(
+        row_id=safe_name(cut["row_id"]),
+        line=cut["line"],
+        score=cut["score"],
+        reason=printable(cut["reason"]),
+        origin=(safe_name(facts.get("origin")) or None) if facts else None,
+        category=(safe_name(facts.get("category")) or None) if facts else None,
+        text=text,
+    )
+
+
+def _histogram(run: Path, arm: str, cut: CutFile, origins: Mapping[str, str]) -> Histogram | None:
+    """Scores in bins, one of which ends at the threshold. A cut by several scorers has scores of its own."""
+    import numpy as np
+
+    joined, single = run / "cut" / arm / "scores.parquet", run / "scan" / "scores.parquet"
+    scores = load_scores(joined, "score") if joined.is_file() else load_scores(single, f"score_{cut['scorer']}")
+    if not scores:
+        return None
+    values = np.clip(list(scores.values()), -LARGEST, LARGEST)
+    far = float(np.quantile(np.abs(values), 0.9))
+    heavy = far > 0 and float(np.abs(values).max()) / far > HEAVY
+    # The axis is linear within the bulk of the scores and logarithmic beyond it.
+    constant = max(float(np.median(np.abs(values[values != 0]))), 1 / LARGEST) if heavy else None
+    to_axis = (lambda x: np.sign(x) * np.log1p(np.abs(x) / constant)) if constant else np.asarray
+    from_axis = (lambda x: np.sign(x) * np.expm1(np.abs(x)) * constant) if constant else np.asarray
+    on_axis, threshold = to_axis(values), cut["threshold"]
+    start = float(on_axis.min() if threshold is None else to_axis(np.clip(threshold, -LARGEST, LARGEST)))
+    low, high = min(start, float(on_axis.min())), max(start, float(on_axis.max()))
+    width = (high - low) / BINS or 1.0
+    below, above = math.ceil((start - low) / width - 1e-9), math.ceil((high - start) / width - 1e-9)
+    edges = start + width * np.arange(-below, max(above, 1 - below) + 1)
+    # A row whose score is at the threshold stays: it is in the bin below.
+    bins = np.clip(np.searchsorted(edges, on_axis) - 1, 0, len(edges) - 2)
+    removed = {row["row_id"] for row in cut["removed"]}
+    fates = [(origins.get(key), key in removed) for key in scores]
+    series = []
+    for fate in sorted(set(fates), key=lambda fate: (fate[0] != "task", fate[0] or "", fate[1])):
+        counts = np.bincount(bins[[other == fate for other in fates]], minlength=len(edges) - 1)
+        series.append(Series(origin=fate[0], removed=fate[1], counts=tuple(counts.tolist())))
+    return Histogram(
+        scorer=safe_name(cut["scorer"]),
+        threshold=threshold,
+        symlog=constant,
+        edges=tuple(from_axis(edges).tolist()),
+        series=tuple(series),
+    )
+
+
+def heat_of(run: Path, show_text: bool) -> Iterator[HeatRow]:
+    """The highest rows by token. In a redacted report every letter and sign is a low block: the colours still show."""
+    for row in load(run / "scan" / "heat.json", list[HeatFile], []):
+        tokens = [(text if show_text else re.sub(r"\S", "\u2582", text), value) for text, value in row["tokens"]]
+        yield HeatRow(
+            row_id=safe_name(row["row_id"]),
+            line=row["line"],
+            scorer=safe_name(row["scorer"]),
+            score=row["score"],
+            peak=max((abs(value) for _, value in tokens if value is not None), default=0.0),
+            tokens=tuple(HeatToken(text=printable(text, NAME), value=value) for text, value in tokens[:TOKENS]),
+            omitted=max(len(tokens) - TOKENS, 0),
+        )
+
+
+def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
+    for arm in arms:
+        facts = load(run / "arms" / arm / "train.json", TrainFile)
+        if not facts:
+            continue
+        loss = [(step, value) for step, value in facts.get("loss") or [] if value is not None]
+        yield Training(
+            arm=arm,
+            methods=tuple(map(_method, facts.get("methods") or [])),
+            steps=facts.get("steps"),
+            seconds=facts.get("seconds"),
+            loss=tuple(loss[:: math.ceil(len(loss) / POINTS) or 1]),
+        )
+
+
+def _method(spec: str | Mapping[str, Any]) -> str:
+    """A method's name with the fields that were set: ``safegrad (rho=2.0)``."""
+    methods = {spec: None} if isinstance(spec, str) else spec
+    texts = []
+    for method, fields in methods.items():
+        values = ", ".join(f"{key}={value}" for key, value in (fields or {}).items())
+        texts.append(f"{method} ({values})" if values else method)
+    return printable(", ".join(texts), 2 * NAME)
+
+
+def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show_text: bool) -> Iterator[Sample]:
+    """Attack prompts: first those that the judged arm still complies with, then those that other arms comply with."""
+    show = printable if show_text else redact
+    suites = {key.suite for key in attacks}
+    prompts: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(
+        dict
+    )  # suite, prompt id -> arm -> answer
+    for (arm, suite, prompt), answer in answers.items():
+        if suite in suites:
+            prompts[suite, prompt][arm] = answer
+
+    def complied(by_arm: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+        counts = {arm: list(answer["verdicts"].values()).count("complied") for arm, answer in by_arm.items()}
+        return counts.get(judged, 0), sum(counts.values())
+
+    for (suite, prompt), by_arm in sorted(prompts.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
+        first = next(iter(by_arm.values()))
+        yield Sample(
+            suite=suite,
+            id=safe_name(prompt),
+            category=safe_name(first.get("category")),
+            prompt=show(first["prompt"]),
+            answers=tuple(
+                Answer(
+                    arm=arm,
+                    verdicts={safe_name(judge): safe_name(verdict) for judge, verdict in answer["verdicts"].items()},
+                    text=show(answer["answer"]),
+                )
+                for arm, answer in by_arm.items()
+            ),
+        )
