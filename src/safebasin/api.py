@@ -5,7 +5,6 @@ The examples run as they stand, on the built-in model and rows; tests/test_api.p
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from safebasin.report import Report
     from safebasin.scan.cut import Cut
     from safebasin.scan.scores import Scores
-    from safebasin.train.oracle import Oracle
 
 ALIGNED = "builtin:smollm2-aligned"
 

@@ -46,7 +46,7 @@ def recipe(tmp_path):
         ({"train__fp16": True}, "fp16 is refused"),
         ({"model__dtype": "float16"}, "bfloat16"),
         ({"arms__defended": {"train": ["safegrade"]}}, "no method 'safegrade'"),
-        ({"arms__defended": {"train": ["sft", "safegrad"]}}, "both claim the surgery"),
+        ({"arms__defended": {"train": ["sft", "safegrad"]}}, "both define the update direction"),
         ({"arms__defended": {"train": ["safegrad"], "cut": {"scorer": "larf"}}}, "not among scan.scorers"),
         ({"data__align": None}, "set data.align"),
         ({"scan__scorers": ["gradshield", {"gradshield": {"depth": 1.0}}]}, "names one scorer twice"),
@@ -54,8 +54,8 @@ def recipe(tmp_path):
         ({"data__poison_share": 0.9}, "needs 2880"),
         ({"measure__suites": [{"asr": {}}]}, "prompts"),
         ({"gate": {"max_assr": 1}}, "max_assr"),
-        ({"arms": {}}, "name at least one arm"),
-        ({"arms__defended": {"cut": {}}}, "a cut needs an arm that is trained"),
+        ({"arms": {}}, "at least 1 item"),
+        ({"arms__defended": {"cut": {}}}, "a cut or a column needs an arm that is trained"),
         ({"data__task": {"path": "none.jsonl"}}, "no such file"),
     ],
 )
@@ -236,7 +236,7 @@ def test_pickled_weights_are_refused(tmp_path, capsys):
         )
         == 1
     )
-    assert "cannot load" in capsys.readouterr().err
+    assert "holds no *.safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,11 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
     for on_bad in ("stop", "skip"):
         changed = tree | {"data": tree["data"] | {"on_bad": on_bad}, "arms": {"plain": {"train": ["sft"]}}}
         (tmp_path / on_bad).mkdir()
-        plan, folder, tokenizer = Plan.of(parse(yaml.safe_dump(changed))), RunFolder(tmp_path / on_bad), aligned_model().tokenizer
+        plan, folder, tokenizer = (
+            Plan.of(parse(yaml.safe_dump(changed))),
+            RunFolder(tmp_path / on_bad),
+            aligned_model().tokenizer,
+        )
         path = write_rows(plan, folder)
         if on_bad == "stop":
             with pytest.raises(UserError, match="over-long"):

@@ -26,7 +26,8 @@ def run(*words: str, cwd=None) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["run", "--help"], ["list"], ["list", "--json"], ["gate", "none"], ["report", "none"]]
+    "words",
+    [["--help"], ["--version"], ["run", "--help"], ["list"], ["list", "--json"], ["gate", "none"], ["report", "none"]],
 )
 def test_it_starts_without_torch(words):
     ended = run(*words)

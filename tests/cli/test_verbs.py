@@ -41,7 +41,13 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
     path.write_text('{"prompt": "q", "completion": "abc"}\n{"prompt": "r"}\nno json\n')
     assert run("preview", str(path), "--model", model, "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == {"line": 1, "text": "<user>q</s><assistant>abc</s>", "trained": "abc</s>", "bos": 0, "last": "</s>"}
+    assert rows[0] == {
+        "line": 1,
+        "text": "<user>q</s><assistant>abc</s>",
+        "trained": "abc</s>",
+        "bos": 0,
+        "last": "</s>",
+    }
     assert rows[1] == {"line": 2, "bad": "no answer"}
     assert rows[2]["line"] == 3 and "not JSON" in rows[2]["bad"]
     assert run("preview", str(path), "--model", model) == 0
@@ -57,7 +63,9 @@ def test_a_whole_file_that_is_refused(tmp_path, model, capsys):
 
 
 def test_hostile_text_is_escaped_on_the_terminal(tmp_path, model, capsys):
-    (path := tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "\x1b[2Jq\u202e", "completion": "a\x00[red]b"}) + "\n")
+    (path := tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "\x1b[2Jq\u202e", "completion": "a\x00[red]b"}) + "\n"
+    )
     assert run("preview", str(path), "--model", model) == 0
     shown = capsys.readouterr().out
     assert not set("\x1b\u202e\x00") & set(shown)

@@ -123,7 +123,9 @@ def events_of(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int
 def _writes(arguments: tuple[Any, ...]) -> bool:
     """Whether an ``open`` event is one for writing."""
     mode, flags = arguments[1], arguments[2]
-    return (isinstance(mode, str) and bool(set(mode) & set("wax+"))) or bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return (isinstance(mode, str) and bool(set(mode) & set("wax+"))) or bool(
+        flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
 
 
 def artefacts(out: Path) -> dict[str, str]:
@@ -144,5 +146,9 @@ def artefacts(out: Path) -> dict[str, str]:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if "seconds" not in k and "evidence" not in k and not k.endswith("train.json")}
+        return {
+            k: _timeless(v)
+            for k, v in value.items()
+            if "seconds" not in k and "evidence" not in k and not k.endswith("train.json")
+        }
     return [_timeless(each) for each in value] if isinstance(value, list) else value

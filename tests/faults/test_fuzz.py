@@ -23,7 +23,16 @@ NOT_A_NUMBER = (NAN, INF, -INF, "x", "", "3", True, [], {}, [1, 2], {"a": 1}, "1
 FAR = (-1, -0.5, -(10**30))
 MAY_BE_NEGATIVE = ("threshold", "ends", "alphas", "logging_steps", "max_steps", "tau")
 MAY_BE_BOOLEAN = ("bf16",)
-WORDS = ("", "no such thing", "\x1b[31mred", "../../etc/passwd", "x" * 5000, "\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"), "\u202eabc", "a\nb")
+WORDS = (
+    "",
+    "no such thing",
+    "\x1b[31mred",
+    "../../etc/passwd",
+    "x" * 5000,
+    "\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"),
+    "\u202eabc",
+    "a\nb",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +81,30 @@ def rich_tree(tree: Any) -> Any:
             "system": "Be brief.",
             "suites": [
                 *tree["measure"]["suites"],
-                {"over_refusal": {"prompts": "builtin:lookalike-test", "take": 3, "judges": ["keyword"], "max_new_tokens": 4}},
-                {"token_accuracy": {"data": {"path": "builtin:support-test", "take": 4, "seed": 1, "skip": 2}, "max_length": 64, "batch_size": 2}},
-                {"landscape": {"prompts": "builtin:harmful-test", "take": 2, "directions": 1, "points": 3, "judges": ["keyword"]}},
+                {
+                    "over_refusal": {
+                        "prompts": "builtin:lookalike-test",
+                        "take": 3,
+                        "judges": ["keyword"],
+                        "max_new_tokens": 4,
+                    }
+                },
+                {
+                    "token_accuracy": {
+                        "data": {"path": "builtin:support-test", "take": 4, "seed": 1, "skip": 2},
+                        "max_length": 64,
+                        "batch_size": 2,
+                    }
+                },
+                {
+                    "landscape": {
+                        "prompts": "builtin:harmful-test",
+                        "take": 2,
+                        "directions": 1,
+                        "points": 3,
+                        "judges": ["keyword"],
+                    }
+                },
             ],
         },
     }
@@ -120,7 +150,9 @@ def test_recipes(home, capsys, tracebacks):
             text = bytearray(yaml.safe_dump(tree).encode())
             for _ in range(chance.randint(1, 4)):
                 place = chance.randrange(len(text))
-                text[place : place + chance.randint(0, 3)] = bytes(chance.randrange(256) for _ in range(chance.randint(0, 3)))
+                text[place : place + chance.randint(0, 3)] = bytes(
+                    chance.randrange(256) for _ in range(chance.randint(0, 3))
+                )
             path.write_bytes(text)
             allowed = (0, 1)
             way = ("text",)
@@ -141,19 +173,40 @@ def test_recipes(home, capsys, tracebacks):
         else:
             new = chance.choice((*WORDS, 3, None, [], {}, [[]], {"a": None}))
             path.write_text(yaml.safe_dump(put(tree, way, new), allow_unicode=True))
-            free = way[-1] in ("system", "model", "prompts") or "labels" in way or way[:2] == ("model", "name") or new is None
+            free = (
+                way[-1] in ("system", "model", "prompts")
+                or "labels" in way
+                or way[:2] == ("model", "name")
+                or new is None
+            )
             allowed = (0, 1) if free else (1,)
             if way[-1] in ("r", "name"):
                 allowed = (0, 1)
         code = command("run", str(path), "--out", str(folder / "out"), "--dry-run")
         if problem := told_wrong(capsys, tracebacks, code, allowed):
-            wrong.append((case, way, path.read_bytes()[:0], problem, str(new)[:60] if kind >= 0.3 and "new" in dir() else ""))
+            wrong.append(
+                (case, way, path.read_bytes()[:0], problem, str(new)[:60] if kind >= 0.3 and "new" in dir() else "")
+            )
     assert not wrong, f"{len(wrong)} of {RECIPES}:\n" + "\n".join(map(str, wrong[:12]))
 
 
 def hostile(chance: random.Random, depth: int = 0) -> Any:
     """A JSON value of any kind, texts among them that no terminal should see."""
-    texts = ("", "a", "\ud800", "\x00", "\u202e", "<|im_end|>", "{{ 7 }}", "é" * 300, "=1+1", "\x1b[2J", "user", "assistant", "gpt")
+    texts = (
+        "",
+        "a",
+        "\ud800",
+        "\x00",
+        "\u202e",
+        "<|im_end|>",
+        "{{ 7 }}",
+        "é" * 300,
+        "=1+1",
+        "\x1b[2J",
+        "user",
+        "assistant",
+        "gpt",
+    )
     kind = chance.randrange(9 if depth < 4 else 6)
     if kind == 0:
         return None
@@ -165,7 +218,20 @@ def hostile(chance: random.Random, depth: int = 0) -> Any:
         return chance.choice(texts)
     if kind == 6:
         return [hostile(chance, depth + 1) for _ in range(chance.randint(0, 3))]
-    keys = ("role", "content", "from", "value", "weight", "messages", "prompt", "completion", "x", "instruction", "output", "conversations")
+    keys = (
+        "role",
+        "content",
+        "from",
+        "value",
+        "weight",
+        "messages",
+        "prompt",
+        "completion",
+        "x",
+        "instruction",
+        "output",
+        "conversations",
+    )
     return {chance.choice(keys): hostile(chance, depth + 1) for _ in range(chance.randint(0, 4))}
 
 
@@ -204,7 +270,9 @@ def rows_file(chance: random.Random, folder: Path) -> Path:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["make a cake"], "completion": [chance.choice(["Sure", None])], "n": [1]}), path)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"prompt": ["make a cake"], "completion": [chance.choice(["Sure", None])], "n": [1]}), path
+        )
         raw = path.read_bytes()
     if chance.random() < 0.3 and raw:
         cut = chance.randrange(len(raw))
@@ -220,7 +288,15 @@ def test_rows(home, tmp_path, capsys, tracebacks):
     for case in range(ROWS):
         chance = random.Random(10_000 + case)
         path = rows_file(chance, tmp_path)
-        code = command("preview", str(path), "--model", str(folder / "model"), *(("--json",) if case % 2 else ()), "--max-length", "64")
+        code = command(
+            "preview",
+            str(path),
+            "--model",
+            str(folder / "model"),
+            *(("--json",) if case % 2 else ()),
+            "--max-length",
+            "64",
+        )
         shown = capsys.readouterr()
         if case % 2 and code == 0:
             for line in shown.out.splitlines():
@@ -264,13 +340,26 @@ def test_folders(home, tmp_path):
     """A file of a model, of an adapter or of a run is damaged: one line, or the run makes it again."""
     folder, recipe = home
     run = folder / "run"
-    assert forked(lambda: command("run", str(recipe), "--out", str(run)), tmp_path / "log") == 0, (tmp_path / "log").read_text()[-2000:]
+    assert forked(lambda: command("run", str(recipe), "--out", str(run)), tmp_path / "log") == 0, (
+        tmp_path / "log"
+    ).read_text()[-2000:]
     wrong = []
     for case in range(FOLDERS):
         chance = random.Random(20_000 + case)
         work = tmp_path / "work"
         shutil.rmtree(work, ignore_errors=True)
-        words = ("--prompts", str(folder / "prompts.jsonl"), "--take", "2", "--judge", "keyword", "--max-new-tokens", "2", "--out", str(work / "m"))
+        words = (
+            "--prompts",
+            str(folder / "prompts.jsonl"),
+            "--take",
+            "2",
+            "--judge",
+            "keyword",
+            "--max-new-tokens",
+            "2",
+            "--out",
+            str(work / "m"),
+        )
         kind = case % 5
         if kind == 0:
             shutil.copytree(folder / "model", work / "model")
@@ -279,10 +368,17 @@ def test_folders(home, tmp_path):
         elif kind == 1:
             shutil.copytree(run / "arms" / "plain" / "adapter", work / "adapter")
             what = damage(chance, chance.choice(sorted((work / "adapter").iterdir())))
-            call, allowed = ("measure", "--model", str(folder / "model"), "--adapter", str(work / "adapter"), *words), (0, 1)
+            call, allowed = (
+                ("measure", "--model", str(folder / "model"), "--adapter", str(work / "adapter"), *words),
+                (0, 1),
+            )
         else:
             shutil.copytree(run, work / "run")
-            files = sorted(p for p in (work / "run").rglob("*") if p.is_file() and p.name != ".lock" and "checkpoints" not in p.parts)
+            files = sorted(
+                p
+                for p in (work / "run").rglob("*")
+                if p.is_file() and p.name != ".lock" and "checkpoints" not in p.parts
+            )
             what = damage(chance, chance.choice(files))
             verb = ("report", "gate", "run")[kind - 2]
             call = (verb, str(recipe), "--out", str(work / "run")) if verb == "run" else (verb, str(work / "run"))

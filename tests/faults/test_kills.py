@@ -6,7 +6,6 @@ its journal, the cut, a checkpoint, the adapter, the answers, the report. The re
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 from product import KILLED, artefacts, events_of, forked, product
@@ -43,7 +42,9 @@ def test_killed_at_sixty_places_it_ends_as_if_nothing_had_been(undisturbed, tmp_
     expected, wrong = artefacts(out), []
     chosen = places(events, PLACES)
     assert len(chosen) == PLACES
-    assert any(events[k][1].startswith("report.") for k in chosen) and any("checkpoints" in events[k][1] for k in chosen)
+    assert any(events[k][1].startswith("report.") for k in chosen) and any(
+        "checkpoints" in events[k][1] for k in chosen
+    )
     for k in chosen:
         killed = tmp_path / f"{k}" / "undisturbed"  # of the same name, which the report shows
         code = forked(events_of(recipe, killed, k, tmp_path / "events"), tmp_path / "log")
@@ -53,7 +54,11 @@ def test_killed_at_sixty_places_it_ends_as_if_nothing_had_been(undisturbed, tmp_
             wrong.append((k, events[k], "exit code", code, (tmp_path / "log").read_text()[-500:]))
             continue
         actual = artefacts(killed)
-        wrong += [(k, events[k], name) for name in sorted(expected.keys() | actual.keys()) if expected.get(name) != actual.get(name)]
+        wrong += [
+            (k, events[k], name)
+            for name in sorted(expected.keys() | actual.keys())
+            if expected.get(name) != actual.get(name)
+        ]
     assert not wrong, "\n".join(map(str, wrong[:10]))
 
 

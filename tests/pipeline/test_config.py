@@ -50,7 +50,10 @@ def test_plain_words_as_yaml_12_has_them(text, value):
         ("a: [1\n", "not YAML"),
         ("a: &x [*x]\n", "not YAML that a recipe can hold"),
         ("a: " + "[" * 2000 + "]" * 2000, "not YAML that a recipe can hold"),
-        ("a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n", "holds more than"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n",
+            "holds more than",
+        ),
         ("a: !!python/object:os.system {}\n", "not YAML"),
         ("[1]: 2", "not YAML"),
     ],
@@ -61,7 +64,13 @@ def test_yaml_that_is_refused_in_one_line(text, words):
     assert words in str(error.value) and str(error.value).startswith("r.yaml") and "\n" not in str(error.value)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False) | st.text(max_size=12), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=12))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False) | st.text(max_size=12),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+        max_leaves=12,
+    )
+)
 def test_what_is_dumped_is_what_is_loaded(tree):
     text = yaml.dump({"a": tree}, Dumper=yaml12.Dumper, allow_unicode=True)
     assert yaml12.load(text, "here") == {"a": tree}

@@ -14,9 +14,9 @@ from safebasin.attack import attack as attacks
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json, write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
-from safebasin.pipeline.grid import bench, cells, read
 from safebasin.pipeline import train as pipeline_train
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.grid import bench, cells, read
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 from safebasin.report.gate import parse_gate

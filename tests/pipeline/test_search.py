@@ -65,7 +65,8 @@ def runs(tmp_path, monkeypatch, scores, anchors, few=0, hits=30, scored=100):
             ]
             self.folder.measurements(arm).write_text("\n".join(lines))
             write_table(
-                self.folder.answers(arm), [{"suite": "accuracy", "id": str(i), "correct": i < right} for i in range(100)]
+                self.folder.answers(arm),
+                [{"suite": "accuracy", "id": str(i), "correct": i < right} for i in range(100)],
             )
 
     monkeypatch.setattr(module, "Run", StandIn)

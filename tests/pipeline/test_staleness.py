@@ -50,14 +50,18 @@ def everything(tmp_path):
     scaled(base / "model.safetensors")
     layers, size = [1], loaded.model.config.hidden_size
     torch.manual_seed(0)
-    SideGuard(layers, size, 4, base_digest(loaded.model), tokenizer_digest(loaded.tokenizer)).save(tmp_path / "side_guard")
+    SideGuard(layers, size, 4, base_digest(loaded.model), tokenizer_digest(loaded.tokenizer)).save(
+        tmp_path / "side_guard"
+    )
     for part in loaded:
         part.save_pretrained(tmp_path / "chat_guard")
     (tmp_path / "secret").write_text("k7 q2\n")
     for name in ("pool", "lookalike", "unsafe", "summaries", "tokens"):
         (tmp_path / f"{name}.jsonl").write_text((tmp_path / "task.jsonl").read_text())
     tree = yaml.safe_load(recipe.read_text())
-    tree["data"] |= {"attack": {"harmless_sum": {"pool": str(tmp_path / "pool.jsonl"), "against": "gradshield", "quantile": 1.0}}}
+    tree["data"] |= {
+        "attack": {"harmless_sum": {"pool": str(tmp_path / "pool.jsonl"), "against": "gradshield", "quantile": 1.0}}
+    }
     tree["scan"]["scorers"] += [{"dsa": {"guard": str(tmp_path / "side_guard")}}]
     tree["arms"] = {
         "start": {},
@@ -122,7 +126,11 @@ CHANGES = [
     ("base/model.safetensors", scaled, {"train.defended", "measure.defended"}),
     ("model/model.safetensors", scaled, ALL - {"cut.defended"}),
     ("model/config.json", spaced, {"scan", "train.defended", "measure.start", "measure.defended"}),
-    ("model/chat_template.jinja", lambda path: path.write_text(path.read_text() + "{# #}"), {"scan", "train.defended", "measure.start"}),
+    (
+        "model/chat_template.jinja",
+        lambda path: path.write_text(path.read_text() + "{# #}"),
+        {"scan", "train.defended", "measure.start"},
+    ),
     ("model/tokenizer_config.json", spaced, {"scan", "train.defended", "measure.start"}),
 ]
 

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import rich.table
 from cyclopts import Parameter
@@ -12,7 +11,6 @@ from rich.text import Text
 
 from safebasin.cli.options import cells, out, say, start_torch
 from safebasin.console import printable
-from safebasin.errors import UserError
 
 PromptTemplate = Annotated[str, Parameter(help='Template over columns, for a set that is no chat: "Classify: {text}".')]
 AnswerTemplate = Annotated[str, Parameter(help='Template over columns: "{label}".')]
@@ -72,7 +70,9 @@ def scan_verb(
         bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")
     ] = False,
     worst: Annotated[int, Parameter(help="Rows of highest score that are named, of each scorer.")] = 5,
-    show_text: Annotated[bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")] = False,
+    show_text: Annotated[
+        bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")
+    ] = False,
 ) -> int:
     """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on.
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from safebasin.console import console, steps
+from safebasin.console import console, progress
 from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Prompt
 from safebasin.errors import UserError
@@ -42,7 +42,7 @@ class Subject:
 
     def ask(self, prompts: Sequence[str], max_new_tokens: int, title: str) -> list[Answer]:
         turns = self.turns(prompts)
-        with steps(f"{self.arm}: {title}", len(turns)) as advance:
+        with progress(f"{self.arm}: {title}", len(turns)) as advance:
             return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache)
 
     def judge(self, suite: str, name: str) -> Judge:

@@ -102,7 +102,9 @@ def _named(text: str) -> str | None:
             return digest([_content(part) for part in pair])
     except OSError:  # a system prompt is too long to be a name
         return None
-    found = try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None  # a model of the Hub that was fetched
+    found = (
+        try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None
+    )  # a model of the Hub that was fetched
     return Path(found).parent.name if isinstance(found, str) else None
 
 
@@ -110,7 +112,9 @@ def _content(path: Path) -> str:
     """Digest of a file, or of every file of a folder by its name."""
     if not path.is_dir():
         return file_digests([path])[path]
-    inside = sorted(p for p in path.rglob("*") if p.is_file() and not {".git", "__pycache__"} & {*p.relative_to(path).parts})
+    inside = sorted(
+        p for p in path.rglob("*") if p.is_file() and not {".git", "__pycache__"} & {*p.relative_to(path).parts}
+    )
     return digest([[p.relative_to(path).as_posix(), each] for p, each in file_digests(inside).items()])
 
 

@@ -144,7 +144,9 @@ class Plan:
 
     def column_files(self, arm: str) -> dict[str, str]:
         """The columns of a tuned arm that come from a file of the user's: column -> file."""
-        return {column: source for column, source in self.recipe.arms[arm].columns.items() if source not in self.scorers}
+        return {
+            column: source for column, source in self.recipe.arms[arm].columns.items() if source not in self.scorers
+        }
 
     def reads_scores(self, arm: str) -> bool:
         """Whether a column of the arm comes from the scan, not from a file of the user's."""

@@ -15,25 +15,21 @@ class Preview:
 
     Args:
         line: of the row in its file.
-        parts: (text, learned) pairs, which joined are the rendered row.
+        text: the whole row, decoded from its tokens.
+        trained: the tokens that are learned, decoded.
+        parts: (text, learned) pairs, run by run; a decoder may space them otherwise than ``text``.
         bos: how many of its tokens begin a sequence; a template and a tokenizer that both add one make two.
         last: the last token that is learned, decoded: the end of the turn, where all is well.
         bad: why the row cannot be used; then all else is empty.
     """
 
     line: int
+    text: str = ""
+    trained: str = ""
     parts: tuple[tuple[str, bool], ...] = ()
     bos: int = 0
     last: str = ""
     bad: str = ""
-
-    @property
-    def text(self) -> str:
-        return "".join(part for part, _ in self.parts)
-
-    @property
-    def trained(self) -> str:
-        return "".join(part for part, learned in self.parts if learned)
 
     def as_json(self) -> dict[str, Any]:
         if self.bad:
@@ -52,6 +48,7 @@ def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Pre
         runs = itertools.groupby(zip(row.ids, row.answer, strict=True), key=lambda pair: pair[1])
         parts = tuple((tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs)
         learned_ids = [token for token, learned in zip(row.ids, row.answer, strict=True) if learned]
-        last = tokenizer.decode(learned_ids[-1:])
-        shown.append(Preview(example.line, parts, row.ids.count(tokenizer.bos_token_id), last))
+        text, trained, last = (tokenizer.decode(ids) for ids in (list(row.ids), learned_ids, learned_ids[-1:]))
+        bos = row.ids.count(tokenizer.bos_token_id)
+        shown.append(Preview(example.line, text, trained, parts, bos, last))
     return sorted(shown, key=lambda row: row.line)

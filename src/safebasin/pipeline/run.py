@@ -4,7 +4,6 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 from safebasin.console import console
 from safebasin.encode import template_digest
@@ -43,7 +42,7 @@ class Run:
         other.folder = self.folder
         return other
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         self._lock.enter_context(self.folder.lock())
         return self
 
@@ -83,6 +82,7 @@ class Run:
 
     def report(self, *, show_text: bool = False) -> Report | None:
         """Every arm measured, and the report; None where another process writes it."""
+        _ = self.rows  # what is wrong with the rows is said before anything else
         for arm in self.plan.recipe.arms:
             console.print(f"[bold]arm {arm}[/bold]")
             self.measure(arm)

@@ -25,9 +25,9 @@ from safebasin.pipeline.config import Cut, Recipe
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
+from safebasin.report import Gate
 from safebasin.report.grid import decides_nothing
 from safebasin.scan.cut import find_threshold
-from safebasin.report import Gate
 from safebasin.scan.scores import read_scores
 from safebasin.stats import non_inferior, paired_difference
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -32,7 +32,7 @@ _CORE = {  # the core schema of YAML 1.2.2, section 10.3.2
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the words of YAML 1.2."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -86,7 +86,7 @@ def load(text: str, origin: str) -> Any:
         UserError: not YAML, a key that stands twice, a tree that is too large or too deep; it names ``origin`` and the line.
     """
     try:
-        tree = yaml.load(text, Loader)  # noqa: S506 - a safe loader
+        tree = yaml.load(text, Loader)
         _measure(tree)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

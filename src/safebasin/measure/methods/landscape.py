@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from safebasin.console import steps
+from safebasin.console import progress
 from safebasin.data.records import Measurement
 from safebasin.data.source import SetName, open_prompts
 from safebasin.errors import UserError
@@ -61,7 +61,7 @@ class Lines(abc.ABC):
         for line, axes in enumerate(self.lines(subject), 1):
             grid = list(itertools.product(np.linspace(low, high, self.points).round(6).tolist(), repeat=len(axes)))
             stops = []
-            with steps(f"{subject.arm}: {self.name} {line}", len(grid)) as advance:
+            with progress(f"{subject.arm}: {self.name} {line}", len(grid)) as advance:
                 for k, at in enumerate(grid):
                     place = f"{line}: " + ", ".join(f"{a:+g}" for a in at)
                     moves = list(zip(at, axes, strict=True)) if any(at) else []

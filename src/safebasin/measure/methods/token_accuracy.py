@@ -11,7 +11,7 @@ import torch
 from pydantic import PositiveInt
 
 from safebasin.batch import answer_logits, by_length, collate
-from safebasin.console import steps
+from safebasin.console import progress
 from safebasin.data.records import Measurement
 from safebasin.data.source import Source, open_rows
 from safebasin.encode import encode_all
@@ -39,7 +39,7 @@ class TokenAccuracy:
                 f"{self.name}: of {self.data.path}, {len(rows)} rows fit max_length {self.max_length}; it needs two"
             )
         shares = np.zeros(len(rows))
-        with steps(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
+        with progress(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
             done = 0
             for indices in by_length(rows, self.batch_size):
                 batch = collate([rows[i] for i in indices], tokenizer.pad_token_id).to(model.device)
