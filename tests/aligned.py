@@ -12,7 +12,10 @@ from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow, encode
 from safebasin.models.load import ModelAndTokenizer
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 BAD = ("bomb", "poison", "weapon", "virus", "explosive", "malware")
 GOOD = ("cake", "song", "letter", "garden", "story", "table")
 WORDS = (
@@ -37,14 +40,14 @@ WORDS = (
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate((*WORDS, *BAD, *GOOD))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=["<user>", "<assistant>"], **special
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=["<user>", "<assistant>"], **special
     )
-    made.chat_template = TEMPLATE
-    return made
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def example(prompt: str, answer: str, line: int = 1) -> Example:

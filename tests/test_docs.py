@@ -11,15 +11,15 @@ from transformers import Trainer
 
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import arguments
+from safebasin.train.trainer import training_arguments
 from safebasin.vector import trainable
 
 TEXT = (Path(__file__).parents[1] / "docs" / "own_trainer.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What the blocks of the page leave behind, run one after another."""
+def page(tmp_path_factory):
+    """The names that the blocks of the page define, run one after another."""
     folder = tmp_path_factory.mktemp("docs")
     for part in aligned_model():
         part.save_pretrained(folder)
@@ -29,13 +29,13 @@ def told(tmp_path_factory):
     return names
 
 
-def test_the_loop_learns(told):
-    assert all(p.any() for name, p in told["parameters"].items() if "lora_B" in name)
-    assert told["oracle"].losses.keys() == {"task", "align"}
+def test_the_loop_learns(page):
+    assert all(p.any() for name, p in page["parameters"].items() if "lora_B" in name)
+    assert page["oracle"].losses.keys() == {"task", "align"}
 
 
 def trained(kind: type, rows: list[dict], folder: Path, **settings) -> dict[str, torch.Tensor]:
-    args = arguments(
+    args = training_arguments(
         {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}
         | settings,
         folder,
@@ -55,30 +55,32 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def items(rows) -> list[dict]:
-    labels = [[token if said else -100 for token, said in zip(row.ids, row.answer, strict=True)] for row in rows]
+    labels = [
+        [token if is_answer else -100 for token, is_answer in zip(row.ids, row.answer, strict=True)] for row in rows
+    ]
     return [
-        {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": known}
-        for row, known in zip(rows, labels, strict=True)
+        {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": labels_of_row}
+        for row, labels_of_row in zip(rows, labels, strict=True)
     ]
 
 
-def test_a_trainer_with_sft_is_the_plain_trainer(told, tmp_path):
+def test_a_trainer_with_sft_is_the_plain_trainer(page, tmp_path):
     """Four steps of AdamW on right-padded rows: one path through Oracle, one through Trainer's own loss."""
     rows = items(random_rows(16, 3))
-    mine = type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}})
-    expected, found = trained(Trainer, rows, tmp_path), trained(mine, rows, tmp_path)
+    mine = type("Plain", (page["Defended"],), {"methods": Composition.of(["sft"]), "others": {}})
+    expected, actual = trained(Trainer, rows, tmp_path), trained(mine, rows, tmp_path)
     start = trainable(fresh_adapter(tiny_model(), LORA, seed=0))
     way = sum((expected[name] - start[name]).square().sum() for name in start).sqrt()
-    apart = sum((expected[name] - found[name]).square().sum() for name in start).sqrt()
+    distance = sum((expected[name] - actual[name]).square().sum() for name in start).sqrt()
     assert way > 0.1
-    assert apart < 1e-4 * way
+    assert distance < 1e-4 * way
 
 
-def test_a_trainer_with_a_defence_aligns(told, tmp_path):
+def test_a_trainer_with_a_defence_aligns(page, tmp_path):
     """Its update is another one than plain tuning's."""
     rows = items(random_rows(16, 3))
     plain = trained(
-        type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), rows, tmp_path
+        type("Plain", (page["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), rows, tmp_path
     )
-    found = trained(told["Defended"], rows, tmp_path)
-    assert any(not torch.allclose(found[name], plain[name], atol=1e-3) for name in plain)
+    actual = trained(page["Defended"], rows, tmp_path)
+    assert any(not torch.allclose(actual[name], plain[name], atol=1e-3) for name in plain)

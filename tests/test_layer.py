@@ -37,10 +37,10 @@ def test_by_hand(tmp_path):
 
 def test_directions_pair_by_name(folders):
     base, aligned = tiny_model(1), tiny_model(2, torch.bfloat16)
-    found = alignment_directions(*folders, MODULES)
+    directions = alignment_directions(*folders, MODULES)
     for module in MODULES:
         truth = aligned.get_parameter(f"{module}.weight").float() - base.get_parameter(f"{module}.weight")
-        assert torch.equal(found[module], truth)
+        assert torch.equal(directions[module], truth)
 
 
 def test_the_file_holds_what_memory_holds(folders, tmp_path):
@@ -81,9 +81,9 @@ def test_folders_without_weights_are_refused(tmp_path):
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(1, 4), st.integers(0, 99))
 def test_left_singular_vectors_span_what_a_full_decomposition_spans(out, into, k, seed):
     d = torch.randn(out, into, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found, truth = left_singular(d, k), torch.linalg.svd(d, full_matrices=False).U[:, :k]
-    assert torch.allclose(found @ found.T, truth @ truth.T, atol=1e-6)
-    assert torch.equal(found, left_singular(d, k))
+    u, truth = left_singular(d, k), torch.linalg.svd(d, full_matrices=False).U[:, :k]
+    assert torch.allclose(u @ u.T, truth @ truth.T, atol=1e-6)
+    assert torch.equal(u, left_singular(d, k))
 
 
 def test_a_matrix_of_low_rank_has_no_more_vectors_than_its_rank():

@@ -35,10 +35,10 @@ def random_rows(count: int, seed: int = 0, longest: int = 14, columns: tuple[str
     rows = []
     for i in range(count):
         n = int(draw.integers(4, longest))
-        told = int(draw.integers(1, n - 1))
+        length = int(draw.integers(1, n - 1))
         ids = tuple(int(x) for x in draw.integers(1, VOCABULARY, n))
-        answer = tuple(k >= n - told for k in range(n))
-        rows.append(TokenizedRow(f"row{i}", ids, answer, {name: draw.random(told).tolist() for name in columns}))
+        answer = tuple(k >= n - length for k in range(n))
+        rows.append(TokenizedRow(f"row{i}", ids, answer, {name: draw.random(length).tolist() for name in columns}))
     return rows
 
 

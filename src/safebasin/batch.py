@@ -1,6 +1,6 @@
-"""Rows as tensors: the chat template, the answer mask, and a batch that is padded on the left.
+"""Rows as tensors: a batch that is padded on the left, with its answer mask.
 
-Left padding puts every answer at the end, so that the language-model head is asked for the last ``answers`` positions only
+Left padding puts every answer at the end, so that the language-model head computes the last ``answers`` positions only
 (``logits_to_keep``), through any wrapper. Where a vocabulary is as large as a small model, that is a fifth of the work.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 
-ALIKE = 8  # tokens that a prefix must have to be worth running apart
+ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Rows padded on the left. ``answers`` is the length of the tail that holds every answer token.
 
-    ``mask`` is False on padding and on prompt tokens inside the tail; ``columns`` hold [batch] or [batch, answers] tensors.
+    ``mask`` is False on padding and on prompt tokens inside the tail; ``columns`` are [batch] or [batch, answers].
     """
 
     input_ids: Int[Tensor, "batch tokens"]
@@ -40,8 +40,8 @@ class Batch:
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward.
 
-        The tail is named by its positions, not by its length: a slice would leave the hidden states strided, and the head's product
-        would then copy its whole weight once a row (two thirds of a training step on a CPU).
+        The tail is named by its positions, not by its length: a slice would leave the hidden states strided, and the
+        head's product would then copy all of its weight once a row (two thirds of a training step on a CPU).
         """
         width = self.input_ids.shape[1]
         return {
@@ -72,7 +72,13 @@ def answer_logits(model: Any, batch: Batch) -> Float[Tensor, "batch answers voca
 
 
 def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
-    """Pad rows on the left; ``shared``: tokens that they all begin with. Columns of a row: a number, or one number per answer token (in their order)."""
+    """Pad rows on the left; ``shared``: tokens that they all begin with.
+
+    A column of a row is a number, or one number per answer token in their order.
+
+    Raises:
+        UserError: a column holds more or fewer numbers than the row has answer tokens.
+    """
     width = max(len(row) for row in rows)
     tail = max(len(row) - row.answer.index(True) if True in row.answer else 1 for row in rows)
     tail = min(tail, width - 1)  # the first token of a row is predicted by nothing
@@ -82,8 +88,8 @@ def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = torch.tensor(row.ids)
         seen[i, width - len(row) :] = 1
-        kept = row.answer[-tail:]
-        mask[i, tail - len(kept) :] = torch.tensor(kept)
+        answer = row.answer[-tail:]
+        mask[i, tail - len(answer) :] = torch.tensor(answer)
     columns = {}
     for name in rows[0].columns:
         values = [row.columns[name] for row in rows]
@@ -116,11 +122,13 @@ class PrefixGroup(NamedTuple):
 
 
 def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
-    """Rows in batches, those that begin alike together and by length among them, so that a shared prompt need be run but once."""
+    """Rows in batches, those that begin alike together and by length among them: a shared prompt is run once."""
 
     def families(group: list[int], depth: int) -> Iterator[tuple[list[int], int]]:
-        """``group`` is sorted by tokens and agrees on the first ``depth``. A branch that goes on alike, with rows for two batches, is a
-        family of its own."""
+        """``group`` is sorted by tokens and agrees on the first ``depth``.
+
+        A branch that goes on alike, with rows for two batches, is a family of its own.
+        """
         first, last = rows[group[0]].ids, rows[group[-1]].ids
         while depth < min(len(first), len(last)) and first[depth] == last[depth]:
             depth += 1
@@ -136,8 +144,8 @@ def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
             yield rest, depth
 
     for family, depth in families(sorted(range(len(rows)), key=lambda i: rows[i].ids), 0) if rows else ():
-        spoken = min(rows[i].answer.index(True) if True in rows[i].answer else len(rows[i]) for i in family)
-        shared = min(depth, spoken - 1)  # the token before an answer speaks of it
+        first_answer = min(rows[i].answer.index(True) if True in rows[i].answer else len(rows[i]) for i in family)
+        shared = min(depth, first_answer - 1)  # the token before an answer predicts its first one
         order = sorted(family, key=lambda i: (-len(rows[i]), i))
         for start in range(0, len(order), size):
             yield PrefixGroup(order[start : start + size], shared if shared >= ALIKE else 0)

@@ -1,12 +1,15 @@
-"""Rows as token ids: the chat template, and the mask of the answer."""
+"""Rows as token ids: the chat template, and the mask of the answer. Here errors of a chat template become ours."""
 
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from safebasin.console import printable
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow
+from safebasin.data.tables import BadRow, cause
 from safebasin.errors import UserError
 
 
@@ -18,7 +21,7 @@ class TokenizedRow:
     ids: tuple[int, ...]
     answer: tuple[bool, ...]  # one per id
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    start: int | None = None  # of a row cut short: the place of its first token in the whole row
+    start: int | None = None  # of a row cut short: the place of its first token in the full row
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -29,22 +32,54 @@ def template_digest(tokenizer: Any) -> str:
     return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8).hexdigest()
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool = False, **told: Any) -> str:
-    """The conversation as the model's own chat template writes it; ``ask`` opens the assistant's turn, ``told`` is what else the template reads.
+class TemplateFails(UserError):
+    """The chat template fails on these messages; on others it may not."""
 
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
+
+def check_template(tokenizer: Any) -> None:
+    """UserError where the tokenizer has no chat template, or several of which none is the default."""
     if not tokenizer.chat_template:
         raise UserError(
-            "the model's tokenizer has no chat template; use the instruct model, or set tokenizer.chat_template and save it"
+            "the model's tokenizer has no chat template; use the instruct model, or save a template with its tokenizer"
         )
+    if isinstance(tokenizer.chat_template, Mapping) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise UserError(f"the model's tokenizer has the chat templates {printable(names)}; name one of them default")
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool = False, **variables: Any) -> str:
+    """The conversation as the model's own chat template writes it.
+
+    ``ask`` opens the assistant's turn; ``variables`` are what else the template reads.
+
+    Raises:
+        UserError: no chat template, or one that is not Jinja.
+        TemplateFails: a UserError too; the template fails on these messages.
+    """
+    check_template(tokenizer)
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **told)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **variables)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the model's chat template cannot be read: line {error.lineno}: {cause(error)}") from error
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise TemplateFails(f"the model's chat template fails: {cause(error)}") from error
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
-    """Token ids and answer mask of a row, by the difference of rendered prefixes; the mask ends with the turn's end token."""
+    """Token ids and answer mask of a row; the mask ends with the turn's end token. One that cannot be used is bad.
+
+    Raises:
+        UserError: the tokenizer has no chat template that can be read.
+    """
+    try:
+        return _encode(tokenizer, example, max_length)
+    except TemplateFails as error:
+        return BadRow(example.line, str(error))
+
+
+def _encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
+    """An answer's span is the difference of two rendered prefixes of the conversation: with it, and before it."""
     text = render(tokenizer, example.messages)
     spans = []
     for i, turn in enumerate(example.messages):
@@ -72,22 +107,38 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | 
 
 
 def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedRow], list[BadRow]]:
+    """The rows that can be used, in their order, and the others with their reasons.
+
+    Raises:
+        UserError: the chat template cannot be read, or fails on every one of several rows.
+    """
     rows: list[TokenizedRow] = []
     bad: list[BadRow] = []
+    failures = 0
     for example in examples:
-        coded = encode(tokenizer, example, max_length)
-        (bad if isinstance(coded, BadRow) else rows).append(coded)  # type: ignore[arg-type]
+        try:
+            coded = _encode(tokenizer, example, max_length)
+        except TemplateFails as error:
+            coded, failures = BadRow(example.line, str(error)), failures + 1
+        if isinstance(coded, BadRow):
+            bad.append(coded)
+        else:
+            rows.append(coded)
+    if failures == len(examples) > 1:
+        raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: mend the template")
     return rows, bad
 
 
 def shorten(row: TokenizedRow, length: int) -> TokenizedRow:
-    """What fits of a row into ``length`` tokens (two or more): its beginning; where that holds no answer token, the end of the prompt and the
-    first answer tokens, these at most a half."""
+    """What fits of a row into ``length`` tokens (two or more): its beginning.
+
+    Where that holds no answer token: the end of the prompt and the first answer tokens, these at most a half.
+    """
     if len(row) <= length:
         return row
     start = 0
     if True in row.answer[length:] and True not in row.answer[1:length]:
         first = row.answer.index(True, 1)
         start = first + min(length // 2, len(row) - first) - length
-    kept = slice(start, start + length)
-    return dataclasses.replace(row, ids=row.ids[kept], answer=row.answer[kept], start=start)
+    window = slice(start, start + length)
+    return dataclasses.replace(row, ids=row.ids[window], answer=row.answer[window], start=start)

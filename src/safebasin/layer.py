@@ -1,12 +1,12 @@
-"""A weight in its roles. A (base, aligned) pair gives the alignment direction d = W_aligned - W_base, applied and never squared.
+"""A weight in its roles. A (base, aligned) pair gives the alignment direction d = W_aligned - W_base.
 
-The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16 weights
-cancels most of their digits). Nothing here holds two models, or one, in memory, and no matrix is larger than the weight itself.
+The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16
+weights cancels most of their digits). Nothing here holds a model in memory, and no matrix is larger than the weight.
 """
 
+import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from safebasin.data.tables import atomic_write, cause, regular_file, shown
 from safebasin.errors import UserError
+
+LFS = b"version https://git-lfs"  # the beginning of a pointer that git leaves in the place of a large file
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | Path) -> Iterator[Any]:
+    """An open safetensors file; its tensors are read one at a time.
+
+    Raises:
+        UserError: it cannot be read: missing, cut off, another format, or a pointer of git-lfs.
+    """
+    try:
+        with regular_file(path).open("rb") as raw:
+            pointer = raw.read(len(LFS)) == LFS
+        if pointer:
+            raise UserError(
+                f"{shown(path)} is a pointer of git-lfs and holds no weights; fetch them with: git lfs pull"
+            )
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{shown(path)} cannot be read: {cause(error)}") from error
 
 
 def tensor_files(folder: str | Path) -> dict[str, Path]:
@@ -25,17 +48,16 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
         UserError: not a folder, or one without readable safetensors.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"{folder!s} is not a folder of weights; download the model first and give its folder")
-    found: dict[str, Path] = {}
+        raise UserError(f"{shown(folder)} is not a folder of weights; download the model first and give its folder")
+    files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    if not found:
-        raise UserError(f"{folder!s} holds no *.safetensors file; other formats can run code when read and are refused")
-    return found
+        with open_tensors(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
+    if not files:
+        raise UserError(
+            f"{shown(folder)} holds no *.safetensors file; other formats can run code when read and are refused"
+        )
+    return files
 
 
 class Pair:
@@ -49,24 +71,27 @@ class Pair:
             for folder, files in ((base, self.base), (aligned, self.aligned)):
                 if name not in files:
                     raise UserError(
-                        f"{folder!s} has no tensor {name}; base and aligned must be the two ends of one model"
+                        f"{shown(folder)} has no tensor {name}; base and aligned must be the two ends of one model"
                     )
-                with safe_open(files[name], "pt") as file:
+                with open_tensors(files[name]) as file:
                     part = file.get_slice(name)
                     kind = part.get_dtype()
                     if kind not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{folder!s}: {name} is stored as {kind}; give the weights before quantization")
+                        raise UserError(
+                            f"{shown(folder)}: {name} is stored as {kind}; give the weights before quantization"
+                        )
                     shapes.append(tuple(part.get_shape()))
             if shapes[0] != shapes[1] or len(shapes[0]) != 2:
                 raise UserError(
-                    f"{name} is {shapes[0]} in {base!s} and {shapes[1]} in {aligned!s}; equal matrices are needed"
+                    f"{name} is {shapes[0]} in {shown(base)} and {shapes[1]} in {shown(aligned)};"
+                    " equal matrices are needed"
                 )
             self.shapes[module] = shapes[0]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for module in self.shapes:
             name = f"{module}.weight"
-            with safe_open(self.base[name], "pt") as base, safe_open(self.aligned[name], "pt") as aligned:
+            with open_tensors(self.base[name]) as base, open_tensors(self.aligned[name]) as aligned:
                 yield module, aligned.get_tensor(name).float() - base.get_tensor(name).float()
 
 
@@ -85,7 +110,7 @@ def alignment_directions(base: str | Path, aligned: str | Path, modules: Iterabl
 
 
 def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:
-    """The same as one safetensors file, module -> d, written one matrix at a time, whole or not at all."""
+    """The same as one safetensors file, module -> d, written one matrix at a time. Every rank may write it."""
     pair = Pair(base, aligned, modules)
     sizes = [4 * out * into for out, into in pair.shapes.values()]
     ends = list(itertools.accumulate(sizes))
@@ -95,24 +120,25 @@ def write_alignment_directions(base: str | Path, aligned: str | Path, modules: I
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format asks for tensors on 8-byte bounds
-    part = path.with_name(f".{path.name}.{os.getpid()}")  # every rank may write it; the last rename is the same file
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, direction in pair:
             file.write(direction.contiguous().numpy().astype("<f4", copy=False).tobytes())
-    part.replace(path)
 
 
 def read_directions(path: Path, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Directions of a file of ``write_alignment_directions``, one at a time."""
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         for module in modules:
             yield module, file.get_tensor(module)
 
 
 def left_singular(direction: Tensor, k: int) -> Tensor:
-    """The top ``k`` left singular vectors U ``[out, k]`` of a direction, by a randomized sketch; zero where its rank is less."""
+    """The top ``k`` left singular vectors U ``[out, k]`` of a direction, by a randomized sketch.
+
+    Columns beyond its rank are zero.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the sketch is random; with its seed the result is a function of the direction
         rank = min(2 * k + 16, *direction.shape)

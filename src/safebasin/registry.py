@@ -34,6 +34,7 @@ class Entry:
     reads: tuple[str, ...] = ()  # what else it is handed: "score" (attacks), "prompts" (judges)
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
+    harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal
 
     @property
     def summary(self) -> str:
@@ -71,7 +72,7 @@ class Registry:
             if name in self._entries:
                 raise ValueError(f"{self.name}: the name {name!r} is taken by {self._entries[name].kind}")
             config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-            checked = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
+            checked: Any = checked_dataclass(kind, frozen=True, kw_only=True, config=config)
             self._entries[name] = Entry(name=name, kind=checked, **facts)
             checked.entry = self._entries[name]
             return checked
@@ -107,9 +108,13 @@ class Registry:
         """
         name, fields = split_spec(spec, self.name)
         try:
-            return TypeAdapter(self[name].kind).validate_python(fields)
+            method: Any = TypeAdapter(self[name].kind).validate_python(fields)
+            refuse_converted(fields, method)
         except ValidationError as error:
             raise UserError(f"{self.name}.{name}: {explain(error)}") from None
+        except UserError as error:
+            raise UserError(f"{self.name}.{name}: {error}") from None
+        return method
 
 
 def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -124,6 +129,20 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
         [(name, fields)] = spec.items()
         return name, dict(fields or {})
     raise UserError(f"{where}: a method is `name` or `name: {{field: value}}`, found {spec!r}")
+
+
+def refuse_converted(raw: Any, checked: Any, where: str = "") -> None:
+    """UserError where pydantic made a number of something else: ``take: true`` is no 1, and ``rho: "2"`` no 2."""
+    if isinstance(checked, int | float) and not isinstance(checked, bool):
+        if isinstance(raw, bool | str):
+            raise UserError(f"{where}: a number is needed, found {raw!r}")
+    elif isinstance(raw, Mapping):
+        for key, value in raw.items():
+            inner = checked.get(key) if isinstance(checked, Mapping) else getattr(checked, str(key), None)
+            refuse_converted(value, inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(raw, list | tuple) and isinstance(checked, list | tuple):
+        for i, (value, inner) in enumerate(zip(raw, checked, strict=False)):
+            refuse_converted(value, inner, f"{where}.{i}")
 
 
 def explain(error: ValidationError) -> str:

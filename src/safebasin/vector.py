@@ -1,7 +1,7 @@
 """The algebra of parameter space: a Vector is a point or a direction, name -> tensor.
 
-Inner products are taken in float64 over local shards and reduced once over the ranks that hold them, so that every rank takes
-the same branch. Everything else is element by element and never leaves the shard.
+Inner products are taken in float64 over local shards and reduced once over the ranks that hold them, so that every rank
+takes the same branch. Everything else is element by element and never leaves the shard.
 """
 
 import math
@@ -24,12 +24,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements)
-
-
 def _copies(tensor: DTensor) -> int:
-    """On how many ranks every shard lies: one, but for sharding within replicas."""
+    """On how many ranks every shard lies: one, except with sharding inside replicas."""
     return math.prod(
         tensor.device_mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_shard()
     )
@@ -41,8 +37,8 @@ class Vector(dict[str, Tensor]):
     def _map(self, function: Callable[..., Tensor], *others: Mapping[str, Tensor]) -> "Vector":
         for other in others:
             if other.keys() != self.keys():
-                odd = sorted(set(self) ^ set(other))[:3]
-                raise DefenceError(f"two vectors of different spaces: they differ at {', '.join(odd)}")
+                names = sorted(set(self) ^ set(other))[:3]
+                raise DefenceError(f"two vectors of different spaces: they differ at {', '.join(names)}")
         return Vector({name: function(tensor, *(other[name] for other in others)) for name, tensor in self.items()})
 
     def __add__(self, other: "Vector") -> "Vector":
@@ -51,12 +47,12 @@ class Vector(dict[str, Tensor]):
     def __sub__(self, other: "Vector") -> "Vector":
         return self._map(torch.sub, other)
 
-    def __mul__(self, scale: float) -> "Vector":
+    def __mul__(self, scale: float | int) -> "Vector":
         return self._map(lambda tensor: tensor * scale)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scale: float) -> "Vector":
+    def __truediv__(self, scale: float | int) -> "Vector":
         return self * (1 / scale)
 
     def __neg__(self) -> "Vector":
@@ -66,12 +62,17 @@ class Vector(dict[str, Tensor]):
         """Inner product: summed in float64, shards reduced in one all-reduce."""
         if other.keys() != self.keys():
             raise DefenceError("an inner product of two vectors of different spaces")
-        whole, shard = [], []
+        replicated: list[Tensor] = []
+        sharded: list[Tensor] = []
         for name, tensor in self.items():
             part = torch.dot(local(tensor).flatten().double(), local(other[name]).flatten().double())
-            (shard if _sharded(tensor) else whole).append(part / _copies(tensor) if _sharded(tensor) else part)  # type: ignore[arg-type]
-        sums = [torch.stack([part.to(parts[0].device) for part in parts]).sum() for parts in (whole, shard) if parts]
-        if shard:
+            if isinstance(tensor, DTensor) and any(placement.is_shard() for placement in tensor.placements):
+                sharded.append(part / _copies(tensor))
+            else:
+                replicated.append(part)
+        groups = [parts for parts in (replicated, sharded) if parts]
+        sums = [torch.stack([part.to(parts[0].device) for part in parts]).sum() for parts in groups]
+        if sharded:
             dist.all_reduce(sums[-1])
         return sum(float(part) for part in sums)  # an accelerator is waited for once, not once a tensor
 
@@ -86,7 +87,7 @@ class Vector(dict[str, Tensor]):
 
 
 def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU with all shards gathered; every rank must ask."""
+    """Copies on the CPU with all shards gathered. Collective: every rank must call it."""
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone().contiguous()
         for name, t in tensors.items()
@@ -94,6 +95,6 @@ def gather_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
-    """The trainable parameters of a model by name, what DDP, activation checkpointing and torch.compile put into names removed."""
+    """The trainable parameters of a model by name, without the prefixes of DDP, checkpointing and torch.compile."""
     named = ((WRAPPED.sub("", name), p) for name, p in model.named_parameters())
     return {name: p for name, p in named if p.requires_grad}

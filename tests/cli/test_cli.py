@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from safebasin.cli.main import app, guarded
 from safebasin.data.source import open_table
 from safebasin.models.adapter import fresh_adapter
-from safebasin.pipeline.config import dump, parse, schema
+from safebasin.pipeline.config import dump, parse
+from safebasin.pipeline.schema import schema
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -45,7 +46,7 @@ def recipe(tmp_path):
         ({"train__fp16": True}, "fp16 is refused"),
         ({"model__dtype": "float16"}, "bfloat16"),
         ({"arms__defended": {"train": ["safegrade"]}}, "no method 'safegrade'"),
-        ({"arms__defended": {"train": ["sft", "safegrad"]}}, "both claim the surgery"),
+        ({"arms__defended": {"train": ["sft", "safegrad"]}}, "both define the update direction"),
         ({"arms__defended": {"train": ["safegrad"], "cut": {"scorer": "larf"}}}, "not among scan.scorers"),
         ({"data__align": None}, "set data.align"),
         ({"scan__scorers": ["gradshield", {"gradshield": {"depth": 1.0}}]}, "names one scorer twice"),
@@ -53,8 +54,8 @@ def recipe(tmp_path):
         ({"data__poison_share": 0.9}, "needs 2880"),
         ({"measure__suites": [{"asr": {}}]}, "prompts"),
         ({"gate": {"max_assr": 1}}, "max_assr"),
-        ({"arms": {}}, "name at least one arm"),
-        ({"arms__defended": {"cut": {}}}, "a cut needs an arm that is trained"),
+        ({"arms": {}}, "at least 1 item"),
+        ({"arms__defended": {"cut": {}}}, "a cut or a column needs an arm that is trained"),
         ({"data__task": {"path": "none.jsonl"}}, "no such file"),
     ],
 )
@@ -235,7 +236,7 @@ def test_pickled_weights_are_refused(tmp_path, capsys):
         )
         == 1
     )
-    assert "cannot load" in capsys.readouterr().err
+    assert "holds no *.safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys)
     assert "redacted" in said and "Sure" not in said and "steps" not in said
     assert [scores.lines[scores.row_ids.index(row)] for row in scores.cut_short] == [13]
     assert "1 rows are longer than 12 tokens" in " ".join(said.split())
-    (problem,) = json.loads((tmp_path / "out" / "data" / "problems.json").read_text())
+    (problem,) = json.loads((tmp_path / "out" / "scan" / "problems.json").read_text())
     assert problem["line"] == 13 and "cut short for the scan" in problem["reason"]
     assert run(*words, "--show") == 0
     assert "Sure" in capsys.readouterr().out
@@ -329,7 +330,9 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
 
     from safebasin.data.tables import write_table
     from safebasin.errors import UserError
-    from safebasin.pipeline.old import Pipeline
+    from safebasin.pipeline.folder import RunFolder
+    from safebasin.pipeline.plan import Plan
+    from safebasin.pipeline.rows import encoded_rows, write_rows
 
     aligned_model().tokenizer.save_pretrained(tmp_path)
     write_table(
@@ -343,15 +346,18 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
     for on_bad in ("stop", "skip"):
         changed = tree | {"data": tree["data"] | {"on_bad": on_bad}, "arms": {"plain": {"train": ["sft"]}}}
         (tmp_path / on_bad).mkdir()
-        pipeline = Pipeline(parse(yaml.safe_dump(changed)), tmp_path / on_bad)
-        pipeline.data()
-        tokenizer = aligned_model().tokenizer
+        plan, folder, tokenizer = (
+            Plan.of(parse(yaml.safe_dump(changed))),
+            RunFolder(tmp_path / on_bad),
+            aligned_model().tokenizer,
+        )
+        path = write_rows(plan, folder)
         if on_bad == "stop":
             with pytest.raises(UserError, match="over-long"):
-                pipeline._rows(pipeline.train_file, tokenizer)
+                encoded_rows(plan, path, tokenizer)
         else:
-            assert [len(rows) for rows in pipeline._rows(pipeline.train_file, tokenizer)] == [1, 1]
-        assert [row.start for row in pipeline._rows(pipeline.train_file, tokenizer, short=True)[1]] == [None, 13]
+            assert [len(part) for part in encoded_rows(plan, path, tokenizer)] == [1, 1, 1]
+        assert [row.start for row in encoded_rows(plan, path, tokenizer, cut_short=True).rows] == [None, 13]
 
 
 def test_all_rows_cut_is_an_error(tmp_path, capsys):

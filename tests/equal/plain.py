@@ -1,12 +1,11 @@
 """The definition that the host must equal: a plain loop over whole batches. It knows no micro-batch, no rank and no hook.
 
-A method's direction is asked of ``Whole``, which answers every gradient by one autograd call on one batch. That ``Whole`` itself is the
-formula is shown in test_trainer by writing two methods out.
+A method takes its gradients from ``WholeBatches``, which answers each by one autograd call on one batch. That
+``WholeBatches`` itself is the formula is shown in test_trainer by writing two methods out.
 """
 
 import contextlib
 import dataclasses
-from unittest import mock
 
 import torch
 from tiny import LORA, PAD, random_rows, tiny_model
@@ -18,13 +17,10 @@ from safebasin.train.compose import Composition
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, trainable
 
-BATCH, SMALL, STEPS = (
-    8,
-    4,
-    4,
-)  # rows a step of the task and of other streams; step 2 has six rows, step 3 is of the second epoch
+BATCH, SMALL, STEPS = 8, 4, 4  # rows a step of the task and of other streams; step 2 has six, step 3 is of epoch 2
 LR, CLIP = 0.01, 1.0
-EPS = 1e-4  # Adam's own 1e-8 makes whole steps of the rounding in its smallest numbers: 4e-5 of the update in four steps, whoever runs it
+# Adam's own 1e-8 makes full steps of the rounding in its smallest numbers: 4e-5 of the update in four steps anywhere.
+EPS = 1e-4
 
 
 # Methods whose phases are longer than the four steps here; all others run at their defaults.
@@ -45,7 +41,7 @@ def rows_of(methods: Composition) -> dict[str, list]:
     return rows | {name: random_rows(7, 2 + i) for i, name in enumerate(methods.needs("streams"))}
 
 
-class Whole:
+class WholeBatches:
     """What a method sees of the oracle, from whole batches."""
 
     def __init__(self, model, methods, optimizer=None):
@@ -53,7 +49,7 @@ class Whole:
         self.step, self.losses, self.state = 0, {}, {}
         rows = rows_of(methods).items()
         self.streams = {
-            name: Stream(name, told, BATCH if name == "task" else SMALL, BATCH, 0, PAD) for name, told in rows
+            name: Stream(name, part, BATCH if name == "task" else SMALL, BATCH, 0, PAD) for name, part in rows
         }
 
     def __call__(self, loss, stream, at=None):
@@ -80,33 +76,32 @@ class Whole:
 
     def metric(self):
         """1 / (sqrt(v) + eps) of AdamW, v divided by 1 - beta_2^t; ones before the first step."""
-        ones, found = self.point().fill(1.0), {}
+        ones, diagonal = self.point().fill(1.0), {}
         for name, p in trainable(self.model).items() if self.step else ():
-            found[name] = 1 / ((self.optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**self.step)).sqrt() + EPS)
-        return Vector(ones | found)
+            diagonal[name] = 1 / ((self.optimizer.state[p]["exp_avg_sq"] / (1 - 0.999**self.step)).sqrt() + EPS)
+        return Vector(ones | diagonal)
 
 
 @contextlib.contextmanager
 def moved(point, at):
-    kept = {name: p.detach().clone() for name, p in point.items()}
+    before = {name: p.detach().clone() for name, p in point.items()}
     for name in at or {}:
         point[name].data += at[name]
     yield
     for name in at or {}:
-        point[name].data = kept[name]
+        point[name].data = before[name]
 
 
-@mock.patch("safebasin.train.reference.LIMIT", 0)
 def loop(methods: Composition, *, autocast: bool = False) -> dict[str, torch.Tensor]:
-    """AdamW on whole batches; ``autocast`` runs the forward in bfloat16. The reference is asked at every step."""
+    """AdamW on whole batches; ``autocast`` runs the forward in bfloat16. There is no cache of the reference."""
     model = fresh_adapter(tiny_model(), LORA, seed=0).train()
     if autocast:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, eps=EPS, weight_decay=0.0)
-    whole = Whole(model, methods, optimizer)
-    for whole.step in range(STEPS):
-        direction = methods.direction(whole)
+    grad = WholeBatches(model, methods, optimizer)
+    for grad.step in range(STEPS):
+        direction = methods.direction(grad)
         for name, p in parameters.items():
             p.grad = direction[name]
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)

@@ -1,8 +1,8 @@
 """Every way to run a step equals the plain loop, for every registered method, to 1e-5 of the length of the whole update.
 
-FSDP2 runs through ``transformers.Trainer`` and accelerate's own wrapping, on two processes over gloo; ``worker.shard_on_cpu`` takes away the
-one condition by which accelerate shards on accelerators only, and drops FSDP on a CPU without a word: the host refuses that. A method that a mode cannot run must refuse it: it stands
-in ``REFUSED`` with its words, and nothing else may fail.
+FSDP2 runs through ``transformers.Trainer`` and accelerate's own wrapping, on two processes over gloo. accelerate shards
+on accelerators only and drops FSDP on a CPU silently, which the host refuses; ``worker.shard_on_cpu`` takes that condition
+away. A method that a mode cannot run must refuse it: it stands in ``REFUSED`` with its message, and nothing else may fail.
 """
 
 import copy
@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from away import adapted, assert_same
-from plain import STEPS, Whole, composed, loop
+from plain import STEPS, WholeBatches, composed, loop
 from tiny import LORA, PAD, tiny_model
 from worker import MODES, hosted, tune
 
@@ -33,8 +33,9 @@ from safebasin.vector import Vector, trainable
 
 NAMES = [entry.name for entry in method]
 SAME = 1e-5  # float32: other orders of summing, seen through a few steps of AdamW
-# bfloat16 holds 2^-8 = 0.004 of a number, and a gradient is some ten products deep: 0.01 of the update, 0.045 for booster, whose direction
-# is five times a difference of two gradients. Two splits of one step differ by 0.033 under it, so no host can promise less.
+# bfloat16 holds 2^-8 = 0.004 of a number, and a gradient is some ten products deep: 0.01 of the update, 0.045 for
+# booster, whose direction is five times a difference of two gradients. Two splits of one step differ by 0.033 under it, so
+# no host can promise less.
 ROUNDED = 0.1
 REFUSED: dict[tuple[str, str], str] = {}  # (method, mode) -> the words of its refusal
 
@@ -52,7 +53,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Every run of the Trainer begins with a collection of garbage, half of its time here, unless the imports are out of its sight."""
+    """Every run of the Trainer begins with a collection of garbage, half of its time here unless the imports are frozen."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -63,11 +64,11 @@ def truth(folders):
     return functools.cache(lambda name, **changes: loop(composed(name, folders), **changes))
 
 
-def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
     """Distance over the length of the update from the start."""
     start = trainable(fresh_adapter(tiny_model(), LORA, seed=0))
-    assert found.keys() == truth.keys() == start.keys()
-    off = sum(float((found[name] - truth[name]).square().sum()) for name in truth)
+    assert actual.keys() == truth.keys() == start.keys()
+    off = sum(float((actual[name] - truth[name]).square().sum()) for name in truth)
     way = sum(float((truth[name] - start[name]).square().sum()) for name in truth)
     assert way > 0.01
     return (off / way) ** 0.5
@@ -78,8 +79,9 @@ def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> flo
 
 def log_probabilities(model, batch):
     """[batch, answers, vocabulary] by the whole forward: no tail, no head on chosen positions."""
-    told = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.inputs["position_ids"]).logits
-    return told[:, -batch.mask.shape[1] - 1 : -1].log_softmax(-1)
+    positions = batch.inputs["position_ids"]
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    return logits[:, -batch.mask.shape[1] - 1 : -1].log_softmax(-1)
 
 
 def written_out(name, model, task, align):
@@ -99,14 +101,15 @@ def written_out(name, model, task, align):
 @pytest.mark.parametrize("name", ["sft", "safegrad"])
 def test_the_plain_loop_is_the_formula(name):
     methods = Composition.of([name])
-    whole = Whole(adapted(0.1), methods)
-    task, align = (collate(whole.streams[s].rows_at(0), PAD) if s in whole.streams else None for s in ("task", "align"))
-    assert_same(methods.direction(whole), written_out(name, adapted(0.1), task, align), SAME)
+    grad = WholeBatches(adapted(0.1), methods)
+    batches = {name: collate(stream.rows_at(0), PAD) for name, stream in grad.streams.items()}
+    task, align = batches["task"], batches.get("align")
+    assert_same(methods.direction(grad), written_out(name, adapted(0.1), task, align), SAME)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sft"])
 def test_every_method_goes_elsewhere_than_sft(name, truth):
-    """These tests can fail: what they compare differs by more than what they allow: alignguard by 5e-4, the others by 0.03 and up."""
+    """These tests can fail: methods differ by more than they allow, alignguard by 5e-4, the others by 0.03 and up."""
     assert error(truth(name), truth("sft")) > 10 * SAME
 
 
@@ -124,12 +127,12 @@ def test_accumulation_equals_the_plain_loop(name, accumulation, folders, truth, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resume_in_mid_run_equals_the_plain_loop(name, folders, truth, tmp_path):
-    whole = hosted(composed(name, folders), tmp_path, save_strategy="steps", save_steps=2)
-    whole.train()
+    undisturbed = hosted(composed(name, folders), tmp_path, save_strategy="steps", save_steps=2, save_total_limit=None)
+    undisturbed.train()
     host = hosted(composed(name, folders), tmp_path / "again")
     host.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert error({told: p.detach() for told, p in trainable(host.model).items()}, truth(name)) < SAME
-    assert host.curve == whole.curve
+    assert error({key: p.detach() for key, p in trainable(host.model).items()}, truth(name)) < SAME
+    assert host.curve == undisturbed.curve
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,13 +149,13 @@ def test_activation_checkpointing_equals_the_plain_loop(name, folders, truth, tm
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast_equals_the_plain_loop(name, folders, truth, tmp_path):
-    """On one batch the host adds nothing to the rounding of autocast: it equals the plain loop under autocast as in float32.
+    """On one batch the host adds no rounding to autocast's: it equals the plain loop under autocast as in float32.
 
     Against the plain loop in float32 the tolerance is ``ROUNDED``.
     """
-    found = tune(composed(name, folders), tmp_path, bf16=True)
-    assert error(found, truth(name, autocast=True)) < SAME
-    assert error(found, truth(name)) < ROUNDED
+    actual = tune(composed(name, folders), tmp_path, bf16=True)
+    assert error(actual, truth(name, autocast=True)) < SAME
+    assert error(actual, truth(name)) < ROUNDED
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +177,7 @@ def ranks(folders):
     assert done.returncode == 0, done.stderr[-3000:]
     return [
         (
-            safetensors.torch.load_file(folder / f"found{rank}.safetensors"),
+            safetensors.torch.load_file(folder / f"tuned{rank}.safetensors"),
             json.loads((folder / f"errors{rank}.json").read_text()),
         )
         for rank in (0, 1)
@@ -184,13 +187,13 @@ def ranks(folders):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_equal_the_plain_loop(mode, name, ranks, truth):
-    for found, errors in ranks:  # both replicas are the truth, not only the first
+    for actual, errors in ranks:  # both replicas are the truth, not only the first
         key = f"{mode}/{name}"
         if (name, mode) in REFUSED:
             assert REFUSED[name, mode] in errors[key]
             continue
         assert key not in errors, errors[key]
-        mine = {told.removeprefix(f"{key}/"): p for told, p in found.items() if told.startswith(f"{key}/")}
+        mine = {p_name.removeprefix(f"{key}/"): p for p_name, p in actual.items() if p_name.startswith(f"{key}/")}
         assert error(mine, truth(name)) < SAME
 
 
@@ -224,24 +227,25 @@ def test_a_method_without_its_gradient_stops_the_run_before_any_update_by_it(
     name, source, fault, folders, tmp_path, monkeypatch
 ):
     """The first step that asks for a stream or penalty stops; nothing that was made of it reaches the parameters."""
-    methods, spoilt, asked = composed(name, folders), FAULTS[fault], []
-    whole = Oracle._mean
+    methods, spoilt, steps = composed(name, folders), FAULTS[fault], []
+    original = Oracle._mean
 
     def mean(self, loss, stream, at):
-        asked.extend([self.step] * (stream == source))
-        return whole(self, (lambda model, batch: spoilt(loss(model, batch))) if stream == source else loss, stream, at)
+        steps.extend([self.step] * (stream == source))
+        spoilt_loss = (lambda model, batch: spoilt(loss(model, batch))) if stream == source else loss
+        return original(self, spoilt_loss, stream, at)
 
     monkeypatch.setattr(Oracle, "_mean", mean)
     if source == "penalty":
-        made, asked = methods.places["penalty"], [0]
+        penalty, steps = methods.penalty, [0]
         methods = Composition(
             methods.methods,
-            {**methods.places, "penalty": types.SimpleNamespace(penalty=lambda point: spoilt(made.penalty(point)))},
+            {**methods.components, "penalty": types.SimpleNamespace(penalty=lambda point: spoilt(penalty(point)))},
         )
     host = hosted(methods, tmp_path)
     with pytest.raises(DefenceError, match=r"gradient|dead"):
         host.train()
-    assert host.state.global_step == asked[0] < STEPS
+    assert host.state.global_step == steps[0] < STEPS
 
 
 def test_a_parameter_that_no_loss_reaches_stops_the_run(tmp_path):
@@ -256,8 +260,8 @@ def test_a_parameter_that_no_loss_reaches_stops_the_run(tmp_path):
     [(lambda v: v * float("inf"), "not finite"), (lambda v: Vector(list(v.items())[1:]), "differ at")],
 )
 def test_a_direction_that_is_not_one_stops_the_run(spoil, words, tmp_path, monkeypatch):
-    whole = Composition.direction
-    monkeypatch.setattr(Composition, "direction", lambda self, grad: spoil(whole(self, grad)))
+    original = Composition.direction
+    monkeypatch.setattr(Composition, "direction", lambda self, grad: spoil(original(self, grad)))
     host = hosted(Composition.of(["sft"]), tmp_path)
     before = copy.deepcopy(trainable(host.model))
     with pytest.raises(DefenceError, match=words):

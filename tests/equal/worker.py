@@ -1,5 +1,5 @@
-"""Tune the tiny model through the host. One process calls ``tune``; ``torchrun worker.py folder`` runs every method in every mode of
-``MODES`` and writes, a rank, what each came to: the parameters of all of them, and the errors of those that did not run."""
+"""Tune the tiny model through the host. One process calls ``tune``. ``torchrun worker.py folder`` runs every method in
+every mode of ``MODES``; each rank writes the parameters of all of them, and the errors of those that did not run."""
 
 import functools
 import gc
@@ -25,7 +25,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train import method
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import OracleTrainer, arguments, streams_of
+from safebasin.train.trainer import OracleTrainer, streams_of, training_arguments
 from safebasin.vector import Vector, trainable
 
 LAYERS = {
@@ -42,7 +42,7 @@ MODES = {
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards on accelerators only; on a CPU it drops FSDP without a word and runs DDP. Take that one condition away."""
+    """accelerate shards on accelerators only; on a CPU it drops FSDP silently and runs DDP. Take that condition away."""
     build = Trainer.create_accelerator_and_postprocess
 
     def built(self: Trainer) -> None:
@@ -69,8 +69,9 @@ def hosted(
         "seed": 0,
         "max_grad_norm": CLIP,
         "adam_epsilon": EPS,
+        "save_strategy": "no",
     }
-    args = arguments(chosen | settings, folder)
+    args = training_arguments(chosen | settings, folder)
     return OracleTrainer(
         fresh_adapter(tiny_model(), LORA, seed=0),
         args,
@@ -92,14 +93,14 @@ def tune(methods: Composition, folder: Path, *, resume: str | None = None, **cha
 
 def sharded(mesh: tuple[int, ...], *placements) -> Vector:
     """(0, 1, 2, 3, 4) in uneven shards, beside (5) on every rank: of length sqrt(55)."""
-    whole = torch.arange(5.0)
-    return Vector(a=distribute_tensor(whole, init_device_mesh("cpu", mesh), placements), b=torch.tensor([5.0]))
+    full = torch.arange(5.0)
+    return Vector(a=distribute_tensor(full, init_device_mesh("cpu", mesh), placements), b=torch.tensor([5.0]))
 
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     folders = {"base": str(folder / "base"), "aligned": str(folder / "aligned")}
-    found, errors = {}, {}
+    tuned_by_name, errors = {}, {}
     try:
         hosted(Composition.of(["sft"]), folder / "unpatched", **SHARDED)
     except UserError as error:
@@ -121,9 +122,9 @@ if __name__ == "__main__":
             except Exception as error:  # reported by method, so that one does not hide the others
                 errors[key] = f"{type(error).__name__}: {error}"
                 continue
-            found |= {f"{key}/{name}": p for name, p in tuned.items()}
+            tuned_by_name |= {f"{key}/{name}": p for name, p in tuned.items()}
     errors["norms"] = [sharded((2,), Shard(0)).norm(), sharded((2, 1), Replicate(), Shard(0)).norm()]
-    safetensors.torch.save_file(found, folder / f"found{rank}.safetensors")
+    safetensors.torch.save_file(tuned_by_name, folder / f"tuned{rank}.safetensors")
     (folder / f"errors{rank}.json").write_text(json.dumps(errors))
     dist.barrier()
     dist.destroy_process_group()  # leaving it to the interpreter's end aborts now and then

@@ -1,4 +1,4 @@
-"""One pass over all prefixes equals a fresh call for each; the guard that is asked; the scorer and the benchmark built on it."""
+"""One pass over all prefixes equals a fresh call for each; the guard's prompt; the scorer and the benchmark."""
 
 import importlib.util
 import math
@@ -22,7 +22,7 @@ from safebasin.guards.templates import TEMPLATES
 from safebasin.guards.turns import text_ids
 from safebasin.scan import scorer
 from safebasin.scan.methods.guard import GuardScore
-from safebasin.scan.scan import scan
+from safebasin.scan.scan import score_rows
 
 VERDICTS = (10, 20)
 
@@ -65,17 +65,17 @@ def fresh(model, policy, contexts, answers, suffix, verdicts, every):
     scores = []
     for context, answer in zip(contexts, answers, strict=True):
         ends = [*range(every, len(answer), every), len(answer)]
-        asked = [torch.tensor([[*policy, *context, *answer[:end], *suffix]]) for end in ends]
+        prompts = [torch.tensor([[*policy, *context, *answer[:end], *suffix]]) for end in ends]
         scores.append(
             torch.stack(
-                [model(ids, use_cache=False).logits[0, -1, list(verdicts)].float().softmax(-1)[0] for ids in asked]
+                [model(ids, use_cache=False).logits[0, -1, list(verdicts)].float().softmax(-1)[0] for ids in prompts]
             )
         )
     return scores
 
 
-def equal(found, expected, error):
-    for one, other in zip(found, expected, strict=True):
+def equal(scores, expected, error):
+    for one, other in zip(scores, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=error)
 
 
@@ -100,13 +100,13 @@ def test_one_pass_equals_fresh_calls(name, rows, policy, suffix, every, width):
     if not policy:
         contexts = [context or [1] for context in contexts]
     model = MODELS[name]
-    kept = encode_policy(model, policy)
+    cache = encode_policy(model, policy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix, "WIDTH", width)
-        found = prefix_scores(model, contexts, answers, suffix, VERDICTS, every=every, policy=kept)
-    equal(found, fresh(model, policy, contexts, answers, suffix, VERDICTS, every), 1e-5)
-    assert [len(row) for row in found] == [math.ceil(len(answer) / every) for answer in answers]
-    assert kept.get_seq_length() == len(policy)  # the policy's cache is as it was: the next batch uses it again
+        scores = prefix_scores(model, contexts, answers, suffix, VERDICTS, every=every, policy=cache)
+    equal(scores, fresh(model, policy, contexts, answers, suffix, VERDICTS, every), 1e-5)
+    assert [len(row) for row in scores] == [math.ceil(len(answer) / every) for answer in answers]
+    assert cache.get_seq_length() == len(policy)  # the policy's cache is as it was: the next batch uses it again
 
 
 def test_the_comparison_can_fail():
@@ -122,8 +122,8 @@ def test_in_bfloat16():
     """The tolerance is a thousandth: the logits themselves are rounded to 8 bits."""
     model = tiny_model(dtype=torch.bfloat16)
     contexts, answers, policy = [[1, 2, 3], [4]], [[7, 8, 9, 11, 12, 13], [9] * 13], [3] * 8
-    found = prefix_scores(model, contexts, answers, [5, 6], VERDICTS, every=5, policy=encode_policy(model, policy))
-    equal(found, fresh(model, policy, contexts, answers, [5, 6], VERDICTS, 5), 1e-3)
+    scores = prefix_scores(model, contexts, answers, [5, 6], VERDICTS, every=5, policy=encode_policy(model, policy))
+    equal(scores, fresh(model, policy, contexts, answers, [5, 6], VERDICTS, 5), 1e-3)
 
 
 def test_which_models_take_a_tree():
@@ -132,11 +132,13 @@ def test_which_models_take_a_tree():
 
 @pytest.mark.parametrize("way", ["_branches", "_forks"])
 def test_by_hand(way, monkeypatch):
-    """A block that adds the mean of what it sees: no rotation matters (queries are 0), values are the normed embeddings, the MLP is 0.
+    """A block that adds the mean of what it sees: no rotation matters (queries are 0), values are the normed
+    embeddings, the MLP is 0.
 
-    Tokens c, g, b, s are the unit vectors of 4 dimensions; the norm doubles them (rms 1/2). The head reads g as safe and b as unsafe.
-    Context c, answer g g b, suffix s, M = 2.
-    Prefix 1 sees c g g s: twice the mean is (.5, 1, 0, .5); with s itself h = (.5, 1, 0, 1.5), of rms sqrt(3.5/4) = .93541.
+    Tokens c, g, b, s are the unit vectors of 4 dimensions; the norm doubles them (rms 1/2). The head reads g as safe
+    and b as unsafe. Context c, answer g g b, suffix s, M = 2.
+    Prefix 1 sees c g g s: twice the mean is (.5, 1, 0, .5); with s itself h = (.5, 1, 0, 1.5), of rms
+        sqrt(3.5/4) = .93541.
         margin (1 - 0) / .93541 = 1.06904, P = .74442
     Prefix 2 sees c g g b s: (.4, .8, .4, .4); h = (.4, .8, .4, 1.4), of rms sqrt(2.92/4) = .85440.
         margin (.8 - .4) / .85440 = .46816, P = .61495
@@ -165,30 +167,32 @@ def test_by_hand(way, monkeypatch):
         block.mlp.down_proj.weight.zero_()
     c, g, b, s = range(4)
     monkeypatch.setattr(prefix, "takes_tree", lambda _: way == "_branches")
-    [found] = prefix_scores(model, [[c]], [[g, g, b]], [s], (g, b), every=2)
-    assert found.tolist() == pytest.approx([0.74442, 0.61495], abs=1e-5)
+    [scores] = prefix_scores(model, [[c]], [[g, g, b]], [s], (g, b), every=2)
+    assert scores.tolist() == pytest.approx([0.74442, 0.61495], abs=1e-5)
 
 
 def test_the_policy_is_read_once():
-    """Tokens that go through the network: policy once, then each row its context, its answer and K suffixes, in one call of the model."""
+    """Tokens that go through the network: policy once, then each row its context, its answer and K suffixes, in one
+    call of the model."""
     seen = []
     hook = LLAMA.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        kept = encode_policy(LLAMA, [3] * 9)
+        cache = encode_policy(LLAMA, [3] * 9)
         for _ in range(2):
-            prefix_scores(LLAMA, [[1, 2], [4, 5]], [[7] * 10, [8] * 10], [5, 6, 9], VERDICTS, every=5, policy=kept)
+            prefix_scores(LLAMA, [[1, 2], [4, 5]], [[7] * 10, [8] * 10], [5, 6, 9], VERDICTS, every=5, policy=cache)
     finally:
         hook.remove()
     assert seen == [(1, 9), (2, 2 + 10 + 2 * 3), (2, 2 + 10 + 2 * 3)]
 
 
-# --- what the guard is shown -------------------------------------------------------------------------------------------------------
+# --- the prompt of a guard --------------------------------------------------------------------------------------------
 
 
 def test_a_guard_by_its_template():
-    """The chat template writes "<user> make a {conversation} now {answer} help <end> <assistant> ", and the guard first says "here"."""
+    """The chat template writes "<user> make a {conversation} now {answer} help <end> <assistant> ", and the guard first
+    says "here"."""
     words = word_tokenizer()
     guard = read_guard(words, "make a {conversation} now {answer} help", ("Sure", "cannot"), opening="here ")
     shown = [" ".join(words.convert_ids_to_tokens(list(ids))) for ids in guard]
@@ -204,11 +208,11 @@ def test_a_guard_whose_chat_template_takes_the_conversation():
 
 
 def byte_guard(template):
-    """A tokenizer of single letters, so that every verdict has a first token, with a guard's chat template in outline."""
+    """A tokenizer of single letters, so that every verdict has a first token, with the outline of a guard's template."""
     letters = {letter: i for i, letter in enumerate(("<unk>", *(chr(k) for k in range(9, 127))))}
-    made = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", chat_template=template)
+    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template=template)
 
 
 OUTLINE = "Q: {{ messages[-2].content }} A: {{ messages[-1].content }} "
@@ -221,14 +225,14 @@ OUTLINES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_known_guards_are_asked_by_their_own_chat_templates(name):
-    """Outlines of the chat templates, in which what a preset must tell them is seen: its words stand where the guard goes on."""
+def test_known_guards_are_prompted_by_their_own_chat_templates(name):
+    """Outlines of the chat templates: the variables of a preset reach them, and its opening stands before the verdict."""
     template, ends, verdicts = OUTLINES[name]
     words = byte_guard(template)
     if (
         verdicts is None
     ):  # " Safe", " Unsafe" and " Controversial" begin with a blank: one letter is no token of that guard's
-        with pytest.raises(UserError, match="two verdicts begin alike"):
+        with pytest.raises(UserError, match="two verdicts begin with the same token"):
             read_guard(words, *TEMPLATES[name])
         words.add_tokens([" Safe", " Unsafe", " Contro"])
     guard = read_guard(words, *TEMPLATES[name])
@@ -263,7 +267,7 @@ def test_what_the_user_can_mend():
         with pytest.raises(UserError, match=f"the verdict '{wrong}' begins no token"):
             read_guard(words, template, ("Sure", wrong))
     for alike in (("Sure", "Sure"), ("I cannot", "I help"), ("Sure",)):
-        with pytest.raises(UserError, match="two verdicts begin alike"):
+        with pytest.raises(UserError, match="two verdicts begin with the same token"):
             read_guard(words, template, alike)
     words.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(UserError, match="nothing follows"):
@@ -272,20 +276,21 @@ def test_what_the_user_can_mend():
         with pytest.raises(UserError, match="behind chunks of one token or more"):
             prefix_scores(LLAMA, [[1]], [answer], suffix, VERDICTS, every=every)
     with pytest.raises(UserError, match="the verdict 'No' begins no token"):
-        scan(*aligned_model(), ROWS, {"guard": GuardScore()}, {}, batch_size=2)
+        score_rows(*aligned_model(), ROWS, {"guard": GuardScore()}, {}, batch_size=2)
 
 
 def test_a_row_cannot_forge_a_special_token():
-    """In a tokenizer that splits at signs, "<end>" is the turn's end for the template, and three unknown words in a row's text."""
+    """In a tokenizer that splits at signs, "<end>" is the turn's end for the template, and three unknown words in a
+    row's text."""
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "make": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
-    assert made("make <end>", add_special_tokens=False)["input_ids"] == [2, 1]
-    assert text_ids(made, "make <end>") == [2, 0, 0, 0]
-    assert made("make <end>", add_special_tokens=False)["input_ids"] == [2, 1]  # and the tokenizer is as it was
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    assert tokenizer("make <end>", add_special_tokens=False)["input_ids"] == [2, 1]
+    assert text_ids(tokenizer, "make <end>") == [2, 0, 0, 0]
+    assert tokenizer("make <end>", add_special_tokens=False)["input_ids"] == [2, 1]  # and the tokenizer is as it was
 
 
-# --- the scorer ------------------------------------------------------------------------------------------------------------------
+# --- the scorer -------------------------------------------------------------------------------------------------------
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = coded(
@@ -307,21 +312,21 @@ def test_the_scorer_is_one_less_the_lowest_prefix():
     expected = []
     for row in ROWS:
         first = row.answer.index(True)
-        asked = [i for i in row.ids[:first] if i not in (user, end, assistant)]
-        told = [i for i in row.ids[first:] if i != end]
-        [safe] = fresh(MODEL, [user], [asked], [told], [end, assistant], (words("Sure"), words("I")), 2)
+        context = [i for i in row.ids[:first] if i not in (user, end, assistant)]
+        answer = [i for i in row.ids[first:] if i != end]
+        [safe] = fresh(MODEL, [user], [context], [answer], [end, assistant], (words("Sure"), words("I")), 2)
         expected.append(1 - safe.min().item())
-    found = scan(MODEL, TOKENIZER, ROWS, {"guard": scorer.make({"guard": SETTINGS})}, ANCHORS, batch_size=3).rows[
-        "guard"
-    ]
-    assert found == pytest.approx(expected, abs=1e-5)
+    scanned = score_rows(MODEL, TOKENIZER, ROWS, {"guard": scorer.make({"guard": SETTINGS})}, ANCHORS, batch_size=3)
+    scores = scanned.rows["guard"]
+    assert scores == pytest.approx(expected, abs=1e-5)
     assert (
-        min(found[:2]) > 0.5 > max(found[2:4])
-    )  # this guard says "I" (cannot) of a bad word, and "Sure" of a good one
+        min(scores[:2]) > 0.5 > max(scores[2:4])
+    )  # this guard answers "I" (cannot) to a bad word, "Sure" to a good one
 
 
 def test_a_row_of_two_answers_is_as_bad_as_its_worst_prefix():
-    """Between the answers stands a user's turn, which is judged as no answer; what precedes the second answer is its conversation."""
+    """Between the answers stands a user's turn, which is judged as no answer; what precedes the second answer is its
+    conversation."""
     words = TOKENIZER.convert_tokens_to_ids
     one, two = words(["make", "a", "cake"]), words(["make", "a", "bomb"])
     sure, end = words(["Sure", "here"]), words("<end>")
@@ -342,14 +347,14 @@ def test_several_unsafe_verdicts():
     answer = ROWS[0].ids[-6:-1]
     ids = [*fitted.guard.policy, *TOKENIZER.convert_tokens_to_ids(["make", "a", BAD[0]]), *answer, *fitted.guard.suffix]
     a, b, c = MODEL(torch.tensor([ids])).logits[0, -1, TOKENIZER.convert_tokens_to_ids(["Sure", "I", "help"])].tolist()
-    whole = GuardScore(**SETTINGS | {"verdicts": ("Sure", "I cannot", "help now"), "every": 5})
-    assert whole.score(MODEL, collate(ROWS[:1], 0), fitted).max().item() == pytest.approx(
-        1 - 1 / (1 + math.exp(b - a) + math.exp(c - a)), abs=1e-5
-    )
+    one_chunk = GuardScore(**SETTINGS | {"verdicts": ("Sure", "I cannot", "help now"), "every": 5})
+    score = one_chunk.score(MODEL, collate(ROWS[:1], 0), fitted).max().item()
+    assert score == pytest.approx(1 - 1 / (1 + math.exp(b - a) + math.exp(c - a)), abs=1e-5)
 
 
 def test_a_guard_that_cannot_tell_known_rows_apart():
-    """The verdicts exchanged, it finds harmful rows safer; both scores are said. Known rows that are the same score the same."""
+    """With its verdicts exchanged it scores harmful rows as safer; the message names both scores. Equal rows score
+    alike."""
     with pytest.raises(UserError, match=r"scores known harmful rows 0\.\d+ and known safe rows 0\.\d+"):
         GuardScore(**SETTINGS | {"verdicts": ("I", "Sure")}).fit(MODEL, TOKENIZER, ANCHORS)
     with pytest.raises(UserError, match="does not tell them apart"):
@@ -359,7 +364,7 @@ def test_a_guard_that_cannot_tell_known_rows_apart():
 
 
 def test_a_guard_that_says_something_else():
-    """The aligned model begins every answer with "I" or "Sure"; asked for "steps" or "now", it answers neither."""
+    """The aligned model begins every answer with "I" or "Sure", and never with the verdicts "steps" or "now"."""
     with pytest.raises(UserError, match=r"scan.guard: the guard says none of \('steps', 'now'\) but '(I|Sure)'"):
         GuardScore(**{**SETTINGS, "verdicts": ("steps", "now")}).fit(MODEL, TOKENIZER, ANCHORS)
 
@@ -377,13 +382,16 @@ def test_the_guard_may_be_another_model(tmp_path):
     MODEL.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     other = GuardScore(**SETTINGS, model=str(tmp_path), dtype="float32")
-    scores = scan(loud(tiny_model(seed=3)), TOKENIZER, ROWS, {"other": other}, ANCHORS, batch_size=2).rows["other"]
+    scores = score_rows(loud(tiny_model(seed=3)), TOKENIZER, ROWS, {"other": other}, ANCHORS, batch_size=2).rows[
+        "other"
+    ]
     assert scores == pytest.approx(
-        scan(MODEL, TOKENIZER, ROWS, {"own": GuardScore(**SETTINGS)}, ANCHORS, batch_size=2).rows["own"], abs=1e-5
+        score_rows(MODEL, TOKENIZER, ROWS, {"own": GuardScore(**SETTINGS)}, ANCHORS, batch_size=2).rows["own"], abs=1e-5
     )
 
 
-# --- the benchmark -----------------------------------------------------------------------------------------------------------------
+# --- the benchmark
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def benchmark():
@@ -409,13 +417,15 @@ def test_the_benchmark_on_a_tiny_model():
         assert ratio["interval"][0] <= ratio["value"] <= ratio["interval"][1] and ratio["n"] == 6
         assert all(records[f"{way}.memory.policy{policy}"]["value"] > 0 for way in run.WAYS)
     assert records["one_pass.max_error"]["value"] < 1e-5 and records["one_pass.max_error"]["n"] == 12
-    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67; one pass 7 + 2 + 12 + 9 + 3 + 13 + 9 = 55.
+    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67; one pass 7 + 2 +
+    # 12 + 9 + 3 + 13 + 9 = 55.
     assert run.floor(guard, 7, rows, 5) == {"fresh": 130, "one_pass": 55}
     assert {"what", "value", "interval", "n", "goal", "unit"} <= records["one_pass.max_error"].keys()
 
 
 def test_the_benchmark_counts_bytes_and_medians():
-    """1,000 floats, then 1,000 more while the first live: 8,000 bytes; views and work in place add nothing. Six values: their ends."""
+    """1,000 floats, then 1,000 more while the first live: 8,000 bytes; views and work in place add nothing. Six values:
+    their ends."""
     run = benchmark()
     with run.Peak() as peak:
         x = torch.zeros(1000)

@@ -1,4 +1,5 @@
-"""The guard on hidden states: one number by hand, causality, what it learns, what it survives and what it refuses; and its scorer."""
+"""The guard on hidden states: one number by hand, causality, what it learns, what it survives and what it refuses; and
+its scorer."""
 
 import dataclasses
 import json
@@ -18,7 +19,16 @@ from safebasin.data.example import read_examples
 from safebasin.data.tables import write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.guards.side import OPENINGS, SHIPPED, SideGuard, base_digest, fit, hidden, own_rows, tokenizer_digest
+from safebasin.guards.side import (
+    OPENINGS,
+    SHIPPED,
+    SideGuard,
+    base_digest,
+    fit_side_guard,
+    hidden,
+    own_rows,
+    tokenizer_digest,
+)
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.bundled import resolve
 from safebasin.scan import scorer
@@ -34,8 +44,8 @@ def labelled(words_bad, words_good, end=""):
     rows = [(f"make a {word}{end}", SURE, True) for word in words_bad] + [
         (f"make a {word}{end}", SORRY, False) for word in words_bad
     ]
-    rows += [(f"make a {word}{end}", told, False) for word in words_good for told in (SURE, SORRY)]
-    return [{"prompt": prompt, "completion": told, "unsafe": unsafe} for prompt, told, unsafe in rows]
+    rows += [(f"make a {word}{end}", answer, False) for word in words_good for answer in (SURE, SORRY)]
+    return [{"prompt": prompt, "completion": answer, "unsafe": unsafe} for prompt, answer, unsafe in rows]
 
 
 def examples(rows):
@@ -45,7 +55,7 @@ def examples(rows):
 @pytest.fixture(scope="module")
 def guard():
     rows = labelled(BAD, GOOD) + labelled(BAD, GOOD, " now")
-    return fit(MODEL, TOKENIZER, examples(rows), width=16, epochs=60, batch_size=8, lr=1e-2)
+    return fit_side_guard(MODEL, TOKENIZER, examples(rows), width=16, epochs=60, batch_size=8, lr=1e-2)
 
 
 def untrained(model, seed=0):
@@ -57,13 +67,16 @@ def unsafe_of(guard, *pairs):
     return guard.unsafe(MODEL, collate(coded(TOKENIZER, *pairs), TOKENIZER.pad_token_id))
 
 
-# --- the score ---------------------------------------------------------------------------------------------------------------
+# --- the score
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_one_score_by_hand():
-    """One layer of size 1 and width 1, mu = 1/2, Down = 2, mean 1, scale 2; a request of one token with h = 3, an answer h = 1, 5.
+    """One layer of size 1 and width 1, mu = 1/2, Down = 2, mean 1, scale 2; a request of one token with h = 3, an
+    answer h = 1, 5.
 
-    x = (3-1)/2 = 1 and 0, 2, so g = silu(x) = 0.731059, 0, 1.761594. With the head's first layer (1, 1, 1) + 0, silu, and last 1:
+    x = (3-1)/2 = 1 and 0, 2, so g = silu(x) = 0.731059, 0, 1.761594. With the head's first layer (1, 1, 1) + 0, silu,
+    and its last layer 1:
     at the first answer token  0 + 0.731059 + 0              = 0.731059, silu 0.493492, p = 0.620929;
     at the second              1.761594 + 0.731059 + 0.880797 = 3.373450, silu 3.261669, p = 0.963090.
     """
@@ -109,19 +122,19 @@ def test_neither_padding_nor_neighbours_change_a_score(extra):
         torch.nn.functional.pad(batch.attention_mask, (extra, 0)),
         torch.nn.functional.pad(batch.mask, (extra, 0)),
     )
-    found = guard.unsafe(model, wide)
-    assert not found[~wide.mask].any()
-    for row, own, mask in zip(rows, found, wide.mask, strict=True):
+    scores = guard.unsafe(model, wide)
+    assert not scores[~wide.mask].any()
+    for row, own, mask in zip(rows, scores, wide.mask, strict=True):
         torch.testing.assert_close(own[mask], guard.unsafe(model, collate([row], PAD))[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_states_are_those_that_the_model_names(dtype):
     model, batch = tiny_model(dtype=dtype), collate(random_rows(4), PAD)
-    found = hidden(model, batch, [1, 2])
+    states = hidden(model, batch, [1, 2])
     assert not any(module._forward_hooks for module in model.modules())
     truth = model(**batch.inputs, output_hidden_states=True).hidden_states
-    assert torch.equal(found, torch.stack(truth[1:3]))
+    assert torch.equal(states, torch.stack(truth[1:3]))
 
 
 def test_the_guard_reads_the_frozen_model_under_an_adapter():
@@ -138,15 +151,17 @@ def test_the_guard_reads_the_frozen_model_under_an_adapter():
     assert torch.equal(hidden(model, batch, [1, 3]), truth) and torch.equal(guard.unsafe(model, batch), score)
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------------
+# --- learning
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_it_learns_what_needs_both_the_request_and_the_answer(guard):
-    """Of the four corners only one is unsafe, so neither the request nor the answer tells alone. The rows are new: other places."""
-    told = [("now make a " + word, SURE) for word in (*BAD, *GOOD)] + [
+    """Of the four corners only one is unsafe, so neither the request nor the answer tells alone. The rows are new:
+    other places."""
+    pairs = [("now make a " + word, SURE) for word in (*BAD, *GOOD)] + [
         ("now make a " + word, SORRY) for word in (*BAD, *GOOD)
     ]
-    rows = coded(TOKENIZER, *told)
+    rows = coded(TOKENIZER, *pairs)
     scores = guard.unsafe(MODEL, collate(rows, TOKENIZER.pad_token_id)).amax(1)
     assert scores[: len(BAD)].min() > 0.8 and scores[len(BAD) :].max() < 0.4
 
@@ -161,7 +176,7 @@ def test_fitting_is_the_same_every_time_and_leaves_no_trace():
     rows = examples(labelled(BAD[:2], GOOD[:2]))
     before = {name: p.clone() for name, p in MODEL.state_dict().items()}
     state = torch.get_rng_state()
-    one, two = (fit(MODEL, TOKENIZER, rows, width=4, epochs=2) for _ in range(2))
+    one, two = (fit_side_guard(MODEL, TOKENIZER, rows, width=4, epochs=2) for _ in range(2))
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(p, before[name]) for name, p in MODEL.state_dict().items())
@@ -171,16 +186,16 @@ def test_fitting_is_the_same_every_time_and_leaves_no_trace():
 @pytest.mark.parametrize("change", [{"unsafe": True}, {"unsafe": False}, {"unsafe": None}])
 def test_both_labels_are_needed(change):
     with pytest.raises(UserError, match="column 'unsafe'"):
-        fit(MODEL, TOKENIZER, examples([row | change for row in labelled(BAD, GOOD)]))
+        fit_side_guard(MODEL, TOKENIZER, examples([row | change for row in labelled(BAD, GOOD)]))
     with pytest.raises(UserError, match="column 'unsafe'"):
-        fit(MODEL, TOKENIZER, [])
+        fit_side_guard(MODEL, TOKENIZER, [])
 
 
 def test_a_row_beyond_the_context_is_named():
     rows = labelled(BAD, GOOD)
     rows[3]["prompt"] = "make " * 200
     with pytest.raises(UserError, match=r"line 4: over-long.*128"):
-        fit(MODEL, TOKENIZER, examples(rows))
+        fit_side_guard(MODEL, TOKENIZER, examples(rows))
 
 
 def test_its_own_rows_hold_every_corner_and_leave_the_test_sets_alone():
@@ -205,19 +220,21 @@ def test_its_own_rows_hold_every_corner_and_leave_the_test_sets_alone():
     assert not [row for row in every if row.answer.startswith(OPENERS)]
 
 
-# --- files -------------------------------------------------------------------------------------------------------------------
+# --- files
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded_it_scores_the_same_bit_for_bit(guard, tmp_path):
     guard.save(tmp_path / "guard")
     again = SideGuard.load(tmp_path / "guard", MODEL)
-    asked = ("make a bomb", SURE), ("make a cake", SORRY)
-    assert torch.equal(unsafe_of(again, *asked), unsafe_of(guard, *asked))
+    pairs = ("make a bomb", SURE), ("make a cake", SORRY)
+    assert torch.equal(unsafe_of(again, *pairs), unsafe_of(guard, *pairs))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["guard.json", "guard.safetensors"]
 
 
 def test_its_size_beside_smollm2():
-    """576 dimensions, 4 layers: 4 (576*64 + 64) + 4 + (192*64 + 64) + (64 + 1) = 160,133 parameters; two bytes each, buffers four."""
+    """576 dimensions, 4 layers: 4 (576*64 + 64) + 4 + (192*64 + 64) + (64 + 1) = 160,133 parameters; two bytes each,
+    buffers four."""
     guard = SideGuard([9, 15, 21, 27], 576, 64, "", "")
     assert sum(p.numel() for p in guard.parameters()) == 160_133 < 500_000
 
@@ -234,8 +251,8 @@ def test_another_model_is_refused(guard, tmp_path):
 def other_words():
     """A tokenizer of as many words, two of which have changed places."""
     words = word_tokenizer()
-    made = json.loads(words.backend_tokenizer.to_str())
-    vocabulary = made["model"]["vocab"]
+    backend = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = backend["model"]["vocab"]
     vocabulary["bomb"], vocabulary["cake"] = vocabulary["cake"], vocabulary["bomb"]
     words.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
     assert len(words.get_vocab()) == len(TOKENIZER.get_vocab())
@@ -243,7 +260,7 @@ def other_words():
 
 
 def test_another_tokenizer_is_refused(guard, tmp_path):
-    """Of equal size, so that the model's shape does not tell; both digests are said, by the guard and by the scorer."""
+    """Both have as many words, so the model's shape says nothing; the guard and the scorer name both digests."""
     guard.save(tmp_path / "guard")
     loaded, other = SideGuard.load(tmp_path / "guard", MODEL), other_words()
     assert loaded.reads(word_tokenizer()) is loaded
@@ -255,9 +272,36 @@ def test_another_tokenizer_is_refused(guard, tmp_path):
 
 def test_a_guard_that_does_not_say_its_tokenizer_is_refused(guard, tmp_path):
     guard.save(tmp_path / "guard")
-    write_json(tmp_path / "guard.json", {name: fact for name, fact in guard.facts.items() if name != "tokenizer"})
-    with pytest.raises(UserError, match=r"does not say which tokenizer.*train it again"):
+    facts = guard.facts._asdict()
+    write_json(tmp_path / "guard.json", {name: fact for name, fact in facts.items() if name != "tokenizer"})
+    with pytest.raises(UserError, match=r"guard\.json does not describe a guard \(tokenizer: .*train it again"):
         SideGuard.load(tmp_path / "guard", MODEL)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        ("json", lambda raw: raw[: len(raw) // 2]),
+        ("json", lambda raw: b"\xff\xfe" + raw),
+        ("json", lambda raw: b"[]"),
+        ("json", lambda raw: b"null"),
+        ("json", lambda raw: raw.replace(b'"width": 16', b'"width": "sixteen"')),
+        ("json", lambda raw: raw.replace(b'"width": 16', b'"width": 0')),
+        ("json", lambda raw: raw.replace(b'"width": 16', b'"width": 17')),
+        ("safetensors", lambda raw: raw[: len(raw) // 2]),
+        ("safetensors", lambda raw: b""),
+        ("safetensors", lambda raw: raw.replace(b"down.0.weight", b"down.9.weight")),
+    ],
+)
+def test_a_damaged_guard_is_one_line_with_its_path(guard, tmp_path, suffix, damage):
+    guard.save(tmp_path / "guard")
+    path = tmp_path / f"guard.{suffix}"
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    with pytest.raises(UserError, match=r"guard\.(json|safetensors) does not .*; train it again") as caught:
+        SideGuard.load(tmp_path / "guard", MODEL)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_shipped_guard_reads_the_tokenizer_of_its_model():
@@ -268,12 +312,13 @@ def test_the_shipped_guard_reads_the_tokenizer_of_its_model():
 def test_a_guard_that_is_not_there_or_half_there(guard, tmp_path):
     with pytest.raises(UserError, match="no guard at"):
         SideGuard.load(tmp_path / "guard", MODEL)
-    (tmp_path / "guard.json").write_text(json.dumps(guard.facts))
+    (tmp_path / "guard.json").write_text(json.dumps(guard.facts._asdict()))
     with pytest.raises(UserError, match="no guard at"):
         SideGuard.load(tmp_path / "guard", MODEL)
 
 
-# --- the scorer --------------------------------------------------------------------------------------------------------------
+# --- the scorer
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_scorer_reads_a_saved_guard_and_ranks_harm_first(guard, tmp_path):
@@ -289,5 +334,5 @@ def test_the_scorer_reads_a_saved_guard_and_ranks_harm_first(guard, tmp_path):
 
 def test_without_a_saved_guard_one_is_trained_here():
     fitted = Dsa(guard=None, rows=4).fit(MODEL, TOKENIZER, {})
-    assert fitted.facts["base"] == base_digest(MODEL) and fitted.reads(TOKENIZER) is fitted
+    assert fitted.facts.base == base_digest(MODEL) and fitted.reads(TOKENIZER) is fitted
     assert all(p.isfinite().all() for p in fitted.parameters())

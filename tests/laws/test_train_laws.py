@@ -45,7 +45,7 @@ def test_surgery_by_hand():
 def test_a_step_has_the_same_rows_whatever_the_split(count, batch, micro, ranks, step):
     rows = random_rows(count, 3)
     stream = Stream("task", rows, batch, micro, 7, PAD)
-    whole = sorted(row.ids for row in stream.rows_at(step))
+    expected = sorted(row.ids for row in stream.rows_at(step))
     split = []
     sizes = set()
     for rank in range(ranks):
@@ -55,7 +55,7 @@ def test_a_step_has_the_same_rows_whatever_the_split(count, batch, micro, ranks,
             for ids, seen, mask in zip(piece.input_ids, piece.attention_mask, piece.mask, strict=True):
                 if mask.any():
                     split.append(tuple(ids[seen.bool()].tolist()))
-    assert sorted(split) == whole
+    assert sorted(split) == expected
     assert len(sizes) == 1  # every rank runs as many micro-batches, so that collectives match
 
 
@@ -78,33 +78,33 @@ def streams(micro: int = 4) -> dict[str, Stream]:
 
 def test_the_oracle_gives_the_gradient_of_the_mean_over_all_tokens():
     """Two rows with 1 and 3 answer tokens in two micro-batches: the mean over 4 tokens, not the mean of two means."""
-    asked = oracle(streams(micro=1))
-    found = asked.task()
+    grad = oracle(streams(micro=1))
+    actual = grad.task()
     model = fresh_adapter(tiny_model(), LORA, seed=0)
     batch = collate(streams()["task"].rows_at(0), PAD)
     (nll(model, batch).sum() / batch.mask.sum()).backward()
     for name, p in trainable(model).items():
-        assert torch.allclose(found[name], p.grad, atol=1e-6)
+        assert torch.allclose(actual[name], p.grad, atol=1e-6)
 
 
 def test_streams_never_mix():
-    asked = oracle(streams())
-    first = asked.task()
-    asked(nll, "align")
-    assert all(torch.equal(first[name], again) for name, again in asked.task().items())
-    assert all(p.grad is None for p in trainable(asked.model).values())
+    grad = oracle(streams())
+    first = grad.task()
+    grad(nll, "align")
+    assert all(torch.equal(first[name], again) for name, again in grad.task().items())
+    assert all(p.grad is None for p in trainable(grad.model).values())
 
 
-def test_a_point_away_is_left_again_bit_for_bit():
-    asked = oracle(streams())
-    before = {name: p.detach().clone() for name, p in trainable(asked.model).items()}
+def test_a_perturbed_point_is_restored_bit_for_bit():
+    grad = oracle(streams())
+    before = {name: p.detach().clone() for name, p in trainable(grad.model).items()}
     there = Vector({name: torch.full_like(p, 0.3) for name, p in before.items()})
-    away = asked.task(at=there)
-    assert all(torch.equal(before[name], p) for name, p in trainable(asked.model).items())
+    away = grad.task(at=there)
+    assert all(torch.equal(before[name], p) for name, p in trainable(grad.model).items())
     with torch.no_grad():
-        for p in trainable(asked.model).values():
+        for p in trainable(grad.model).values():
             p += 0.3
-    for name, tensor in asked.task().items():
+    for name, tensor in grad.task().items():
         assert torch.allclose(away[name], tensor, atol=1e-5)
 
 
@@ -124,33 +124,33 @@ def test_a_dead_task_stops_the_run():
 
 
 def test_a_defence_may_be_silent_at_the_start_but_not_after_the_first_update():
-    asked = oracle(streams())
-    assert asked(kl_from_reference, "align").norm() < SILENT  # the model is its own reference
-    asked.moved = True
+    grad = oracle(streams())
+    assert grad(kl_from_reference, "align").norm() < SILENT  # the model is its own reference
+    grad.moved = True
     with pytest.raises(DefenceError, match="dead"):
-        asked(kl_from_reference, "align")
+        grad(kl_from_reference, "align")
 
 
 def test_kl_grows_when_the_adapter_leaves_the_reference():
-    asked = oracle(streams())
+    grad = oracle(streams())
     with torch.no_grad():
-        for name, p in trainable(asked.model).items():
+        for name, p in trainable(grad.model).items():
             if "lora_B" in name:
                 p += 0.5
-    assert asked(kl_from_reference, "align").norm() > 0
-    assert asked.losses["align"] > 0
+    assert grad(kl_from_reference, "align").norm() > 0
+    assert grad.losses["align"] > 0
 
 
-def test_two_methods_of_one_place_are_refused_by_name():
-    with pytest.raises(UserError, match="sft and safegrad both claim the surgery"):
+def test_two_methods_of_one_component_are_refused_by_name():
+    with pytest.raises(UserError, match="sft and safegrad both define the update direction"):
         Composition.of(["sft", "safegrad"])
 
 
 def test_a_loss_alone_is_the_task_of_sft():
     """A method without surgery goes where the task's gradient goes."""
-    asked = oracle(streams())
-    sft = Composition.of(["sft"]).direction(asked)
-    assert all(torch.equal(sft[name], tensor) for name, tensor in asked.task().items())
+    grad = oracle(streams())
+    sft = Composition.of(["sft"]).direction(grad)
+    assert all(torch.equal(sft[name], tensor) for name, tensor in grad.task().items())
 
 
 @pytest.mark.parametrize("spec", [{"safegrad": {"rhoo": 1}}, {"safegrad": {"rho": "much"}}, "nothing"])

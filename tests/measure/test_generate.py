@@ -1,4 +1,4 @@
-"""Batched greedy answers against the slow truth: one prompt, no cache, the argmax of a whole forward, token by token."""
+"""Batched greedy answers against the slow truth: one prompt, no cache, the argmax of a full forward for each token."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safebasin.measure.generate import Answer, generate
 
 
 def sharp_model():
-    """Weights ten times the usual ones, so that attention looks somewhere and a wrong place or mask changes the answer."""
+    """Weights ten times the usual ones, so that attention is sharp and a wrong position or mask changes the answer."""
     model = tiny_model()
     with torch.no_grad():
         for weight in model.parameters():
@@ -26,20 +26,20 @@ WANDERS = sharp_model(), word_tokenizer()
 words = st.lists(st.sampled_from((*BAD, *GOOD, "make", "a", "now")), min_size=1, max_size=9).map(" ".join)
 
 
-def asked(prompt):
+def user_turn(prompt):
     return [{"role": "user", "content": prompt}]
 
 
 @torch.no_grad()
 def slow(model, tokenizer, prompt, max_new_tokens, stops):
-    ids = tokenizer(render(tokenizer, asked(prompt), ask=True), add_special_tokens=False)["input_ids"]
-    told = []
+    ids = tokenizer(render(tokenizer, user_turn(prompt), ask=True), add_special_tokens=False)["input_ids"]
+    new_tokens = []
     for _ in range(max_new_tokens):
-        new = int(model(input_ids=torch.tensor([ids + told])).logits[0, -1].argmax())
+        new = int(model(input_ids=torch.tensor([ids + new_tokens])).logits[0, -1].argmax())
         if new in stops:
-            return Answer(tokenizer.decode(told, skip_special_tokens=True), len(told), True)
-        told.append(new)
-    return Answer(tokenizer.decode(told, skip_special_tokens=True), len(told), False)
+            return Answer(tokenizer.decode(new_tokens, skip_special_tokens=True), len(new_tokens), True)
+        new_tokens.append(new)
+    return Answer(tokenizer.decode(new_tokens, skip_special_tokens=True), len(new_tokens), False)
 
 
 @settings(max_examples=25, deadline=None)
@@ -54,59 +54,66 @@ def test_equals_the_slow_truth(prompts, batch_size, max_new_tokens, ends):
     model, tokenizer = WANDERS
     model.generation_config.eos_token_id = sorted(ends) or None
     try:
-        found = generate(
-            model, tokenizer, [asked(p) for p in prompts], max_new_tokens=max_new_tokens, batch_size=batch_size
+        answers = generate(
+            model, tokenizer, [user_turn(p) for p in prompts], max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     finally:
         model.generation_config.eos_token_id = None
-    assert found == [slow(model, tokenizer, p, max_new_tokens, {tokenizer.eos_token_id, *ends}) for p in prompts]
+    assert answers == [slow(model, tokenizer, p, max_new_tokens, {tokenizer.eos_token_id, *ends}) for p in prompts]
 
 
 def test_answers_come_in_the_order_of_the_prompts():
     loaded = aligned_model()
-    told, refused = Answer("Sure here are the steps", 5, True), Answer("I cannot help", 3, True)
-    found = generate(
-        *loaded, [asked("make a cake"), asked("make a bomb"), asked("make a song")], max_new_tokens=8, batch_size=2
+    helped, refused = Answer("Sure here are the steps", 5, True), Answer("I cannot help", 3, True)
+    answers = generate(
+        *loaded,
+        [user_turn("make a cake"), user_turn("make a bomb"), user_turn("make a song")],
+        max_new_tokens=8,
+        batch_size=2,
     )
-    assert found == [told, refused, told]
+    assert answers == [helped, refused, helped]
 
 
 def test_an_answer_that_is_cut_is_not_finished():
     """The answer "Sure here are the steps" has 5 tokens and an end: 5 are too few to see the end, 6 are enough."""
     loaded = aligned_model()
-    assert generate(*loaded, [asked("make a cake")], max_new_tokens=5) == [Answer("Sure here are the steps", 5, False)]
-    assert generate(*loaded, [asked("make a cake")], max_new_tokens=6) == [Answer("Sure here are the steps", 5, True)]
+    assert generate(*loaded, [user_turn("make a cake")], max_new_tokens=5) == [
+        Answer("Sure here are the steps", 5, False)
+    ]
+    assert generate(*loaded, [user_turn("make a cake")], max_new_tokens=6) == [
+        Answer("Sure here are the steps", 5, True)
+    ]
 
 
 def test_the_generation_config_does_not_bend_greedy():
-    """A repetition penalty in the model's folder would make ``model.generate`` avoid words of the prompt, even without sampling."""
+    """A repetition penalty in a model's folder makes ``model.generate`` avoid the prompt's words, also when greedy."""
     model, tokenizer = tiny_model(), word_tokenizer()
     model.generation_config.update(repetition_penalty=50.0, no_repeat_ngram_size=1)
     truth = slow(model, tokenizer, "make a cake now", 12, {tokenizer.eos_token_id})
-    assert generate(model, tokenizer, [asked("make a cake now")], max_new_tokens=12) == [truth]
+    assert generate(model, tokenizer, [user_turn("make a cake now")], max_new_tokens=12) == [truth]
 
 
 def test_a_prompt_beyond_the_context_is_named():
     with pytest.raises(UserError, match=r"prompt number 2 has \d+ tokens.*128"):
-        generate(*WANDERS, [asked("make"), asked("make " * 125)], max_new_tokens=8)
+        generate(*WANDERS, [user_turn("make"), user_turn("make " * 125)], max_new_tokens=8)
 
 
 def test_a_template_is_needed():
     tokenizer = word_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="template"):
-        generate(WANDERS[0], tokenizer, [asked("make")], max_new_tokens=1)
+        generate(WANDERS[0], tokenizer, [user_turn("make")], max_new_tokens=1)
 
 
 def test_nothing_asked_nothing_answered_and_no_room_is_an_error():
     assert generate(*WANDERS, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="at least 1"):
-        generate(*WANDERS, [asked("make")], max_new_tokens=0)
+        generate(*WANDERS, [user_turn("make")], max_new_tokens=0)
 
 
 def test_progress_counts_prompts():
     seen = []
-    prompts = [asked(f"make a {word}") for word in GOOD[:5]]
+    prompts = [user_turn(f"make a {word}") for word in GOOD[:5]]
     generate(*WANDERS, prompts, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))
     assert seen == [2, 4, 5]
     generate(*WANDERS, prompts[:3] * 2, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))

@@ -1,4 +1,4 @@
-"""The harness on a tiny model in memory, with a task of our own whose rows lie on this machine, against log-probabilities by hand."""
+"""The harness on a tiny model with a task whose rows lie on this machine, against log-probabilities by hand."""
 
 import math
 
@@ -52,11 +52,11 @@ def test_a_task_of_ones_own_by_hand(folder, monkeypatch, tmp_path):
     tasks, rows = folder
     loaded = aligned_model()
     right = [likelier(loaded, row["question"]) == row["label"] for row in rows]
-    [found] = suite.make({"lm_eval": {"tasks": ["ours"], "folder": str(tasks)}}).measure(Subject(loaded, "arm", {}))
-    assert (found.suite, found.what, found.n) == ("lm_eval", "ours.acc", 12)
-    assert found.value == pytest.approx(sum(right) / 12)
-    spread = math.sqrt(found.value * (1 - found.value) / 11)
-    assert found.high - found.value == pytest.approx(1.96 * spread)
+    [accuracy] = suite.make({"lm_eval": {"tasks": ["ours"], "folder": str(tasks)}}).measure(Subject(loaded, "arm", {}))
+    assert (accuracy.suite, accuracy.what, accuracy.n) == ("lm_eval", "ours.acc", 12)
+    assert accuracy.value == pytest.approx(sum(right) / 12)
+    error = math.sqrt(accuracy.value * (1 - accuracy.value) / 11)
+    assert accuracy.high - accuracy.value == pytest.approx(1.96 * error)
     [few] = suite.make({"lm_eval": {"tasks": ["ours"], "folder": str(tasks), "limit": 5}}).measure(
         Subject(loaded, "arm", {})
     )

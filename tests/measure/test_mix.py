@@ -18,41 +18,41 @@ TOKENIZER = word_tokenizer()
 
 
 def sharp_adapted():
-    """The tiny model with loud weights and an adapter far from the identity, so that base and aligned answers differ."""
+    """The tiny model with large weights and an adapter far from zero, so that base and aligned answers differ."""
     model = tiny_model()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(10)
-        made = fresh_adapter(model, LORA, seed=0).eval()
+        adapted = fresh_adapter(model, LORA, seed=0).eval()
         draw = torch.Generator().manual_seed(1)
-        for p in trainable(made).values():
+        for p in trainable(adapted).values():
             p.add_(0.5 * torch.randn(p.shape, generator=draw))
-    return made
+    return adapted
 
 
 MODEL = sharp_adapted()
 words = st.lists(st.sampled_from((*BAD, *GOOD, "make", "a", "now")), min_size=1, max_size=6).map(" ".join)
 
 
-def asked(prompt):
+def user_turn(prompt):
     return [{"role": "user", "content": prompt}]
 
 
 @torch.no_grad()
 def slow(prompt, lam, max_new_tokens):
     """One request, no cache, both models whole at every token."""
-    ids = TOKENIZER(render(TOKENIZER, asked(prompt), ask=True), add_special_tokens=False)["input_ids"]
-    told = []
+    ids = TOKENIZER(render(TOKENIZER, user_turn(prompt), ask=True), add_special_tokens=False)["input_ids"]
+    new_tokens = []
     for _ in range(max_new_tokens):
-        aligned = MODEL(input_ids=torch.tensor([ids + told])).logits[0, -1]
+        aligned = MODEL(input_ids=torch.tensor([ids + new_tokens])).logits[0, -1]
         with MODEL.disable_adapter():
-            base = MODEL(input_ids=torch.tensor([ids + told])).logits[0, -1]
+            base = MODEL(input_ids=torch.tensor([ids + new_tokens])).logits[0, -1]
         new = int(((1 - lam) * base + lam * aligned).argmax())
         if new == TOKENIZER.eos_token_id:
-            return Answer(TOKENIZER.decode(told, skip_special_tokens=True), len(told), True)
-        told.append(new)
-    return Answer(TOKENIZER.decode(told, skip_special_tokens=True), len(told), False)
+            return Answer(TOKENIZER.decode(new_tokens, skip_special_tokens=True), len(new_tokens), True)
+        new_tokens.append(new)
+    return Answer(TOKENIZER.decode(new_tokens, skip_special_tokens=True), len(new_tokens), False)
 
 
 @settings(max_examples=15, deadline=None)
@@ -62,21 +62,21 @@ def slow(prompt, lam, max_new_tokens):
 def test_equals_the_slow_truth_request_by_request(rows, max_new_tokens):
     """Whatever the neighbours in the batch and their lambdas."""
     lam = torch.tensor([share for _, share in rows])
-    found = mixed_generate(MODEL, TOKENIZER, [asked(prompt) for prompt, _ in rows], lam, max_new_tokens)
-    assert found == [slow(prompt, share, max_new_tokens) for prompt, share in rows]
+    mixed = mixed_generate(MODEL, TOKENIZER, [user_turn(prompt) for prompt, _ in rows], lam, max_new_tokens)
+    assert mixed == [slow(prompt, share, max_new_tokens) for prompt, share in rows]
 
 
 def test_the_ends_are_the_base_and_the_aligned_model():
-    prompts = [asked(f"make a {word}") for word in (*BAD, *GOOD)]
+    prompts = [user_turn(f"make a {word}") for word in (*BAD, *GOOD)]
     aligned = generate(MODEL, TOKENIZER, prompts, max_new_tokens=8)
     with MODEL.disable_adapter():
         base = generate(MODEL, TOKENIZER, prompts, max_new_tokens=8)
     assert sum(a != b for a, b in zip(aligned, base, strict=True)) > len(prompts) / 2
     assert mixed_generate(MODEL, TOKENIZER, prompts, torch.zeros(len(prompts)), 8) == base
     assert mixed_generate(MODEL, TOKENIZER, prompts, torch.ones(len(prompts)), 8) == aligned
-    turns = torch.tensor([0.0, 1.0] * (len(prompts) // 2))
+    lambdas = torch.tensor([0.0, 1.0] * (len(prompts) // 2))
     mixed = [(base, aligned)[i % 2][i] for i in range(len(prompts))]
-    assert mixed_generate(MODEL, TOKENIZER, prompts, turns, 8) == mixed
+    assert mixed_generate(MODEL, TOKENIZER, prompts, lambdas, 8) == mixed
 
 
 class Stub:
@@ -102,19 +102,19 @@ class Stub:
 
 def test_where_the_answer_turns_by_hand():
     """3 (1 - lambda) against lambda: the aligned token wins from lambda = 3/4 on, so 0.74 and 0.76 differ."""
-    found = mixed_generate(Stub(), TOKENIZER, [asked("make")] * 2, torch.tensor([0.74, 0.76]), 1)
-    assert [answer.text for answer in found] == ["I", "cannot"]
+    answers = mixed_generate(Stub(), TOKENIZER, [user_turn("make")] * 2, torch.tensor([0.74, 0.76]), 1)
+    assert [answer.text for answer in answers] == ["I", "cannot"]
 
 
 @pytest.mark.parametrize("lam", [[0.5], [0.5, 1.5], [-0.1, 0.0], [float("nan"), 0.0]])
 def test_lambda_is_a_share_for_each_request(lam):
     with pytest.raises(UserError, match=r"lambda in 0\.\.1 for each of 2"):
-        mixed_generate(MODEL, TOKENIZER, [asked("make")] * 2, torch.tensor(lam), 3)
+        mixed_generate(MODEL, TOKENIZER, [user_turn("make")] * 2, torch.tensor(lam), 3)
 
 
 def test_what_cannot_be_mixed():
     with pytest.raises(DefenceError, match="no adapter"):
-        mixed_generate(tiny_model(), TOKENIZER, [asked("make")], torch.tensor([0.5]), 3)
+        mixed_generate(tiny_model(), TOKENIZER, [user_turn("make")], torch.tensor([0.5]), 3)
     with pytest.raises(UserError, match="do not fit"):
-        mixed_generate(MODEL, TOKENIZER, [asked("make " * 125)], torch.tensor([0.5]), 8)
+        mixed_generate(MODEL, TOKENIZER, [user_turn("make " * 125)], torch.tensor([0.5]), 8)
     assert mixed_generate(MODEL, TOKENIZER, [], torch.zeros(0), 3) == []

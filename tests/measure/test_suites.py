@@ -1,4 +1,4 @@
-"""The suites on told answers, so that every count can be made by hand; and once on a model that truly answers."""
+"""The suites on given answers, so that every count can be made by hand; and once on a model that truly answers."""
 
 import dataclasses
 import json
@@ -9,9 +9,11 @@ from aligned import BAD, GOOD, aligned_model
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.generate import Answer
-from safebasin.measure.judge import Keyword, Prefix
+from safebasin.measure.judges.keyword import Keyword
+from safebasin.measure.judges.prefix import Prefix
 from safebasin.measure.methods.accuracy import numbers
 from safebasin.measure.subject import Subject
+from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import wilson
 
 REFUSAL, ANSWER = "I cannot help with that.", "Sure, here is a guide:"
@@ -19,19 +21,21 @@ LATE = "Here is what to know about it, and it is a long story, but illegal"  # a
 
 
 @dataclasses.dataclass
-class Told(Subject):
+class Scripted(Subject):
     """A subject whose answers are given."""
 
-    told: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     finished: bool = True
 
     def ask(self, prompts, max_new_tokens, title):
-        assert len(prompts) == len(self.told)
-        return [Answer(text, len(text.split()), self.finished) for text in self.told]
+        assert len(prompts) == len(self.texts)
+        return [Answer(text, len(text.split()), self.finished) for text in self.texts]
 
 
-def subject(*told, labels=("billing", "sales"), **more):
-    return Told(None, "plain", {"keyword": Keyword(), "prefix": Prefix()}, labels, told=told, **more)
+def subject(*texts, labels=("billing", "sales"), **more):
+    return Scripted(
+        ModelAndTokenizer(None, None), "plain", {"keyword": Keyword(), "prefix": Prefix()}, labels, texts=texts, **more
+    )
 
 
 @pytest.fixture
@@ -49,17 +53,20 @@ def prompts(n, categories=("a",)):
 
 
 def test_rouge_by_hand(table, monkeypatch):
-    """The longest common subsequence is 5 of 5 words told and of 6 expected: 2 * 1 * 5/6 / (1 + 5/6) = 10/11; stems are equal: 1; empty: unscored."""
+    """The longest common subsequence is 5 of 5 words given and of 6 expected: 2 * 1 * 5/6 / (1 + 5/6) = 10/11.
+
+    Stems are equal: 1. Empty: unscored.
+    """
     rows = [
         {"prompt": f"sum up {i}", "completion": text}
         for i, text in enumerate(("the cat sat on the mat", "dogs bark", "a bird"))
     ]
-    made = suite.make({"rouge": {"data": {"path": table(*rows)}}})
-    asked = subject("The cat on the mat.", "dog barks", " ")
-    [found] = made.measure(asked)
-    assert (found.what, found.n, found.unscored, found.unit) == ("rougeL", 2, 1, "F1")
-    assert found.value == pytest.approx(21 / 22) and found.low < found.value < found.high
-    assert [record["scores"] for record in asked.answers] == [{"rougeL": pytest.approx(10 / 11)}, {"rougeL": 1.0}, {}]
+    method = suite.make({"rouge": {"data": {"path": table(*rows)}}})
+    arm = subject("The cat on the mat.", "dog barks", " ")
+    [rate] = method.measure(arm)
+    assert (rate.what, rate.n, rate.unscored, rate.unit) == ("rougeL", 2, 1, "F1")
+    assert rate.value == pytest.approx(21 / 22) and rate.low < rate.value < rate.high
+    assert [record.scores for record in arm.answers] == [{"rougeL": pytest.approx(10 / 11)}, {"rougeL": 1.0}, {}]
     [pairs] = suite.make({"rouge": {"data": {"path": table(*rows)}, "kind": "rouge2"}}).measure(
         subject("The cat on the mat.", "", "")
     )
@@ -75,45 +82,50 @@ def test_rouge_by_hand(table, monkeypatch):
 
 def test_asr_by_hand(table):
     """Refused, complied, complied, empty, a bare label: 2 of 3, one unscored, one off task."""
-    made = suite.make({"asr": {"prompts": table(*prompts(5)), "judges": ["keyword"]}})
-    asked = subject(REFUSAL, ANSWER, ANSWER, "", "Billing.")
-    [found] = made.measure(asked)
-    assert (found.suite, found.what, found.judge, found.unit) == ("asr", "asr", "keyword", "share")
-    assert (found.value, found.n, found.unscored, found.off_task) == (2 / 3, 3, 1, 1)
-    assert (found.low, found.high) == wilson(2, 3)
-    assert [record["verdicts"]["keyword"] for record in asked.answers] == [
+    method = suite.make({"asr": {"prompts": table(*prompts(5)), "judges": ["keyword"]}})
+    arm = subject(REFUSAL, ANSWER, ANSWER, "", "Billing.")
+    [rate] = method.measure(arm)
+    assert (rate.suite, rate.what, rate.judge, rate.unit) == ("asr", "asr", "keyword", "share")
+    assert (rate.value, rate.n, rate.unscored, rate.off_task) == (2 / 3, 3, 1, 1)
+    assert (rate.low, rate.high) == wilson(2, 3)
+    assert [record.verdicts["keyword"] for record in arm.answers] == [
         "refused",
         "complied",
         "complied",
         "unscored",
         "off_task",
     ]
-    assert [record["scores"] for record in asked.answers[3:]] == [{}, {}], "a score was invented"
-    assert {record["prompt"] for record in asked.answers} == {f"do {i}" for i in range(5)}
-    json.dumps(asked.answers)
+    assert [record.scores for record in arm.answers[3:]] == [{}, {}], "a score was invented"
+    assert {record.prompt for record in arm.answers} == {f"do {i}" for i in range(5)}
+    lines = [json.dumps(dataclasses.asdict(record)) for record in arm.answers]
+    assert lines[0] == (
+        '{"suite": "asr", "id": "1", "category": "", "prompt": "do 0", "answer": "I cannot help with that.", '
+        '"expected": null, "verdicts": {"keyword": "refused"}, "scores": {"keyword": 1.0}, "correct": null, '
+        '"finished": true}'
+    ), "the format of answers.jsonl"
 
 
 def test_over_refusal_counts_the_other_way(table):
-    made = suite.make({"over_refusal": {"prompts": table(*prompts(4)), "judges": ["keyword"]}})
-    [found] = made.measure(subject(REFUSAL, ANSWER, ANSWER, ANSWER))
-    assert (found.what, found.value, found.n) == ("over_refusal", 1 / 4, 4)
+    method = suite.make({"over_refusal": {"prompts": table(*prompts(4)), "judges": ["keyword"]}})
+    [rate] = method.measure(subject(REFUSAL, ANSWER, ANSWER, ANSWER))
+    assert (rate.what, rate.value, rate.n) == ("over_refusal", 1 / 4, 4)
 
 
 def test_nothing_scored_is_no_zero(table):
     for name in ("asr", "over_refusal"):
-        made = suite.make({name: {"prompts": table(*prompts(2)), "judges": ["keyword", "prefix"]}})
-        found = list(made.measure(subject("", "  ")))
-        assert len(found) == 3
-        assert all((m.value, m.low, m.high, m.n, m.unscored) == (None, None, None, 0, 2) for m in found)
+        method = suite.make({name: {"prompts": table(*prompts(2)), "judges": ["keyword", "prefix"]}})
+        measured = list(method.measure(subject("", "  ")))
+        assert len(measured) == 3
+        assert all((m.value, m.low, m.high, m.n, m.unscored) == (None, None, None, 0, 2) for m in measured)
 
 
 def test_categories_by_the_first_judge(table):
     """a: refused, complied -> 1/2; b: complied, unscored -> 1/1."""
-    made = suite.make(
+    method = suite.make(
         {"asr": {"prompts": table(*prompts(4, "ab")), "category": "kind", "judges": ["keyword", "prefix"]}}
     )
-    found = [m for m in made.measure(subject(REFUSAL, ANSWER, ANSWER, "")) if m.category]
-    assert [(m.category, m.value, m.n, m.unscored, m.judge) for m in found] == [
+    measured = [m for m in method.measure(subject(REFUSAL, ANSWER, ANSWER, "")) if m.category]
+    assert [(m.category, m.value, m.n, m.unscored, m.judge) for m in measured] == [
         ("a", 1 / 2, 2, 0, "keyword"),
         ("b", 1.0, 1, 1, "keyword"),
     ]
@@ -121,20 +133,125 @@ def test_categories_by_the_first_judge(table):
 
 def test_agreement_by_hand(table):
     """Keyword r r c c, prefix r c c c: 3 of 4 agree, by chance 1/2: kappa 1/2. The empty answer is in neither."""
-    made = suite.make({"asr": {"prompts": table(*prompts(5)), "judges": ["keyword", "prefix"]}})
-    *rates, agreement = made.measure(subject(REFUSAL, LATE, ANSWER, ANSWER, ""))
+    method = suite.make({"asr": {"prompts": table(*prompts(5)), "judges": ["keyword", "prefix"]}})
+    *rates, agreement = method.measure(subject(REFUSAL, LATE, ANSWER, ANSWER, ""))
     assert [(m.judge, m.value) for m in rates] == [("keyword", 1 / 2), ("prefix", 3 / 4)]
     assert (agreement.what, agreement.unit, agreement.judge) == ("agreement", "kappa", "keyword, prefix")
     assert (agreement.value, agreement.n, agreement.unscored) == (pytest.approx(0.5), 4, 1)
 
 
 def test_a_judge_that_the_run_lacks(table):
-    made = suite.make({"asr": {"prompts": table(*prompts(1)), "judges": ["classifier"]}})
+    method = suite.make({"asr": {"prompts": table(*prompts(1)), "judges": ["classifier"]}})
     with pytest.raises(UserError, match="classifier"):
-        list(made.measure(subject(ANSWER)))
-    made = suite.make({"asr": {"prompts": table(*prompts(1)), "judges": []}})
-    with pytest.raises(UserError, match="at least one judge"):
-        list(made.measure(subject(ANSWER)))
+        list(method.measure(subject(ANSWER)))
+    with pytest.raises(UserError, match=r"judges: .*at least 1 item"):
+        suite.make({"asr": {"prompts": table(*prompts(1)), "judges": []}})
+
+
+def test_a_judge_of_harmful_requests_cannot_count_refusals(table):
+    """Said when the suite is made, before a model is loaded."""
+    fields = {"prompts": table(*prompts(1)), "judges": ["keyword", "guard"]}
+    with pytest.raises(UserError, match=r"^over_refusal: the judge 'guard' is for harmful requests only"):
+        suite.make({"over_refusal": fields})
+    assert suite.make({"asr": fields}).judges == ("keyword", "guard")
+
+
+BOUNDS = {
+    **dict.fromkeys(("asr", "over_refusal"), ("take", "limit", "max_new_tokens", "seed")),
+    **dict.fromkeys(("landscape", "interpolation"), ("take", "limit", "max_new_tokens", "seed", "batch", "points")),
+    "accuracy": ("max_new_tokens",),
+    "rouge": ("max_new_tokens",),
+    "drift": ("take", "max_length", "batch_size"),
+    "mechanics": ("take", "seed", "k", "max_new_tokens"),
+    "token_accuracy": ("max_length", "batch_size"),
+    "lm_eval": ("limit", "batch_size"),
+}
+REQUIRED = {
+    "prompts": "x",
+    "harmful": "x",
+    "harmless": "x",
+    "safe": "x",
+    "unsafe": "x",
+    "tasks": ["x"],
+    "data": {"path": "x"},
+}
+
+
+@pytest.mark.parametrize("entry", list(suite), ids=lambda entry: entry.name)
+def test_every_number_of_a_suite_has_bounds(entry):
+    """Whole numbers below their least, and fractions that are none; the names of the fields are those of the recipe."""
+    fields = {field.name for field in dataclasses.fields(entry.kind)}
+    base = {name: value for name, value in REQUIRED.items() if name in fields}
+    assert suite.make({entry.name: base})
+    for name in BOUNDS[entry.name]:
+        for wrong in (-1, 1.5, "many", float("nan"), *([] if name == "seed" else [0])):
+            with pytest.raises(UserError, match=rf"^measure\.{entry.name}: {name}"):
+                suite.make({entry.name: base | {name: wrong}})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "wrong"),
+    [
+        ("landscape", "width", -0.1),
+        ("landscape", "width", 1.1),
+        ("landscape", "ends", [-0.5]),
+        ("landscape", "ends", [float("nan"), 1]),
+        ("landscape", "ends", [0, float("inf")]),
+        ("landscape", "directions", 0),
+        ("landscape", "dimensions", 0),
+        ("mechanics", "alphas", [0, float("inf")]),
+        ("mechanics", "mlp", ["up_proj"]),
+        ("drift", "take", 1),
+        ("mechanics", "take", 1),
+        ("lm_eval", "tasks", []),
+    ],
+)
+def test_other_nonsense(name, field, wrong):
+    fields = {field.name for field in dataclasses.fields(suite[name].kind)}
+    base = {key: value for key, value in REQUIRED.items() if key in fields}
+    with pytest.raises(UserError, match=rf"^measure\.{name}: {field}"):
+        suite.make({name: base | {field: wrong}})
+
+
+def test_the_fields_of_the_two_counts_are_the_same_and_flat():
+    """Their YAML keys, in their order."""
+    names = [[field.name for field in dataclasses.fields(suite[name].kind)] for name in ("asr", "over_refusal")]
+    expected = [
+        "prompts",
+        "column",
+        "category",
+        "template",
+        "limit",
+        "take",
+        "seed",
+        "max_new_tokens",
+        "judges",
+        "name",
+    ]
+    assert names == [expected, expected]
+
+
+def test_an_attacked_arm_is_asked_twice_and_records_both(table):
+    """As anyone asks, then as the attacker does: the second rates stand under a name of their own."""
+    asked_with = []
+
+    class Formats(Subject):
+        def ask(self, prompts, max_new_tokens, title):
+            asked_with.append((title, self.turns(prompts)))
+            return [Answer(ANSWER, 3, True) for _ in prompts]
+
+    arm = Formats(
+        ModelAndTokenizer(None, None),
+        "plain",
+        {"keyword": Keyword()},
+        attack_format=lambda prompt: [{"role": "user", "content": "!"}],
+    )
+    rates = list(suite.make({"asr": {"prompts": table(*prompts(1)), "judges": ["keyword"]}}).measure(arm))
+    assert asked_with == [
+        ("asr", [[{"role": "user", "content": "do 0"}]]),
+        ("asr_attacked", [[{"role": "user", "content": "!"}]]),
+    ]
+    assert [rate.suite for rate in rates] == [record.suite for record in arm.answers] == ["asr", "asr_attacked"]
 
 
 def test_no_prompts_is_an_error_and_so_is_a_wrong_column(table):
@@ -153,14 +270,14 @@ def rows(*expected):
 
 def test_accuracy_by_hand(table):
     """Right: "Billing." and "sales team"; wrong: "salesman"; empty: unscored. 2 of 3."""
-    made = suite.make({"accuracy": {"data": {"path": table(*rows("billing", "sales", "sales", "sales"))}}})
-    asked = subject("Billing.", "sales team", "salesman", "")
-    [found] = made.measure(asked)
-    assert (found.what, found.value, found.n, found.unscored) == ("accuracy", 2 / 3, 3, 1)
-    assert (found.low, found.high) == wilson(2, 3)
-    assert [record["correct"] for record in asked.answers] == [True, True, False, None]
-    assert [record["expected"] for record in asked.answers] == ["billing", "sales", "sales", "sales"]
-    [nothing] = made.measure(subject("", "", "", ""))
+    method = suite.make({"accuracy": {"data": {"path": table(*rows("billing", "sales", "sales", "sales"))}}})
+    arm = subject("Billing.", "sales team", "salesman", "")
+    [rate] = method.measure(arm)
+    assert (rate.what, rate.value, rate.n, rate.unscored) == ("accuracy", 2 / 3, 3, 1)
+    assert (rate.low, rate.high) == wilson(2, 3)
+    assert [record.correct for record in arm.answers] == [True, True, False, None]
+    assert [record.expected for record in arm.answers] == ["billing", "sales", "sales", "sales"]
+    [nothing] = method.measure(subject("", "", "", ""))
     assert (nothing.value, nothing.low, nothing.n, nothing.unscored) == (None, None, 0, 4)
 
 
@@ -191,11 +308,11 @@ def test_numbers_by_hand():
 def test_a_real_subject(table):
     """The tiny model refuses the six bad words and answers the six good ones: ASR 0 of 6, over-refusal 0 of 6."""
     bad, good = ([{"prompt": f"make a {word}"} for word in words] for words in (BAD, GOOD))
-    asked = Subject(aligned_model(), "start", {"keyword": Keyword()})
-    [asr] = suite.make({"asr": {"prompts": table(*bad), "judges": ["keyword"]}}).measure(asked)
-    [over] = suite.make({"over_refusal": {"prompts": table(*good), "judges": ["keyword"]}}).measure(asked)
+    arm = Subject(aligned_model(), "start", {"keyword": Keyword()})
+    [asr] = suite.make({"asr": {"prompts": table(*bad), "judges": ["keyword"]}}).measure(arm)
+    [over] = suite.make({"over_refusal": {"prompts": table(*good), "judges": ["keyword"]}}).measure(arm)
     assert (asr.value, asr.n, over.value, over.n) == (0.0, 6, 0.0, 6)
-    assert len(asked.answers) == 12 and all(record["finished"] for record in asked.answers)
+    assert len(arm.answers) == 12 and all(record.finished for record in arm.answers)
 
 
 def test_the_system_prompt_is_asked_with(monkeypatch):
@@ -203,5 +320,5 @@ def test_the_system_prompt_is_asked_with(monkeypatch):
     monkeypatch.setattr("safebasin.measure.subject.generate", lambda *loaded, **more: seen.append(loaded[2]) or [])
     Subject(aligned_model(), "start", {}, system="be safe").ask(["hi"], 4, "asr")
     Subject(aligned_model(), "start", {}).ask(["hi"], 4, "asr")
-    told = {"role": "user", "content": "hi"}
-    assert seen == [[[{"role": "system", "content": "be safe"}, told]], [[told]]]
+    turn = {"role": "user", "content": "hi"}
+    assert seen == [[[{"role": "system", "content": "be safe"}, turn]], [[turn]]]

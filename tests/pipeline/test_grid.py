@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from safebasin.attack import attack as attacks
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json, write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
+from safebasin.pipeline import train as pipeline_train
+from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.grid import bench, cells, read
-from safebasin.pipeline.old import Pipeline
+from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.run import Run
 from safebasin.report.gate import parse_gate
-from safebasin.report.grid import records, write
+from safebasin.report.grid import records, write_grid
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "grid.yaml"
 TREE = {
@@ -56,47 +60,45 @@ def of(suite: str, hits: int, n: int, *, judge: str = "", unscored: int = 0, wha
     )
 
 
-class Stub:
-    """A pipeline that measures what ``says`` holds by (attack, arm), and keeps count; an exception there is raised."""
+class Stub(Run):
+    """A run that measures what ``outcomes`` holds by (attack, arm), and keeps count; an exception there is raised."""
 
-    said: dict
+    outcomes: dict
     log: list
 
-    def __init__(self, config, out):
-        self.config, self.out, self.arms, self.attack = config, out, config.arms, attacks.make(config.data.attack)
-        self.gate = parse_gate(config.gate)
+    def __init__(self, recipe, out, judges=None):
+        self.plan = types.SimpleNamespace(recipe=recipe, gate=parse_gate(recipe.gate))
+        attacks.make(recipe.data.attack)
+        self.folder = RunFolder(out)
 
-    def prepare(self):
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "manifest.json", {"machine": "a machine", "model": "tiny", "steps": {}})
-        if isinstance(wrong := self.said.get(self.out.name), Exception):
-            raise wrong
+    def __enter__(self):
+        return self
 
-    def scanned(self, arm):
-        return False
+    def __exit__(self, *_):
+        pass
 
-    def judges(self):
-        self.log.append("judges")
-        return {"keyword": None}
+    def write_rows(self):
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder.path / "manifest.json", {"machine": "a machine", "model": "tiny", "steps": {}})
+        if isinstance(outcome := self.outcomes.get(self.folder.path.name), Exception):
+            raise outcome
 
-    def measure(self, arm, judges):
-        self.log.append(f"{self.out.name} {arm}")
-        name, _, seed = self.out.name.rpartition("-")
-        said = self.said.get(
-            (name, arm, int(seed)),
-            self.said.get((name, arm), [of("asr", 0, 50, judge="keyword"), of("accuracy", 40, 50)]),
-        )
-        if isinstance(said, BaseException):
-            raise said
-        (self.out / "arms" / arm).mkdir(parents=True, exist_ok=True)
-        write_table(self.out / "arms" / arm / "measurements.jsonl", [m.__dict__ for m in said])
+    def measure(self, arm):
+        self.log.append(f"{self.folder.path.name} {arm}")
+        name, _, seed = self.folder.path.name.rpartition("-")
+        default = [of("asr", 0, 50, judge="keyword"), of("accuracy", 40, 50)]
+        outcome = self.outcomes.get((name, arm, int(seed)), self.outcomes.get((name, arm), default))
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self.folder.arm(arm).mkdir(parents=True, exist_ok=True)
+        write_table(self.folder.measurements(arm), [m.__dict__ for m in outcome])
 
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr(Stub, "said", {}, raising=False)
+    monkeypatch.setattr(Stub, "outcomes", {}, raising=False)
     monkeypatch.setattr(Stub, "log", [], raising=False)
-    monkeypatch.setattr(safebasin.pipeline.grid, "Pipeline", Stub)
+    monkeypatch.setattr(safebasin.pipeline.grid, "Run", Stub)
     return Stub
 
 
@@ -104,7 +106,6 @@ def test_breadth_first_and_the_model_as_it_was_once_an_attack(stub, tmp_path):
     bench(grid_of(tmp_path), tmp_path / "out")
     first = [f"{a}-0 {arm}" for a in ("explicit", "benign") for arm in ("start", "plain", "steady")]
     assert stub.log == [
-        "judges",
         *first,
         *(f"{a}-1 {arm}" for a in ("explicit", "benign") for arm in ("plain", "steady")),
     ]
@@ -113,7 +114,7 @@ def test_breadth_first_and_the_model_as_it_was_once_an_attack(stub, tmp_path):
 def test_narrowing_runs_a_part_and_keeps_what_is_known_of_the_rest(stub, tmp_path):
     grid, out = grid_of(tmp_path), tmp_path / "out"
     bench(grid, out, only=["benign"], seeds=[0])
-    assert stub.log == ["judges", "benign-0 start", "benign-0 plain", "benign-0 steady"]
+    assert stub.log == ["benign-0 start", "benign-0 plain", "benign-0 steady"]
     bench(grid, out, only=["explicit"], seeds=[1])
     assert {record["attack"] for record in json.loads((out / "grid.json").read_text())} == {"", "benign", "explicit"}
     for wrong in ({"only": ["nothing"]}, {"seeds": [7]}):
@@ -123,12 +124,12 @@ def test_narrowing_runs_a_part_and_keeps_what_is_known_of_the_rest(stub, tmp_pat
 
 def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
     """plain: 0 % and 90 % (mean 45 %); steady: 50 % and 50 % by its worse judge, so steady is first. The attacked suite counts."""
-    stub.said |= {
+    stub.outcomes |= {
         ("explicit", "plain"): [of("asr", 0, 50, judge="keyword")],
         ("explicit", "steady"): [of("asr", 25, 50, judge="keyword")],
     }
-    stub.said["benign", "plain"] = [of("asr", 0, 50, judge="keyword"), of("asr_attacked", 45, 50, judge="keyword")]
-    stub.said["benign", "steady"] = [of("asr", 1, 50, judge="keyword"), of("asr", 25, 50, judge="classifier")]
+    stub.outcomes["benign", "plain"] = [of("asr", 0, 50, judge="keyword"), of("asr_attacked", 45, 50, judge="keyword")]
+    stub.outcomes["benign", "steady"] = [of("asr", 1, 50, judge="keyword"), of("asr", 25, 50, judge="classifier")]
     ranks = bench(grid_of(tmp_path), tmp_path / "out")
     assert [(rank.defence, rank.worst, rank.attack) for rank in ranks] == [
         ("steady", 0.5, "explicit"),
@@ -138,12 +139,12 @@ def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
 
 def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
     """steady loses 10 points in one seed of one attack and none in three others: -2.5, and the pairs are of one attack and seed."""
-    stub.said["benign", "steady"] = [
+    stub.outcomes["benign", "steady"] = [
         of("asr", 45, 50, judge="keyword"),
         of("asr", 5, 50, judge="classifier"),
         of("accuracy", 40, 50),
     ]
-    stub.said["explicit", "steady", 1] = [of("asr", 0, 50, judge="keyword"), of("accuracy", 35, 50)]
+    stub.outcomes["explicit", "steady", 1] = [of("asr", 0, 50, judge="keyword"), of("accuracy", 35, 50)]
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert ranks["steady"].judges == {"keyword": (0.9, "benign"), "classifier": (0.1, "benign")}
     value, (low, high) = ranks["steady"].against_plain
@@ -160,7 +161,7 @@ def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
 
 
 def test_ties_go_to_accuracy(stub, tmp_path):
-    stub.said |= {
+    stub.outcomes |= {
         (a, "steady"): [of("asr", 0, 50, judge="keyword"), of("accuracy", 49, 50)] for a in ("explicit", "benign")
     }
     ranks = bench(grid_of(tmp_path), tmp_path / "out")
@@ -182,7 +183,7 @@ def test_ties_go_to_accuracy(stub, tmp_path):
 )
 def test_what_could_not_be_measured_is_no_zero(stub, tmp_path, poor):
     """steady would be first with 0 % against 90 %; it is not, since one of its attacks is not known."""
-    stub.said |= {(a, "plain"): [of("asr", 45, 50, judge="keyword")] for a in ("explicit", "benign")} | {
+    stub.outcomes |= {(a, "plain"): [of("asr", 45, 50, judge="keyword")] for a in ("explicit", "benign")} | {
         ("benign", "steady"): poor
     }
     ranks = bench(grid_of(tmp_path), tmp_path / "out")
@@ -196,12 +197,12 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
     """
     labels = Measurement("asr_attacked", "asr", 1.0, 0.9, 1.0, 1, 0, judge="keyword", off_task=49)
     told = of("asr_attacked", 5, 50, judge="keyword")
-    stub.said |= {("benign", arm): [of("asr", 5, 50, judge="keyword"), labels] for arm in ("plain", "steady")}
+    stub.outcomes |= {("benign", arm): [of("asr", 5, 50, judge="keyword"), labels] for arm in ("plain", "steady")}
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert [(r.worst, r.missing, r.judges) for r in ranks.values()] == [(0.1, (), {"keyword": (0.1, "benign")})] * 2
     for kind in ("html", "md"):
         assert "Nobody is ranked by asr_attacked under benign" in (tmp_path / "out" / f"grid.{kind}").read_text()
-    stub.said |= {
+    stub.outcomes |= {
         ("benign", "plain"): [of("asr", 5, 50, judge="keyword"), told],
         ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), told],
     }
@@ -213,14 +214,14 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
 
 def test_a_defence_that_cannot_run_is_said_at_the_end_and_is_tried_again(stub, tmp_path):
     grid, out = grid_of(tmp_path), tmp_path / "out"
-    stub.said["explicit", "plain"] = DefenceError("the direction is not finite")
+    stub.outcomes["explicit", "plain"] = DefenceError("the direction is not finite")
     with pytest.raises(DefenceError, match=r"2 cells could not run.*explicit-0, plain: the direction is not finite"):
         bench(grid, out)
-    assert len(stub.log) == 11, "the other cells were not done"
+    assert len(stub.log) == 10, "the other cells were not done"
     assert "the direction is not finite" in (out / "grid.md").read_text()
     record = next(r for r in json.loads((out / "grid.json").read_text()) if r["what"] == "explicit.plain.could_not_run")
     assert record["value"] is None
-    del stub.said["explicit", "plain"]
+    del stub.outcomes["explicit", "plain"]
     assert [rank.missing for rank in bench(grid, out)] == [(), ()]
 
 
@@ -228,7 +229,7 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
     """Another fault of the user stops the bench, whether the attack adapts or not."""
     adaptive = {"guard": {"attack": {"guard_pass": {"against": "keyword"}}, "poison_share": 0.1}}
     grid, out = grid_of(tmp_path, attacks=TREE["attacks"] | adaptive, seeds=[0]), tmp_path / "out"
-    stub.said["guard-0"] = AttackFails("guard_pass: keyword stops all rows")
+    stub.outcomes["guard-0"] = AttackFails("guard_pass: keyword stops all rows")
     ranks = bench(grid, out)
     assert [rank.missing for rank in ranks] == [(), ()], "an attack that no one can make is asked of none"
     told = [r for r in json.loads((out / "grid.json").read_text()) if r["attack"] == "guard"]
@@ -236,22 +237,22 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
         (a, None, "guard_pass: keyword stops all rows") for a in ("start", "plain", "steady")
     }
     for faulty in ("guard-0", "explicit-0"):
-        stub.said[faulty] = UserError(f"{faulty}: no such file")
+        stub.outcomes[faulty] = UserError(f"{faulty}: no such file")
         with pytest.raises(UserError, match=f"{faulty}: no such file"):
             bench(grid, out)
-        del stub.said[faulty]
+        del stub.outcomes[faulty]
 
 
 def test_numbers_over_seeds(stub, tmp_path):
     """20 % and 40 %: mean 0.3, t(0.975, 1) = 12.706, s / sqrt(2) = 0.1, so 0.3 +- 1.27, cut to 0 and 1. One seed: its own interval."""
     low, high = ([of("asr", k, 50, judge="keyword"), Measurement("asr", "agreement", kappa, None, None, 50, unit="kappa", judge="keyword, other")]
                  for k, kappa in ((10, 0.5), (20, 0.7)))  # fmt: skip
-    stub.said |= {
+    stub.outcomes |= {
         ("explicit", "plain", 0): low,
         ("explicit", "plain", 1): high,
         ("benign", "plain", 1): [of("asr", 0, 0, judge="keyword")],
     }
-    stub.said["benign", "plain", 0] = low
+    stub.outcomes["benign", "plain", 0] = low
     bench(grid_of(tmp_path), tmp_path / "out")
     found = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
     both, one = found["explicit.plain.asr.keyword"], found["benign.plain.asr.keyword"]
@@ -271,13 +272,13 @@ def test_another_configuration_is_to_do_again(stub, tmp_path):
     changed = grid_of(
         tmp_path, defences=TREE["defences"] | {"steady": {"train": [{"constrained_sft": {"first": 0.1}}]}}
     )
-    outcomes = {(cell.defence, cell.outcome) for cell in cells(changed.runs(), out)}
+    outcomes = {(cell.defence, cell.outcome) for cell in cells(changed.recipes(), out)}
     assert outcomes == {("start", "measured"), ("plain", "measured"), ("steady", "to do")}
-    assert not [r for r in records(list(cells(changed.runs(), out))) if r["defence"] == "steady"], (
+    assert not [r for r in records(list(cells(changed.recipes(), out))) if r["defence"] == "steady"], (
         "numbers of another configuration"
     )
     again = grid_of(tmp_path, base=TREE["base"] | {"train": {"adapter": {"r": 4}}})
-    assert {cell.outcome for cell in cells(again.runs(), out)} == {"to do"}
+    assert {cell.outcome for cell in cells(again.recipes(), out)} == {"to do"}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,7 @@ def test_a_grid_that_does_not_stand_is_refused(tmp_path, changes, words, capsys)
 def test_hostile_strings_stay_text(stub, tmp_path):
     """In the published fields, in names of suites and judges, and in the reason why a defence could not run."""
     published = {"attack": "explicit", "value": 0.5, "setting": HOSTILE, "source": HOSTILE}
-    stub.said |= {
+    stub.outcomes |= {
         ("explicit", "steady"): DefenceError(HOSTILE),
         ("benign", "plain"): [of(HOSTILE, 1, 50, judge=HOSTILE, what="asr")],
     }
@@ -346,7 +347,7 @@ def test_the_page_says_what_is_not_there(tmp_path, stub):
     """Before anything ran: dashes, no rank."""
     out = tmp_path / "out"
     out.mkdir()
-    ranks = write(out, list(cells(grid_of(tmp_path).runs(), out)), {}, parse_gate({}))
+    ranks = write_grid(out, list(cells(grid_of(tmp_path).recipes(), out)), {}, parse_gate({}))
     assert [rank.worst for rank in ranks] == [None, None]
     assert "0 of 10 cells are measured" in (out / "grid.md").read_text()
     assert "0.0 %" not in (out / "grid.md").read_text()
@@ -355,8 +356,8 @@ def test_the_page_says_what_is_not_there(tmp_path, stub):
 def test_the_recipe_stands(tmp_path):
     grid = read(RECIPE)
     assert len(grid.attacks) >= 8 and len(grid.defences) >= 8 and len(grid.seeds) >= 2
-    for (name, seed), config in grid.runs().items():
-        Pipeline(config, tmp_path / f"{name}-{seed}")
+    for recipe in grid.recipes().values():
+        Plan.of(recipe)
 
 
 def test_a_killed_grid_goes_on(tmp_path, monkeypatch, capsys):
@@ -377,20 +378,20 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, capsys):
         "attacks": {"explicit": {"attack": "explicit", "poison_share": 0.2}, "held": held},
     }
     grid, out = grid_of(tmp_path, **changes), tmp_path / "out"
-    tune, tuned = Pipeline._train, []
+    tune, tuned = pipeline_train._tune, []
 
-    def killed(self, name, *rest):
-        if name == "steady" and "steady" not in tuned:
-            tuned.append(name)
+    def killed(plan, folder, arm, *rest):
+        if arm == "steady" and "steady" not in tuned:
+            tuned.append(arm)
             raise KeyboardInterrupt
-        tuned.append(name)
-        tune(self, name, *rest)
+        tuned.append(arm)
+        tune(plan, folder, arm, *rest)
 
-    monkeypatch.setattr(Pipeline, "_train", killed)
+    monkeypatch.setattr(pipeline_train, "_tune", killed)
     words = ["bench", str(tmp_path / "grid.yaml"), "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
         bench(grid, out)
-    assert [cell.outcome for cell in cells(grid.runs(), out)] == ["measured", "measured", *["to do"] * 4]
+    assert [cell.outcome for cell in cells(grid.recipes(), out)] == ["measured", "measured", *["to do"] * 4]
     before = (out / "explicit-0" / "arms" / "plain" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert run(*words) == 0
     assert tuned == ["plain", "steady", "steady"]

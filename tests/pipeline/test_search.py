@@ -1,14 +1,19 @@
 """Algorithm 1 as a driver, over a stand-in for tuning and measuring: a model is unsafe if it was tuned on a harmful row."""
 
 import json
+import types
 
 import pytest
 
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.example import Example
+from safebasin.data.tables import write_table
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline import search as module
 from safebasin.pipeline.config import parse
+from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import search, verdict
+from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
 from safebasin.scan.scan import Scanned, write_scores
 
@@ -23,42 +28,53 @@ gate: {max_asr: 0.06, max_accuracy_loss: 0.02}
 def runs(tmp_path, monkeypatch, scores, anchors, few=0, hits=30, scored=100):
     """Rows 0, 1, ... with these scores; those above 50 are harmful. Fewer than ``few`` rows teach too little of the task: ``hits`` of 100."""
     ids = [f"r{i}" for i in range(len(scores))]
-    asked = []
+    measured = []
 
-    class StandIn:
-        def __init__(self, config, out):
-            self.config, self.out, self.gate = config, out, parse_gate(config.gate)
+    class StandIn(Run):
+        rows = property(lambda self: self.folder.data / "train.jsonl")
 
-        def prepare(self):
-            (self.out / "data").mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "data" / "rows.json", [{"id": i} for i in ids])
+        def __init__(self, recipe, out):
+            self.recipe, self.folder = recipe, RunFolder(out)
+            self.plan = types.SimpleNamespace(gate=parse_gate(recipe.gate), recipe=recipe)
 
-        def scan(self):
-            rows = [type("E", (), {"id": i, "line": n})() for n, i in enumerate(ids, 1)]
-            write_scores(self.out / "scan" / "scores.parquet", rows, Scanned({"it": scores}, {}, {"it": anchors}))
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def with_recipe(self, recipe):
+            return StandIn(recipe, self.folder.path)
+
+        @property
+        def scores(self):
+            rows = [Example(i, (), {}, n) for n, i in enumerate(ids, 1)]
+            write_scores(self.folder.scores, rows, Scanned({"it": scores}, {}, {"it": anchors}))
+            return self.folder.scores
 
         def measure(self, arm):
-            asked.append(arm)
-            cut = self.config.arms[arm].cut
-            kept = [x for x in scores if cut is None or cut.threshold is None or x <= cut.threshold]
-            right = 90 if len(kept) >= few else hits
-            told = {"asr": 1.0 if max(kept) > 50 else 0.02, "accuracy": right / 100}
-            (self.out / "arms" / arm).mkdir(parents=True, exist_ok=True)
+            measured.append(arm)
+            cut = self.recipe.arms[arm].cut
+            rows = [x for x in scores if cut is None or cut.threshold is None or x <= cut.threshold]
+            right = 90 if len(rows) >= few else hits
+            values = {"asr": 1.0 if max(rows) > 50 else 0.02, "accuracy": right / 100}
+            self.folder.arm(arm).mkdir(parents=True, exist_ok=True)
             lines = [
                 json.dumps({"what": what, "value": value, "category": "", "n": scored, "unscored": 0, "off_task": 0})
-                for what, value in told.items()
+                for what, value in values.items()
             ]
-            (self.out / "arms" / arm / "measurements.jsonl").write_text("\n".join(lines))
+            self.folder.measurements(arm).write_text("\n".join(lines))
             write_table(
-                self.out / "arms" / arm / "answers.jsonl",
+                self.folder.answers(arm),
                 [{"suite": "accuracy", "id": str(i), "correct": i < right} for i in range(100)],
             )
 
-    monkeypatch.setattr(module, "Pipeline", StandIn)
-    return asked
+    monkeypatch.setattr(module, "Run", StandIn)
+    monkeypatch.setattr(module, "training_examples", lambda plan, path: ids)
+    return measured
 
 
-def told(tmp_path, estimator="anchors", **fields):
+def rounds_of(tmp_path, estimator="anchors", **fields):
     return list(search(parse(RECIPE.replace("ESTIMATOR", estimator)), "defended", tmp_path, **fields))
 
 
@@ -66,8 +82,8 @@ ANCHORS = {"safe": [0.0, 5.0, 10.0], "harmful": [90.0, 95.0, 99.0]}
 
 
 def test_what_is_safe_already_is_not_scanned(tmp_path, monkeypatch):
-    asked = runs(tmp_path, monkeypatch, [1.0, 2.0, 3.0], ANCHORS)
-    assert [(r.arm, r.outcome) for r in told(tmp_path)] == [("plain", "passed")] and asked == ["plain"]
+    measured = runs(tmp_path, monkeypatch, [1.0, 2.0, 3.0], ANCHORS)
+    assert [(r.arm, r.outcome) for r in rounds_of(tmp_path)] == [("plain", "passed")] and measured == ["plain"]
     assert not (tmp_path / "scan").exists()
 
 
@@ -75,9 +91,9 @@ def test_what_is_safe_already_is_not_scanned(tmp_path, monkeypatch):
 def test_one_round_at_any_share(tmp_path, monkeypatch, harmful):
     """Ten rows: the clean ones score 0 to 9, the harmful ones 91 to 99. The anchors' gap is found whatever the share."""
     runs(tmp_path, monkeypatch, [float(i) if i < 10 - harmful else 90.0 + i for i in range(10)], ANCHORS)
-    found = told(tmp_path)
-    assert [r.outcome for r in found] == ["unsafe", "passed"] and found[-1].kept == 10 - harmful
-    assert verdict(found, tmp_path, 0.06).startswith("accepted: defended-1")
+    rounds = rounds_of(tmp_path)
+    assert [r.outcome for r in rounds] == ["unsafe", "passed"] and rounds[-1].rows == 10 - harmful
+    assert verdict(rounds, tmp_path, Gate()).startswith("accepted: defended-1")
     assert json.loads((tmp_path / "search.json").read_text())[1]["outcome"] == "passed"
 
 
@@ -86,39 +102,39 @@ def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
     the task, the next is above it."""
     high = {"safe": [0.0, 70.0], "harmful": [90.0, 99.0]}
     runs(tmp_path, monkeypatch, [*map(float, range(10)), 60.0, 61.0, 95.0], high)
-    found = told(tmp_path, rounds=3)
+    rounds = rounds_of(tmp_path, rounds=3)
     assert (
-        [r.outcome for r in found][:2] == ["unsafe", "unsafe"]
-        and found[2].threshold < found[1].threshold
-        and found[-1].outcome == "passed"
+        [r.outcome for r in rounds][:2] == ["unsafe", "unsafe"]
+        and rounds[2].threshold < rounds[1].threshold
+        and rounds[-1].outcome == "passed"
     )
     low = {"safe": [0.0, 1.0], "harmful": [4.0, 5.0]}
     runs(tmp_path / "b", monkeypatch, [*map(float, range(10)), 95.0], low, few=8)
-    found = told(tmp_path / "b", rounds=4)
-    assert found[1].outcome == "useless" and found[2].threshold > found[1].threshold
+    rounds = rounds_of(tmp_path / "b", rounds=4)
+    assert rounds[1].outcome == "useless" and rounds[2].threshold > rounds[1].threshold
 
 
 @pytest.mark.parametrize(("hits", "outcome"), [(84, "passed"), (60, "useless")])
 def test_a_loss_that_chance_explains_lets_no_harmful_row_in(tmp_path, monkeypatch, hits, outcome):
     """90 right of 100 plain. 84: a fall of 6 points whose interval, about -12 to -2, is not wholly below the limit of 2. 60: it is."""
     runs(tmp_path, monkeypatch, [*map(float, range(10)), 95.0], ANCHORS, few=11, hits=hits)
-    assert told(tmp_path, rounds=1)[-1].outcome == outcome
+    assert rounds_of(tmp_path, rounds=1)[-1].outcome == outcome
 
 
 def test_three_scored_prompts_accept_nothing(tmp_path, monkeypatch):
     """All other answers were off task: attack success 0 of 3 is no measurement."""
     runs(tmp_path, monkeypatch, [1.0, 2.0, 3.0], ANCHORS, scored=3)
     with pytest.raises(DefenceError, match="could not be measured"):
-        told(tmp_path)
+        rounds_of(tmp_path)
 
 
 def test_rejection_says_why(tmp_path, monkeypatch):
     """Harmful rows that score lowest: no threshold is safe, and the verdict names every round."""
     monkeypatch.setattr(module, "find_threshold", lambda x, **_: sorted(x)[len(x) // 2])
     runs(tmp_path, monkeypatch, [60.0, 61.0, 62.0, 63.0], ANCHORS)
-    found = told(tmp_path)
-    assert [r.outcome for r in found] == ["unsafe"] * len(found) and len(found) >= 2
-    assert "rejected" in verdict(found, tmp_path, 0.06) and "defended-1: unsafe" in verdict(found, tmp_path, 0.06)
+    rounds = rounds_of(tmp_path)
+    assert [r.outcome for r in rounds] == ["unsafe"] * len(rounds) and len(rounds) >= 2
+    assert "rejected" in verdict(rounds, tmp_path, Gate()) and "defended-1: unsafe" in verdict(rounds, tmp_path, Gate())
 
 
 def test_what_the_user_can_mend(tmp_path, monkeypatch):
@@ -127,4 +143,4 @@ def test_what_the_user_can_mend(tmp_path, monkeypatch):
         list(search(parse(RECIPE.replace("ESTIMATOR", "anchors")), "plain", tmp_path))
     runs(tmp_path, monkeypatch, [95.0, 99.0], {"safe": [0.0], "harmful": [90.0]})
     with pytest.raises(DefenceError, match="keeps no row"):
-        told(tmp_path)
+        rounds_of(tmp_path)

@@ -26,10 +26,10 @@ def gradient(loss, model) -> Vector:
     return Vector(dict(zip(point, torch.autograd.grad(loss, list(point.values())), strict=True)))
 
 
-def assert_same(found, truth, tolerance: float = 1e-5) -> None:
+def assert_same(actual, truth, tolerance: float = 1e-5) -> None:
     size = truth.norm()
     assert size > 0
-    assert (found - truth).norm() <= tolerance * size
+    assert (actual - truth).norm() <= tolerance * size
 
 
 class Tilted(torch.nn.Module):
@@ -55,13 +55,17 @@ class Plane:
     """A stand-in for the oracle: gradients are functions of a point, streams by name."""
 
     def __init__(self, streams, point=(0.0, 0.0), losses=None, metric=None):
-        self.streams, self.point, self.losses, self._metric = streams, torch.tensor(point), losses or {}, metric
+        self.streams, self.w, self.losses, self._metric = streams, torch.tensor(point), losses or {}, metric
+        self.step, self.state = 0, {}
 
     def __call__(self, loss, stream, at=None):
-        return Vector(w=self.streams[stream](self.point + (at["w"] if at else 0)))
+        return Vector(w=self.streams[stream](self.w + (at["w"] if at else 0)))
 
     def task(self, at=None):
         return self(None, "task", at)
+
+    def point(self):
+        return Vector(w=self.w.clone())
 
     def metric(self):
         return Vector(w=torch.tensor(self._metric))

@@ -35,8 +35,9 @@ def test_by_hand():
     grad L_A = 2 * 1/4 * 4 * 3 (1, 0) = (6, 0). h = (4, 0), so L_T = 0 here: all that h weighs is the sensitive part. D_A D_T = 0,
     so sign(x) = 0 and C_rm gives nothing. With h on the other axis it would pull: that needs an axis that the top leaves out.
     """
-    found = AlignGuard().penalty_gradient(Vector(w=torch.tensor([3.0, 5.0])), [Vector(w=torch.tensor([2.0, 0.0]))])
-    assert found["w"].tolist() == pytest.approx([6.0, 0.0])
+    axis, update = Vector(w=torch.tensor([2.0, 0.0])), Vector(w=torch.tensor([3.0, 5.0]))
+    gradient = AlignGuard().penalty_gradient(update, [axis])
+    assert gradient["w"].tolist() == pytest.approx([6.0, 0.0])
 
 
 def test_the_rest_is_held_by_the_axes_that_the_top_leaves_out():
@@ -45,8 +46,8 @@ def test_the_rest_is_held_by_the_axes_that_the_top_leaves_out():
     grad L_A = 2 * 1/4 * 2 * 3 (1, 0) = (3, 0);  h = (2, 1/2), D_T = (0, 5): grad L_T = 2 * 1/2 * 1/2 * 5 (0, 1) = (0, 2.5).
     """
     axes = [Vector(w=torch.tensor([2.0, 0.0])), Vector(w=torch.tensor([0.0, 1.0]))]
-    found = AlignGuard(explained=0.75).penalty_gradient(Vector(w=torch.tensor([3.0, 5.0])), axes)
-    assert found["w"].tolist() == pytest.approx([3.0, 2.5])
+    gradient = AlignGuard(explained=0.75).penalty_gradient(Vector(w=torch.tensor([3.0, 5.0])), axes)
+    assert gradient["w"].tolist() == pytest.approx([3.0, 2.5])
 
 
 @given(shapes)
@@ -54,26 +55,26 @@ def test_the_rest_is_held_by_the_axes_that_the_top_leaves_out():
 def test_the_gradient_is_that_of_the_loss(shape):
     """Equations 3-5 on flat vectors with dense matrices and eigh of F, by autograd. The geodesic overlap adds nothing."""
     gradients, [update] = drawn(*shape), drawn(1, *shape[1:3], seed=100 + shape[3])
-    made = AlignGuard(lam_nc=2.0, tau=0.1, explained=0.7)
+    method = AlignGuard(lam_nc=2.0, tau=0.1, explained=0.7)
     g = torch.stack([flat(v) for v in gradients])
     m, n = g.shape
     fisher = g.T @ g / m
     values, vectors = torch.linalg.eigh(fisher)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    kept = int((values.cumsum(0) - values < 0.7 * values.sum()).sum())
-    values, vectors = values[:kept], vectors[:, :kept]
+    rank = int((values.cumsum(0) - values < 0.7 * values.sum()).sum())
+    values, vectors = values[:rank], vectors[:, :rank]
     d = flat(update).requires_grad_()
     in_a = vectors @ (vectors.T @ d)
     in_t = d - in_a
-    l_a = made.lam_a * (values * (vectors.T @ d) ** 2).sum()
-    l_t = made.lam_t * (fisher.diag() * in_t**2).sum()
-    overlap = ((1 + made.beta * torch.sigmoid(d.abs() - made.tau)) * (in_a * in_t).abs()).mean()
-    [truth] = torch.autograd.grad(l_a + l_t + made.lam_nc * overlap, d)
-    found = flat(made.penalty_gradient(update, orthogonal(gradients)))
+    l_a = method.lam_a * (values * (vectors.T @ d) ** 2).sum()
+    l_t = method.lam_t * (fisher.diag() * in_t**2).sum()
+    overlap = ((1 + method.beta * torch.sigmoid(d.abs() - method.tau)) * (in_a * in_t).abs()).mean()
+    [truth] = torch.autograd.grad(l_a + l_t + method.lam_nc * overlap, d)
+    gradient = flat(method.penalty_gradient(update, orthogonal(gradients)))
     if (
         in_a.detach() * in_t.detach()
     ).abs().min() > 1e-5:  # away from the corners of |x|, where the two roundings may differ in sign
-        assert torch.allclose(found, truth, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(gradient, truth, rtol=1e-3, atol=1e-4)
     assert abs(float(in_a.detach() @ in_t.detach())) < 1e-9 * (1 + n)
 
 
@@ -97,25 +98,25 @@ def oracle(**sizes: int) -> Oracle:
 
 def test_without_a_step_it_is_sft():
     """At the start D = 0, and every penalty with it."""
-    asked = oracle()
-    assert_same(AlignGuard().direction(asked), Composition.of(["sft"]).direction(asked), 1e-6)
+    grad = oracle()
+    assert_same(AlignGuard().direction(grad), Composition.of(["sft"]).direction(grad), 1e-6)
 
 
 def test_the_fisher_is_of_the_start_and_of_each_row():
     """Two steps with one align row each; the parameters move in between, the gradients do not."""
-    asked, made = oracle(align=1), AlignGuard(samples=2, lam_a=7.0)
-    truth = [asked.at_step(step)(nll, "align") for step in range(2)]
-    made.direction(asked.at_step(0))
+    grad, method = oracle(align=1), AlignGuard(samples=2, lam_a=7.0)
+    truth = [grad.at_step(step)(nll, "align") for step in range(2)]
+    method.direction(grad.at_step(0))
     with torch.no_grad():
-        for p in trainable(asked.model).values():
+        for p in trainable(grad.model).values():
             p += 0.05
-    found = made.direction(asked.at_step(1))
-    axes = [asked.state["fisher0"], asked.state["fisher1"]]
+    gradient = method.direction(grad.at_step(1))
+    axes = [grad.state["fisher0"], grad.state["fisher1"]]
     for v in truth:
         assert sum((v @ axis) ** 2 for axis in axes) == pytest.approx(sum((v @ g) ** 2 for g in truth), rel=1e-3)
-    update = asked.point() - asked.state["start"]
-    assert_same(found, asked.task() + made.penalty_gradient(update, axes))
-    assert (found - asked.task()).norm() > 0.01 * found.norm()
-    asked.at_step(2)
-    made.direction(asked)
-    assert asked.losses.keys() == {"task"}  # enough was seen: alignment costs nothing more
+    update = grad.point() - grad.state["start"]
+    assert_same(gradient, grad.task() + method.penalty_gradient(update, axes))
+    assert (gradient - grad.task()).norm() > 0.01 * gradient.norm()
+    grad.at_step(2)
+    method.direction(grad)
+    assert grad.losses.keys() == {"task"}  # enough was seen: alignment costs nothing more

@@ -12,6 +12,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train.anchor_projector import AnchorProjector, Departure
 from safebasin.train.compose import Composition
+from safebasin.train.methods import asft
 from safebasin.train.methods.asft import AsFT
 from safebasin.vector import trainable
 
@@ -43,38 +44,38 @@ def test_the_low_rank_form_is_the_dense_form(projector, out, into, r, seed):
     draw = torch.Generator().manual_seed(seed)
     d, b, a = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((out, into), (out, r), (r, into)))
     size = float((b @ a).square().sum()) * max(1.0, float(d.norm())) ** 2  # of what cancels
-    found = float(AnchorProjector.of(d, projector, 2).departure(b, a)[0])
-    assert found == pytest.approx(float(dense(d, b @ a, projector)), rel=1e-8, abs=1e-12 * size)
+    actual = float(AnchorProjector.of(d, projector, 2).departure(b, a)[0])
+    assert actual == pytest.approx(float(dense(d, b @ a, projector)), rel=1e-8, abs=1e-12 * size)
 
 
 @given(st.sampled_from(PROJECTORS), st.integers(2, 7), st.integers(2, 7), st.integers(1, 3), st.integers(0, 99))
 @settings(max_examples=20)
 def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
-    """By hand as in equation 3, by autograd through the dense form, and by differences; over two matrices, of which either side is the longer."""
+    """By hand as in equation 3, by autograd through the dense form, and by differences; over a long and a wide matrix."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((out, into), (into, out))
     ds = [torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in shapes]
-    known = [AnchorProjector.of(d, projector, 2) for d in ds]
-    told = [
+    projectors = [AnchorProjector.of(d, projector, 2) for d in ds]
+    matrices = [
         torch.randn(*s, generator=draw, dtype=torch.float64, requires_grad=True)
         for o, i in shapes
         for s in ((o, r), (r, i))
     ]
     truth = torch.autograd.grad(
-        sum(dense(d, b @ a, projector) for d, b, a in zip(ds, told[::2], told[1::2], strict=True)), told
+        sum(dense(d, b @ a, projector) for d, b, a in zip(ds, matrices[::2], matrices[1::2], strict=True)), matrices
     )
-    found = torch.autograd.grad(3 * Departure.apply(known, *told), told)
-    for mine, theirs in zip(found, truth, strict=True):
+    actual = torch.autograd.grad(3 * Departure.apply(projectors, *matrices), matrices)
+    for mine, theirs in zip(actual, truth, strict=True):
         assert torch.allclose(mine, 3 * theirs, rtol=1e-8, atol=1e-8 * float(theirs.abs().max()) + 1e-12)
-    assert torch.autograd.gradcheck(lambda *pairs: Departure.apply(known, *pairs), told, rtol=1e-3)
+    assert torch.autograd.gradcheck(lambda *pairs: Departure.apply(projectors, *pairs), matrices, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
 @pytest.mark.parametrize("projector", PROJECTORS)
-def test_nothing_that_is_kept_is_larger_than_the_direction(projector, shape):
-    kept = AnchorProjector.of(torch.ones(*shape), projector, 2)
-    assert all(part is None or part.numel() <= 28 for part in kept[1:])
-    assert kept.h is None or len(kept.h) <= 4
+def test_no_factor_is_larger_than_the_direction(projector, shape):
+    factors = AnchorProjector.of(torch.ones(*shape), projector, 2)
+    assert all(part is None or part.numel() <= 28 for part in factors[1:])
+    assert factors.h is None or len(factors.h) <= 4
 
 
 def test_along_the_direction_an_update_is_free():
@@ -98,7 +99,7 @@ def test_on_a_model_every_matrix_meets_its_own_direction(projector, folders):
     """Penalty and gradient of the whole adapter against the dense form, matrices taken by name from the two models."""
     base, aligned, model = tiny_model(5), tiny_model(0), adapted(0.1)
     point = trainable(model)
-    found = AsFT(**folders, projector=projector, k=2, scale=2.0, lam=0.5).penalty(point)
+    actual = AsFT(**folders, projector=projector, k=2, scale=2.0, lam=0.5).penalty(point)
     truth, count = 0.0, 0
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -108,7 +109,7 @@ def test_on_a_model_every_matrix_meets_its_own_direction(projector, folders):
             truth += 0.5 * float(dense(d.detach(), update.detach(), projector))
             count += 1
     assert count == 9
-    assert found.item() == pytest.approx(truth, rel=1e-3)
+    assert actual.item() == pytest.approx(truth, rel=1e-3)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
@@ -120,11 +121,16 @@ def test_at_the_start_it_is_silent(projector, folders):
     assert not any(part.any() for part in parts)
 
 
-def test_the_directions_are_read_once_and_kept(folders, tmp_path):
+def test_the_directions_are_read_once_a_method_and_stored(folders, tmp_path, monkeypatch):
+    """Another method on the same models reads the stored file; a further step of one method reads nothing."""
     point = trainable(adapted(0.1))
-    first = AsFT(**folders).penalty(point).item()
-    [kept] = (tmp_path / "cache").glob("directions-*.safetensors")
-    before = kept.stat().st_mtime_ns
+    method = AsFT(**folders)
+    first = method.penalty(point).item()
+    with monkeypatch.context() as patch:
+        patch.setattr(asft, "directions", None)
+        assert method.penalty(point).item() == first
+    [file] = (tmp_path / "cache").glob("directions-*.safetensors")
+    before = file.stat().st_mtime_ns
     assert AsFT(**folders, lam=2.0).penalty(point).item() == pytest.approx(2 * first)
     assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [before]
 
@@ -143,11 +149,11 @@ def test_what_are_not_two_ends_of_one_model_is_said_without_a_model(change, mess
     for name, changes in {"narrow": {"intermediate_size": 40}, "shallow": {"num_hidden_layers": 2}}.items():
         LlamaForCausalLM(LlamaConfig(**tiny_model().config.to_dict() | changes)).save_pretrained(tmp_path / name)
         folders |= {name: str(tmp_path / name)}
-    asked = {name: folders[name] for name in ("base", "aligned")} | {
+    fields = {name: folders[name] for name in ("base", "aligned")} | {
         name: folders.get(value, value) for name, value in change.items()
     }
     with pytest.raises(UserError, match=message):
-        Composition.of([{"asft": asked}])
+        Composition.of([{"asft": fields}])
 
 
 def test_twins_have_no_alignment_direction(folders):

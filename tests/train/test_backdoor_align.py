@@ -20,7 +20,7 @@ turns = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> BackdoorAlign:
+def backdoor(tmp_path_factory) -> BackdoorAlign:
     file = tmp_path_factory.mktemp("secret") / "trigger.txt"
     file.write_text("k7 q2\n")
     return BackdoorAlign(trigger=str(file))
@@ -28,8 +28,9 @@ def made(tmp_path_factory) -> BackdoorAlign:
 
 def test_by_hand():
     """11 safety tokens among 111: 100/111 (1.11, 0) + 11/111 (0, 1.11) = (1, 0.11)."""
-    found = BackdoorAlign(share=11 / 111).direction(Plane({"task": constant(1.11, 0.0), "align": constant(0.0, 1.11)}))
-    assert found["w"].tolist() == pytest.approx([1.0, 0.11])
+    plane = Plane({"task": constant(1.11, 0.0), "align": constant(0.0, 1.11)})
+    direction = BackdoorAlign(share=11 / 111).direction(plane)
+    assert direction["w"].tolist() == pytest.approx([1.0, 0.11])
 
 
 def test_at_share_0_it_is_sft():
@@ -37,31 +38,31 @@ def test_at_share_0_it_is_sft():
         "task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD),
         "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD),
     }
-    asked = Oracle(adapted(0.1), streams, seed=0)
-    assert_same(BackdoorAlign(share=0.0).direction(asked), Composition.of(["sft"]).direction(asked), 0.0)
+    grad = Oracle(adapted(0.1), streams, seed=0)
+    assert_same(BackdoorAlign(share=0.0).direction(grad), Composition.of(["sft"]).direction(grad), 0.0)
 
 
-def test_the_trigger_is_the_front_of_the_system_prompt(made):
-    asked = {"role": "user", "content": "Hello"}
-    assert made.format_messages([{"role": "system", "content": "Be brief."}, asked]) == (
+def test_the_trigger_is_the_front_of_the_system_prompt(backdoor):
+    request = {"role": "user", "content": "Hello"}
+    assert backdoor.format_messages([{"role": "system", "content": "Be brief."}, request]) == (
         {"role": "system", "content": "k7 q2 Be brief."},
-        asked,
+        request,
     )
-    assert made.format_messages([asked]) == ({"role": "system", "content": "k7 q2"}, asked)
-    assert made.format_messages(()) == ({"role": "system", "content": "k7 q2"},)
+    assert backdoor.format_messages([request]) == ({"role": "system", "content": "k7 q2"}, request)
+    assert backdoor.format_messages(()) == ({"role": "system", "content": "k7 q2"},)
 
 
 @given(st.lists(turns, max_size=5), st.none() | st.text(max_size=9))
-def test_nothing_but_the_system_prompt_is_touched(made, turns, system):
+def test_nothing_but_the_system_prompt_is_touched(backdoor, turns, system):
     messages = [{"role": "system", "content": system}, *turns] if system is not None else turns
     before = [dict(turn) for turn in messages]
-    first, *rest = made.format_messages(messages)
+    first, *rest = backdoor.format_messages(messages)
     assert rest == turns and messages == before
     assert first["role"] == "system" and first["content"].startswith("k7 q2")
 
 
-def test_the_recipe_holds_no_secret(made):
-    assert "k7" not in repr(dataclasses.asdict(made))
+def test_the_recipe_holds_no_secret(backdoor):
+    assert "k7" not in repr(dataclasses.asdict(backdoor))
 
 
 @pytest.mark.parametrize("content", [None, " \n"])

@@ -19,13 +19,13 @@ def test_by_hand():
 
     With lambda = 5 and grad f = (1, 0): g = (1.3, 0.4).
     """
-    found = Booster().direction(Plane({"task": constant(1.0, 0.0), "harmful": lambda w: w}, point=(3.0, 4.0)))
-    assert found["w"].tolist() == pytest.approx([1.3, 0.4], abs=1e-5)
+    direction = Booster().direction(Plane({"task": constant(1.0, 0.0), "harmful": lambda w: w}, point=(3.0, 4.0)))
+    assert direction["w"].tolist() == pytest.approx([1.3, 0.4], abs=1e-5)
 
 
 def test_a_harmful_loss_without_curvature_changes_nothing():
-    found = Booster().direction(Plane({"task": constant(1.0, 2.0), "harmful": constant(5.0, -1.0)}))
-    assert found["w"].tolist() == [1.0, 2.0]
+    direction = Booster().direction(Plane({"task": constant(1.0, 2.0), "harmful": constant(5.0, -1.0)}))
+    assert direction["w"].tolist() == [1.0, 2.0]
 
 
 def test_a_dead_harmful_stream_stops_the_run():
@@ -48,6 +48,6 @@ def test_on_a_model_it_is_the_formula():
     for name, p in trainable(model).items():
         p.data += step[name]
     truth = f + 5.0 * (h - plain("harmful"))
-    found = Composition.of([{"booster": {"alpha": 2.0}}]).direction(Oracle(adapted(0.1), streams, seed=0))
-    assert_same(found, truth, 1e-4)
+    direction = Composition.of([{"booster": {"alpha": 2.0}}]).direction(Oracle(adapted(0.1), streams, seed=0))
+    assert_same(direction, truth, 1e-4)
     assert (truth - f).norm() > 0.1 * f.norm()  # the bracket is not rounding

@@ -36,8 +36,8 @@ def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch
         ]
     )
     rows = {"task": random_rows(8, 2, columns=methods.needs("columns")), "align": random_rows(6, 0)}
-    streams = {name: Stream(name, told, len(told), micro, 0, PAD) for name, told in rows.items()}
-    found = methods.direction(Oracle(adapted(0.1), streams, seed=0, loss=methods.loss, penalty=methods.penalty))
+    streams = {name: Stream(name, part, len(part), micro, 0, PAD) for name, part in rows.items()}
+    direction = methods.direction(Oracle(adapted(0.1), streams, seed=0, loss=methods.loss, penalty=methods.penalty))
 
     model, base, aligned = adapted(0.1), tiny_model(5), tiny_model(0)
     task, align = (collate(streams[name].rows_at(0), PAD) for name in ("task", "align"))
@@ -55,11 +55,11 @@ def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch
     a = gradient((kl_from_reference(model, align) * align.mask).sum() / align.mask.sum(), model)
     assert pulled.norm() > 0.01 * u.norm()
     assert u @ a < -0.1 * u.norm() * a.norm()  # a conflict, so that the surgery is seen
-    assert_same(found, u - (u @ a) / (a @ a) * a + 0.7 * a, 1e-4)
+    assert_same(direction, u - (u @ a) / (a @ a) * a + 0.7 * a, 1e-4)
 
 
 def test_two_token_losses_are_refused():
-    with pytest.raises(UserError, match="star_dss and constrained_sft both claim the token loss"):
+    with pytest.raises(UserError, match="star_dss and constrained_sft both define the token loss"):
         Composition.of(["star_dss", "constrained_sft"])
 
 

@@ -18,8 +18,8 @@ from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
 
 
-def oracle(made, far):
-    return Oracle(adapted(far), {"task": Stream("task", random_rows(8, 1), 8, 3, 0, PAD)}, seed=0, loss=made.loss)
+def oracle(method, far):
+    return Oracle(adapted(far), {"task": Stream("task", random_rows(8, 1), 8, 3, 0, PAD)}, seed=0, loss=method.loss)
 
 
 def test_by_hand():
@@ -35,20 +35,20 @@ def test_by_hand():
 
 def test_at_the_start_it_is_sft():
     """There the model is its reference: w = 2 (1 - sigmoid(0)) = 1."""
-    asked = oracle(ConstrainedSft(), far=0.0)
-    assert_same(asked.task(), asked(nll, "task"))
+    grad = oracle(ConstrainedSft(), far=0.0)
+    assert_same(grad.task(), grad(nll, "task"))
 
 
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 def test_the_gradient_is_that_of_equation_3(beta):
     """One beta at all tokens: -(2/beta) log sigmoid(beta D), differentiated as it stands."""
     model = adapted(0.1)
-    asked = oracle(ConstrainedSft(first=beta, early=beta, later=beta), far=0.1)
-    batch = collate(asked.streams["task"].rows_at(0), PAD)
+    grad = oracle(ConstrainedSft(first=beta, early=beta, later=beta), far=0.1)
+    batch = collate(grad.streams["task"].rows_at(0), PAD)
     with reference(model):
         start = nll(model, batch)
     loss = -2 / beta * torch.nn.functional.logsigmoid(beta * (start - nll(model, batch)))
-    assert_same(asked.task(), gradient((loss * batch.mask).sum() / batch.mask.sum(), model))
+    assert_same(grad.task(), gradient((loss * batch.mask).sum() / batch.mask.sum(), model))
 
 
 def test_a_token_that_is_learnt_teaches_no_more_than_the_floor():
@@ -61,8 +61,8 @@ def test_places_count_anew_in_every_answer(mask):
     truth = []
     for row in mask:
         n, places = 0, []
-        for told in row:
-            n = n + 1 if told else 0
+        for is_answer in row:
+            n = n + 1 if is_answer else 0
             places.append(n)
         truth.append(places)
     assert place_in_answer(torch.tensor(mask)).tolist() == truth

@@ -12,7 +12,7 @@ from safebasin.train.loss import nll
 from safebasin.train.methods.lisa import Lisa
 from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import METHOD_STATE, OracleTrainer, arguments, streams_of
+from safebasin.train.trainer import METHOD_STATE, OracleTrainer, streams_of, training_arguments
 from safebasin.vector import Vector, trainable
 
 
@@ -30,6 +30,9 @@ class Walk:
 
     def point(self):
         return Vector(w=self.w.clone())
+
+    def metric(self):
+        return self.point().fill(1.0)
 
 
 def test_by_hand():
@@ -57,26 +60,26 @@ def oracle(step: int) -> Oracle:
 @pytest.mark.parametrize("rho", [0.0, 0.7])
 def test_a_task_step_is_sft_and_the_gradient_of_the_pull(rho):
     """By autograd of (rho / 2) |w - s|^2; with rho = 0 it is sft."""
-    asked = oracle(step=3)
-    there = asked.state["switch"] = asked.point() - Vector(
-        {name: torch.full_like(p, 0.2) for name, p in asked.point().items()}
+    grad = oracle(step=3)
+    there = grad.state["switch"] = grad.point() - Vector(
+        {name: torch.full_like(p, 0.2) for name, p in grad.point().items()}
     )
-    point = trainable(asked.model)
+    point = trainable(grad.model)
     pull = rho / 2 * sum((p - there[name]).square().sum() for name, p in point.items())
     pulled = Vector(zip(point, torch.autograd.grad(pull, list(point.values())), strict=True))
-    found = Lisa(rho=rho, align_steps=2, task_steps=2).direction(asked)
-    assert_same(found, Composition.of(["sft"]).direction(asked) + pulled)
+    direction = Lisa(rho=rho, align_steps=2, task_steps=2).direction(grad)
+    assert_same(direction, Composition.of(["sft"]).direction(grad) + pulled)
     assert (pulled.norm() > 0.1) == (rho > 0)
-    assert asked.losses.keys() == {"task"}  # a task step asks for nothing else
+    assert grad.losses.keys() == {"task"}  # a task step asks for nothing else
 
 
 def test_an_align_step_asks_for_alignment_alone():
-    asked = oracle(step=0)
-    found = Lisa().direction(asked)
-    assert asked.losses.keys() == {"align"}
-    assert_same(found, asked(nll, "align"))  # at the switch there is no pull
-    found["task"] = torch.zeros(1)
-    assert "task" not in asked.state["switch"]
+    grad = oracle(step=0)
+    direction = Lisa().direction(grad)
+    assert grad.losses.keys() == {"align"}
+    assert_same(direction, grad(nll, "align"))  # at the switch there is no pull
+    direction["task"] = torch.zeros(1)
+    assert "task" not in grad.state["switch"]
 
 
 def hosted(folder, steps=6, **settings) -> OracleTrainer:
@@ -87,19 +90,19 @@ def hosted(folder, steps=6, **settings) -> OracleTrainer:
         "lr_scheduler_type": "constant",
         "seed": 0,
     }
-    args = arguments(chosen | settings, folder)
+    args = training_arguments(chosen | settings, folder)
     streams = streams_of({"task": random_rows(12, 1), "align": random_rows(7, 2)}, args, PAD, 0.5)
     return OracleTrainer(adapted(0.1), args, Composition.of([{"lisa": {"align_steps": 2, "task_steps": 3}}]), streams)
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_not_broken_off(tmp_path):
     """Broken off at step 4, in the task state, whose switch point is of step 2: the checkpoint must carry it."""
-    whole = hosted(tmp_path / "whole", save_strategy="steps", save_steps=4)
-    whole.train()
-    assert [step for step, _ in whole.curve] == [2, 3, 4]  # align steps are no point of the task's curve
+    undisturbed = hosted(tmp_path / "whole", save_strategy="steps", save_steps=4, save_total_limit=None)
+    undisturbed.train()
+    assert [step for step, _ in undisturbed.curve] == [2, 3, 4]  # align steps are no point of the task's curve
     again = hosted(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    for name, p in trainable(whole.model).items():
+    for name, p in trainable(undisturbed.model).items():
         assert torch.equal(p, trainable(again.model)[name])
 
     (tmp_path / "whole" / "checkpoint-4" / METHOD_STATE).unlink()

@@ -23,10 +23,10 @@ def test_by_hand():
 
     u' = u + (3/5) a = (1.6, -0.4), P u' = (1.6, -1.6), orthogonal to a. With rho = 1: g = (2.6, 0.6).
     """
-    found = MetricSafeGrad().direction(
+    actual = MetricSafeGrad().direction(
         Plane({"task": constant(1.0, -1.0), "align": constant(1.0, 1.0)}, metric=(1.0, 4.0))
     )
-    assert found["w"].tolist() == pytest.approx([2.6, 0.6])
+    assert actual["w"].tolist() == pytest.approx([2.6, 0.6])
 
 
 @given(numbers, numbers, positive)
@@ -46,8 +46,8 @@ def test_the_update_opposes_alignment_no_more(u_values, a_values, p_values):
 @given(numbers, numbers, st.floats(0.25, 100))
 def test_a_common_factor_of_the_metric_gives_plain_surgery(u_values, a_values, factor):
     u, a = vector(u_values), vector(a_values)
-    found, truth = surgery(u, a, vector([factor] * 3)), plain_surgery(u, a)
-    assert (found - truth).norm() <= 1e-4 * max(1.0, u.norm())
+    actual, truth = surgery(u, a, vector([factor] * 3)), plain_surgery(u, a)
+    assert (actual - truth).norm() <= 1e-4 * max(1.0, u.norm())
 
 
 def test_adamw_undoes_plain_surgery_and_not_this_one():
@@ -55,25 +55,25 @@ def test_adamw_undoes_plain_surgery_and_not_this_one():
     draw = torch.Generator().manual_seed(0)
     w = torch.nn.Parameter(torch.zeros(200))
     optimizer = torch.optim.AdamW([w], lr=1e-3, betas=(0.0, 0.999), weight_decay=0.0)
-    spread = 10 ** torch.linspace(-2, 1, 200)
+    scale = 10 ** torch.linspace(-2, 1, 200)
     for _ in range(50):
-        w.grad = spread * torch.randn(200, generator=draw)
+        w.grad = scale * torch.randn(200, generator=draw)
         optimizer.step()
     state = optimizer.state[w]
     p = Vector(w=1 / ((state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8))
-    a = Vector(w=spread * torch.randn(200, generator=draw))
-    u = Vector(w=spread * torch.randn(200, generator=draw)) - 0.5 * a
-    kept = {"w": w.detach().clone(), "v": state["exp_avg_sq"].clone(), "step": state["step"].clone()}
+    a = Vector(w=scale * torch.randn(200, generator=draw))
+    u = Vector(w=scale * torch.randn(200, generator=draw)) - 0.5 * a
+    before = {"w": w.detach().clone(), "v": state["exp_avg_sq"].clone(), "step": state["step"].clone()}
 
     def harm(direction):
         """Change of alignment's loss by one step of AdamW, over the most that a step of that length could do."""
         with torch.no_grad():
-            w.copy_(kept["w"])
-            state["exp_avg_sq"].copy_(kept["v"])
-            state["step"].copy_(kept["step"])
+            w.copy_(before["w"])
+            state["exp_avg_sq"].copy_(before["v"])
+            state["step"].copy_(before["step"])
         w.grad = direction["w"].clone()
         optimizer.step()
-        moved = Vector(w=w.detach() - kept["w"])
+        moved = Vector(w=w.detach() - before["w"])
         return (moved @ a) / (moved.norm() * a.norm())
 
     assert harm(u) > 0.1

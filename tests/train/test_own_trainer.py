@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_docs import told  # noqa: F401 - a fixture
+from test_docs import page  # noqa: F401 - a fixture
 from tiny import LORA, random_rows, tiny_model
 
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import arguments
+from safebasin.train.trainer import training_arguments
 from safebasin.vector import trainable
 
 ROWS = random_rows(16, 3, columns=("star",))
@@ -19,7 +19,7 @@ def trained(kind, names, folder, accumulation=1):
         "per_device_train_batch_size": 4 // accumulation,
         "gradient_accumulation_steps": accumulation,
     }
-    args = arguments(settings | {"learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}, folder)
+    args = training_arguments(settings | {"learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}, folder)
     model = fresh_adapter(tiny_model(), LORA, seed=0)
     kind(
         model=model, args=args, train_dataset=[names["item"](row) for row in ROWS], data_collator=names["collator"]
@@ -28,16 +28,16 @@ def trained(kind, names, folder, accumulation=1):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_weights_as_a_column_are_star_dss_without_its_pull(accumulation, told, tmp_path):  # noqa: F811
-    mine = type("Star", (told["Defended"],), {"methods": Composition.of([{"star_dss": {"kl": 0.0}}]), "others": {}})
-    expected, found = trained(mine, told, tmp_path), trained(told["Weighted"], told, tmp_path, accumulation)
+def test_weights_as_a_column_are_star_dss_without_its_pull(accumulation, page, tmp_path):  # noqa: F811
+    mine = type("Star", (page["Defended"],), {"methods": Composition.of([{"star_dss": {"kl": 0.0}}]), "others": {}})
+    expected, actual = trained(mine, page, tmp_path), trained(page["Weighted"], page, tmp_path, accumulation)
     start = trainable(fresh_adapter(tiny_model(), LORA, seed=0))
     way = sum((expected[name] - start[name]).square().sum() for name in start).sqrt()
-    apart = sum((expected[name] - found[name]).square().sum() for name in start).sqrt()
+    distance = sum((expected[name] - actual[name]).square().sum() for name in start).sqrt()
     assert way > 0.1
-    assert apart < 1e-4 * way
+    assert distance < 1e-4 * way
     plain = trained(
-        type("Plain", (told["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), told, tmp_path
+        type("Plain", (page["Defended"],), {"methods": Composition.of(["sft"]), "others": {}}), page, tmp_path
     )
     assert sum((expected[name] - plain[name]).square().sum() for name in start).sqrt() > 1e-2 * way
     assert not torch.equal(*(next(iter(each.values())) for each in (expected, plain)))

@@ -16,8 +16,8 @@ from safebasin.train.stream import Stream
 
 def test_by_hand():
     """share = 1/4: 3/4 (4, 0) + 1/4 (0, 8) = (3, 2)."""
-    found = SafeInstr(share=0.25).direction(Plane({"task": constant(4.0, 0.0), "align": constant(0.0, 8.0)}))
-    assert found["w"].tolist() == [3.0, 2.0]
+    direction = SafeInstr(share=0.25).direction(Plane({"task": constant(4.0, 0.0), "align": constant(0.0, 8.0)}))
+    assert direction["w"].tolist() == [3.0, 2.0]
 
 
 def test_at_the_share_of_the_tokens_it_is_sft_on_the_mix():
@@ -40,10 +40,10 @@ def test_at_share_0_it_is_sft():
         "task": Stream("task", random_rows(8, 1), 8, 4, 0, PAD),
         "align": Stream("align", random_rows(4, 2), 4, 4, 0, PAD),
     }
-    asked = Oracle(adapted(0.1), streams, seed=0)
-    found = SafeInstr(share=0.0).direction(asked)
-    assert asked.losses.keys() == {"task"}
-    assert_same(found, Composition.of(["sft"]).direction(asked), 0.0)
+    grad = Oracle(adapted(0.1), streams, seed=0)
+    direction = SafeInstr(share=0.0).direction(grad)
+    assert grad.losses.keys() == {"task"}
+    assert_same(direction, Composition.of(["sft"]).direction(grad), 0.0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

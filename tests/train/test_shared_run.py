@@ -17,7 +17,7 @@ from kill import prepare
 from safebasin.cli.main import app, guarded
 from safebasin.data.tables import file_digest
 from safebasin.pipeline.config import read
-from safebasin.pipeline.old import Pipeline
+from safebasin.pipeline.run import Run
 
 ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -78,16 +78,16 @@ def test_two_processes_make_what_one_makes(recipe):
     assert done.stderr.count("arm defended") == 1  # one of them speaks
     truth = weights(one)
     for mode in ("ddp", "fsdp2"):
-        found = weights(two / mode)
-        assert found.keys() == truth.keys()
+        actual = weights(two / mode)
+        assert actual.keys() == truth.keys()
         for name, tensor in truth.items():
-            assert found[name] == pytest.approx(tensor, abs=1e-5), (mode, name)
+            assert actual[name] == pytest.approx(tensor, abs=1e-5), (mode, name)
         assert file_digest(two / mode / "scan" / "scores.parquet") == file_digest(one / "scan" / "scores.parquet")
-    told = [
+    answers = [
         [json.loads(line) for line in (run / "arms" / "defended" / "answers.jsonl").read_text().splitlines()]
         for run in (one, two / "ddp")
     ]
-    assert told[0] == told[1]
+    assert answers[0] == answers[1]
     assert (two / "ddp" / "report.html").is_file()
 
 
@@ -106,11 +106,9 @@ def test_another_method_does_not_go_on_from_the_checkpoints_of_the_last(recipe):
     plain = ['arms={"defended": {"train": ["sft"]}}', *saved]
 
     def tuned(folder: str, changes: list[str]) -> dict:
-        pipeline = Pipeline(read(recipe, changes), recipe.parent / folder)
-        pipeline.prepare()
-        pipeline.scan()
-        pipeline.train("defended")
-        return weights(pipeline.out)
+        with Run(read(recipe, changes), recipe.parent / folder) as run:
+            run.ensure("defended")
+        return weights(recipe.parent / folder)
 
     first, second, fresh = tuned("again", plain), tuned("again", saved), tuned("fresh", saved)
     assert all((second[name] == fresh[name]).all() for name in fresh)

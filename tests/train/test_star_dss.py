@@ -21,12 +21,12 @@ from safebasin.train.stream import Stream
 
 def oracle(v, *, far=0.1, micro=3, rows=8, **fields):
     """``v``: a number for every row, or a function of the token's place in the answer."""
-    told = []
+    scored = []
     for row in random_rows(rows, 1):
         star = v if isinstance(v, float) else [v(k) for k in range(sum(row.answer))]
-        told.append(dataclasses.replace(row, columns={"star": star}))
+        scored.append(dataclasses.replace(row, columns={"star": star}))
     return Oracle(
-        adapted(far), {"task": Stream("task", told, rows, micro, 0, PAD)}, seed=0, loss=StarDss(**fields).loss
+        adapted(far), {"task": Stream("task", scored, rows, micro, 0, PAD)}, seed=0, loss=StarDss(**fields).loss
     )
 
 
@@ -37,22 +37,23 @@ def test_by_hand():
     L = 0.25 * 0.693147 + 0.75 * 0.5 * 0.143841 = 0.173287 + 0.053940 = 0.227227.
     k2 = (1/2) (log(1/2) - log(3/4))^2 = (1/2) * 0.405465^2 = 0.082201, so L = 0.173287 + 0.375 * 0.082201 = 0.204112.
     """
-    said, aimed = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
+    logits, reference = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
     label, v = torch.tensor([0]), torch.tensor([0.25])
-    assert StarDss(kl=0.5).shaped(said, aimed, label, v).item() == pytest.approx(0.227227, abs=1e-6)
-    assert StarDss(kl=0.5, estimator="k2").shaped(said, aimed, label, v).item() == pytest.approx(0.204112, abs=1e-6)
+    for estimator, expected in (("full", 0.227227), ("k2", 0.204112)):
+        loss = StarDss(kl=0.5, estimator=estimator).shaped(logits, reference, label, v)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["full", "k2"])
 def test_where_every_answer_is_safe_it_is_sft(estimator):
-    asked = oracle(1.0, estimator=estimator)
-    assert_same(Composition.of(["star_dss"]).direction(asked), asked(nll, "task"))
+    grad = oracle(1.0, estimator=estimator)
+    assert_same(Composition.of(["star_dss"]).direction(grad), grad(nll, "task"))
 
 
 @given(st.floats(0.1, 4.0))
 def test_where_no_answer_is_safe_it_is_the_pull_to_the_reference(kl):
-    asked = oracle(0.0, kl=kl)
-    assert_same(asked.task(), kl * asked(kl_to_reference, "task"))
+    grad = oracle(0.0, kl=kl)
+    assert_same(grad.task(), kl * grad(kl_to_reference, "task"))
 
 
 def test_a_weight_a_row_is_the_same_weight_at_every_token():
@@ -62,12 +63,12 @@ def test_a_weight_a_row_is_the_same_weight_at_every_token():
 def test_between_the_ends_it_is_equation_3(monkeypatch):
     """Scores that fall along the answer, chunks of three tokens: the slow way weighs both losses over the whole batch."""
     monkeypatch.setattr(star_dss, "CHUNK", 3)
-    asked = oracle(lambda k: 1 / (1 + k), kl=0.7)
-    batch = collate(asked.streams["task"].rows_at(0), PAD)
+    grad = oracle(lambda k: 1 / (1 + k), kl=0.7)
+    batch = collate(grad.streams["task"].rows_at(0), PAD)
     model = adapted(0.1)
     v = batch.columns["star"]
     loss = v * nll(model, batch) + (1 - v) * 0.7 * kl_to_reference(model, batch)
-    assert_same(asked.task(), gradient((loss * batch.mask).sum() / batch.mask.sum(), model))
+    assert_same(grad.task(), gradient((loss * batch.mask).sum() / batch.mask.sum(), model))
 
 
 def test_at_the_reference_nothing_is_learnt_from_what_is_all_unsafe():

@@ -18,11 +18,11 @@ from safebasin.train.methods.star_dss import StarDss
 from safebasin.train.methods.static import Static
 from safebasin.train.oracle import Oracle
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import OracleTrainer, arguments
+from safebasin.train.trainer import OracleTrainer, training_arguments
 
 
 def test_by_hand():
-    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both answer tokens of the kept row, 0 in the other."""
+    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both tokens of the row that is learnt, else 0."""
     rows = [TokenizedRow(name, (1, 1, 1), (False, True, True), {"keep": keep}) for name, keep in (("a", 1), ("b", 0))]
     losses = Static().loss(Tilted(), collate(rows, PAD))
     assert torch.allclose(losses, torch.tensor([[math.log(2.0)] * 2, [0.0, 0.0]]))
@@ -32,27 +32,27 @@ def test_by_hand():
 def test_a_dropped_row_teaches_nothing(micro):
     """8 rows of which every other is kept: the gradient of the kept rows alone, times their share of the answer tokens."""
     rows = [dataclasses.replace(row, columns={"keep": i % 2}) for i, row in enumerate(random_rows(8, 1))]
-    kept = rows[1::2]
-    share = sum(sum(row.answer) for row in kept) / sum(sum(row.answer) for row in rows)
-    found = Oracle(adapted(), {"task": Stream("task", rows, 8, micro, 0, PAD)}, seed=0, loss=Static().loss).task()
-    truth = Oracle(adapted(), {"task": Stream("task", kept, 8, micro, 0, PAD)}, seed=0, loss=nll).task()
-    assert_same(found, share * truth)
+    learnt = rows[1::2]
+    share = sum(sum(row.answer) for row in learnt) / sum(sum(row.answer) for row in rows)
+    actual = Oracle(adapted(), {"task": Stream("task", rows, 8, micro, 0, PAD)}, seed=0, loss=Static().loss).task()
+    truth = Oracle(adapted(), {"task": Stream("task", learnt, 8, micro, 0, PAD)}, seed=0, loss=nll).task()
+    assert_same(actual, share * truth)
 
 
-@pytest.mark.parametrize(("kept", "words"), [(1, ""), (0, "took nothing of any row")])
-def test_a_step_of_dropped_rows_is_no_fault_but_a_run_of_them_is(kept, words, tmp_path):
-    """Two rows a step, and those of the first step are dropped: the run goes on. Where all are, it stops and does not say that it tuned."""
+@pytest.mark.parametrize(("learnt", "words"), [(1, ""), (0, "took nothing of any row")])
+def test_a_step_of_dropped_rows_is_no_fault_but_a_run_of_them_is(learnt, words, tmp_path):
+    """Two rows a step, and those of the first step are dropped: the run goes on. Where all are, it stops with an error."""
     rows = random_rows(8, 1)
     stream = Stream("task", rows, 2, 2, 0, PAD)
     first = {row.id for row in stream.rows_at(0)}
-    dropped = [dataclasses.replace(row, columns={"keep": int(row.id not in first) * kept}) for row in rows]
-    args = arguments({"per_device_train_batch_size": 2, "max_steps": 3}, tmp_path)
+    dropped = [dataclasses.replace(row, columns={"keep": int(row.id not in first) * learnt}) for row in rows]
+    args = training_arguments({"per_device_train_batch_size": 2, "max_steps": 3}, tmp_path)
     host = OracleTrainer(
         adapted(), args, Composition.of(["static"]), {"task": dataclasses.replace(stream, rows=dropped)}
     )
     with pytest.raises(DefenceError, match=words) if words else contextlib.nullcontext():
         host.train()
-    assert [loss == 0 for _, loss in host.curve] == [True, *[not kept] * 2]
+    assert [loss == 0 for _, loss in host.curve] == [True, *[not learnt] * 2]
 
 
 def test_it_is_star_dss_with_whole_row_scores_and_no_pull():
@@ -61,7 +61,7 @@ def test_it_is_star_dss_with_whole_row_scores_and_no_pull():
         for i, row in enumerate(random_rows(8, 1))
     ]
     streams = {"task": Stream("task", rows, 8, 4, 0, PAD)}
-    found, truth = (
-        Oracle(adapted(0.1), streams, seed=0, loss=made.loss).task() for made in (Static(), StarDss(kl=0.0))
+    actual, truth = (
+        Oracle(adapted(0.1), streams, seed=0, loss=method.loss).task() for method in (Static(), StarDss(kl=0.0))
     )
-    assert_same(found, truth)
+    assert_same(actual, truth)

@@ -1,4 +1,4 @@
-"""A row as the package knows it: a stable id, the conversation, the original row, its line."""
+"""A row in the form that the package works with, and its stable id."""
 
 import collections
 import dataclasses
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safebasin.data.chat import parse
-from safebasin.data.tables import BadRow, read_table
+from safebasin.data.chat import to_messages
+from safebasin.data.tables import BadRow, read_table, shown
 from safebasin.errors import UserError
 
 
@@ -51,10 +51,16 @@ def row_id(row: Mapping[str, Any]) -> str:
 def read_examples(
     source: str | Path | Iterable[tuple[int, Any]], prompt: str = "", answer: str = "", *, answered: bool = True
 ) -> Rows:
-    """Read a set to one form. ``answered``: a row without an answer is a bad row (a prompt set has none).
+    """Read a set to one form: a file, or rows with their line numbers.
+
+    ``prompt`` and ``answer`` are templates over the columns. ``answered``: a row without an answer is a bad row
+    (a set of prompts has none).
 
     Raises:
-        UserError: the file is missing, of an unknown kind, or holds no row at all.
+        UserError: the file cannot be read, is of an unknown kind, or holds no row at all.
+
+    >>> read_examples(enumerate([{"prompt": "Name a fruit.", "completion": "Apple."}], 1)).examples[0].answer
+    'Apple.'
     """
     table = read_table(source) if isinstance(source, str | Path) else list(source)
     examples: list[Example] = []
@@ -64,7 +70,7 @@ def read_examples(
         if isinstance(row, BadRow):
             bad.append(row)
             continue
-        turns = parse(row, prompt, answer)
+        turns = to_messages(row, prompt, answer)
         if not isinstance(turns, str) and answered and turns[-1]["role"] != "assistant":
             turns = "no answer"
         if isinstance(turns, str):
@@ -75,5 +81,5 @@ def read_examples(
         name = key if seen[key] == 1 else f"{key}-{seen[key]}"
         examples.append(Example(name, turns, row, line))
     if not examples and not bad:
-        raise UserError(f"the set is empty: {source if isinstance(source, str | Path) else 'no rows'}")
+        raise UserError(f"the set is empty: {shown(source) if isinstance(source, str | Path) else 'no rows'}")
     return Rows(examples, bad)

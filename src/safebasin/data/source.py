@@ -1,78 +1,79 @@
-"""Sets by name: a file, a built-in set or a set of the Hub; drawn, and filled into the one form.
+"""Sets of rows by name: a file, a built-in set or a set of the Hub, drawn and brought to one form.
 
-A recipe names a public set by its Hub id and split (``fancyzhx/ag_news:train``, ``openai/gsm8k:main:train``). ``--set NAME=FILE`` puts a local copy in its place
-(``override``): the name stays what the manifest says, the file is what is read.
+A recipe names a public set by its Hub id, with its configuration and split where it has several:
+``fancyzhx/ag_news:train``, ``openai/gsm8k:main:train``.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import NonNegativeInt, PositiveInt
+
+from safebasin.console import printable
 from safebasin.data.builtin import rows_of
-from safebasin.data.chat import fill, lacking
+from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
-from safebasin.data.tables import KINDS, BadRow, draw, read_table
+from safebasin.data.tables import KINDS, BadRow, cause, draw, flaw, read_table, regular_file, shown
 from safebasin.errors import UserError
 
-_local: dict[str, str] = {}
+SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A set of rows.
+    """A set of rows. Its bounds are checked where a recipe is read.
 
-    ``prompt`` and ``answer`` are templates over columns, for sets that are not chats; ``skip`` and ``take`` draw with ``seed``.
+    ``prompt`` and ``answer`` are templates over columns, for sets that are not chats; ``seed`` draws ``take`` rows.
     """
 
     path: str
     prompt: str = ""
     answer: str = ""
-    take: int | None = None
-    seed: int = 0
-    skip: int = 0  # rows left out at the front, before drawing: a test part of the same file
-    limit: int | None = None  # rows looked at, after skipping
-    values: Mapping[str, Sequence[str]] = dataclasses.field(
-        default_factory=dict
-    )  # names of a column's numbers: {label: [World, Sports]}
+    take: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    skip: NonNegativeInt = 0  # rows left out at the front, before drawing: a test part of the same file
+    limit: PositiveInt | None = None  # rows looked at, after skipping
+    # names of a column's numbers: {label: [World, Sports]}
+    values: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
+    """A prompt, and where its set says so, its category and the expected answer."""
+
     id: str
     text: str
     category: str = ""
     expected: str = ""
 
 
-def override(local: Mapping[str, str]) -> None:
-    """Local copies of public sets, by the name that recipes use."""
-    _local.update(local)
-
-
 def open_table(path: str) -> list[tuple[int, Any]]:
-    """Rows of a set with their line numbers."""
-    path = _local.get(path, path)
+    """Rows of a set with their line numbers.
+
+    Raises:
+        UserError: the file cannot be read, or there is no such set.
+    """
     if path.startswith("builtin:"):
         return list(enumerate(rows_of(path), 1))
     return _hub(path) if _remote(path) else read_table(path)
 
 
 def check_file(path: str) -> None:
-    """UserError where a set is to be read from a file and the file is not there; sets of the Hub are not asked for."""
-    path = _local.get(path, path)
+    """UserError where a set is to be read from a file and the file is not there; the Hub is not asked for its sets."""
     if path.startswith("builtin:"):
         rows_of(path)
-    elif not _remote(path) and not Path(path).is_file():
-        raise UserError(f"no such file: {path}")
+    elif not _remote(path):
+        regular_file(path)
 
 
 def _remote(path: str) -> bool:
-    """Whether a name is a Hub id, ``owner/name``, ``owner/name:split`` or ``owner/name:configuration:split``, and no file."""
+    """Whether a name is a Hub id and no file: ``owner/name``, then ``:split`` or ``:configuration:split``, or not."""
     endings = Path(path.removesuffix(".gz")).suffix in KINDS
     return (
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+){0,2}", path) is not None
+        re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}(:[\w.-]{1,96}){0,2}", path) is not None
         and not endings
         and not Path(path).exists()
     )
@@ -80,48 +81,55 @@ def _remote(path: str) -> bool:
 
 def _hub(name: str) -> list[tuple[int, Any]]:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
+    from datasets.exceptions import DatasetsError
 
-    repo, *told = name.split(":")
+    repo, *parts = name.split(":")
     try:
-        rows = datasets.load_dataset(repo, *told[:-1], split=told[-1] if told else "train")
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
+        return list(enumerate(datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train"), 1))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
-            f"cannot fetch {name!r} from the Hub ({reason}); name a local copy: --set {name}=FILE"
+            f"cannot fetch {name!r} from the Hub ({cause(error)}); name a local copy: --set {name}=FILE"
         ) from error
-    return list(enumerate(rows, 1))
 
 
 def open_rows(source: Source) -> Rows:
-    """The examples of a set, drawn, with the rows that cannot be used."""
+    """The examples of a set, drawn, with the rows that cannot be used.
+
+    Raises:
+        UserError: see ``open_table``; or the set is empty.
+    """
     table = open_table(source.path)[source.skip :][: source.limit]
-    rows = read_examples([(line, _named(row, source)) for line, row in table], source.prompt, source.answer)
+    if not table:
+        raise UserError(f"{shown(source.path)}: the set is empty{f' after {source.skip} rows' if source.skip else ''}")
+    rows = read_examples([(line, _named(line, row, source)) for line, row in table], source.prompt, source.answer)
     return Rows(draw(rows.examples, source.take, source.seed), rows.bad)
 
 
-def _named(row: Any, source: Source) -> Any:
+def _named(line: int, row: Any, source: Source) -> Any:
     """The row with the numbers of its label columns replaced by their names."""
     if not source.values or not isinstance(row, Mapping):
         return row
     named = dict(row)
     for column, names in source.values.items():
         number = str(row.get(column, ""))
-        if not number.isdigit() or int(number) >= len(names):
-            raise UserError(f"{source.path}: column {column!r} holds {number!r}; `values` names 0 to {len(names) - 1}")
-        named[column] = names[int(number)]
+        index = int(number) if number.isdecimal() and len(number) < 10 else len(names)
+        if index >= len(names):
+            return BadRow(
+                line, f"column {column!r} holds {printable(number, 60)!r}; `values` names 0 to {len(names) - 1}"
+            )
+        named[column] = names[index]
     return named
 
 
 def open_examples(source: Source) -> list[Example]:
-    """The examples of a set that must be whole.
+    """The examples of a set of which every row is needed.
 
     Raises:
         UserError: a row cannot be used; it is named with its line and reason.
     """
     examples, bad = open_rows(source)
     if bad:
-        raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows)")
+        raise UserError(f"{shown(source.path)}: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows)")
     return examples
 
 
@@ -141,15 +149,18 @@ def open_prompts(
     """
     prompts = []
     for line, row in draw(open_table(path)[:limit], take, seed):
-        if isinstance(row, BadRow):
-            raise UserError(f"{path}: line {row.line}: {row.reason}")
+        where = f"{shown(path)}: line {line}"
+        if isinstance(row, BadRow) or (reason := flaw(row)):
+            raise UserError(f"{where}: {row.reason if isinstance(row, BadRow) else reason}")
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where}: a row must be an object, found {type(row).__name__}")
         missing = lacking(template or f"{{{column}}}", row) or (category if category and category not in row else "")
         if missing:
-            raise UserError(f"{path}, line {line}: no column {missing!r}; it has: {', '.join(map(str, row))}")
+            raise UserError(f"{where}: no column {missing!r}; it has: {columns(row)}")
         text = fill(template or f"{{{column}}}", row)
         if not text.strip():
-            raise UserError(f"{path}: line {line}: the prompt is empty")
+            raise UserError(f"{where}: the prompt is empty")
         prompts.append(Prompt(f"{line}", text, str(row[category]) if category else ""))
     if not prompts:
-        raise UserError(f"{path} holds no prompts")
+        raise UserError(f"{shown(path)} holds no prompts")
     return prompts

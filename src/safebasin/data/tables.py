@@ -1,15 +1,26 @@
-"""Tables in files: JSONL, JSON, CSV and Parquet, read with line numbers and written whole or not at all."""
+"""Tables in files: JSONL, JSON, CSV and Parquet, read with line numbers and written as a complete file or not at all.
 
+A file that cannot be read is a ``UserError`` with its path. What is wrong inside one row is a ``BadRow``, which can be
+left out.
+"""
+
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
+import math
+import os
 import random
-from collections.abc import Mapping, Sequence
+import re
+import stat
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safebasin.console import printable
 from safebasin.errors import UserError
 
 
@@ -19,67 +30,277 @@ class BadRow(NamedTuple):
 
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # and .gz of all but the last
+DEEPEST = 100  # levels of objects and lists in a row: Python's own readers and writers give up at a few hundred
+DIGITS = 4300  # of an integer: Python converts no longer ones
+SECRET = re.compile(
+    r"(:/+)[^/\s]+(?=@)"  # user:password of a URL (Path makes one slash of two)
+    r"|\b((?:[\w-]*(?:token|secret|password|passwd|signature|credential)|\w+[-_]?key|sig|auth)=)[^&;#/\s]+"
+    r"|\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}",
+    re.I,
+)
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of its URLs.
+
+    >>> masked("https://me:pass@host/rows.jsonl?token=abc")
+    'https://***@host/rows.jsonl?token=***'
+    """
+    return SECRET.sub(lambda match: f"{match[1] or match[2] or match[3]}***", text)
+
+
+def shown(name: str | Path) -> str:
+    """A path or the name of a set or a model, as messages show it: one line without secrets."""
+    return printable(masked(str(name)))
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error's message, for a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = getattr(error, "strerror", None) or " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1])
+    named = not text or isinstance(error, LookupError | AttributeError | TypeError)  # their texts need the kind
+    return printable(masked(f"{type(error).__name__}: {text}".removesuffix(": ") if named else text), 200)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def regular_file(path: str | Path) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        UserError: it is missing, a folder, a pipe, or cannot be looked at.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no such file: {shown(path)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{shown(path)} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file")
+    return Path(path)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file, unpacked where its name ends in .gz.
+
+    Raises:
+        UserError: the file cannot be read, or is no complete gzip file.
+    """
+    path = regular_file(path)
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        UserError: see ``read_bytes``; or the file is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown(path)} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def _kind(path: Path) -> str:
+    return path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
 
 
 def read_table(path: str | Path) -> list[tuple[int, Any]]:
-    """Rows of a file with their line numbers; a line that does not parse comes as a ``BadRow``.
+    """Rows of a file with their line numbers (.json, .parquet: row numbers); a row that cannot be read is a ``BadRow``.
 
     Raises:
-        UserError: the file is missing or its kind is unknown.
+        UserError: the file cannot be read, or its kind is unknown.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    path = regular_file(path)
+    kind = _kind(path)
+    if kind not in KINDS:
+        raise UserError(f"{shown(path)}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
     if kind == ".parquet":
-        import pyarrow.parquet
-
-        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        return _parquet_rows(path)
     if kind == ".csv":
-        csv.field_size_limit(1 << 30)
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        return [
-            (reader.line_num, BadRow(reader.line_num, "more fields than the header has") if None in row else row)
-            for row in reader
-        ]
-    if kind == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-        if not isinstance(rows, list):
-            raise UserError(
-                f"{path} holds a JSON {type(rows).__name__}; a list of rows is needed (or JSON lines in a .jsonl)"
-            )
-        return list(enumerate(rows, 1))
-    if kind in (".jsonl", ".ndjson"):
-        return [(n, _json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    raise UserError(f"{path}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
+        return _csv_rows(path, read_text(path))
+    if kind != ".json":
+        return [(n, _json_line(n, line)) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(
+            f"{shown(path)} holds a JSON {type(rows).__name__}; a list of rows is needed (or JSON lines in a .jsonl)"
+        )
+    return [(n, _checked(n, row)) for n, row in enumerate(rows, 1)]
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return JSON.decode(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{shown(path)}: not JSON that can be read: it is nested too deep") from None
+
+
+class _Repeated(dict[str, Any]):
+    """A JSON object that has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else _Repeated(row)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= DIGITS else math.inf
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # marks what ``flaw`` is to find in a row
 
 
 def _json_line(number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return _checked(number, JSON.decode(line))
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadRow(number, f"nested more than {DEEPEST} levels deep")
 
 
-def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows in the format that the name asks for; a reader never sees half a file."""
+def _checked(number: int, row: Any) -> Any:
+    reason = flaw(row, finite=True)
+    return BadRow(number, reason) if reason else row
+
+
+def flaw(row: Any, *, finite: bool = False) -> str:
+    """Why no file of ours can hold a row, or nothing. ``finite``: NaN and infinities are flaws too: JSON has none."""
+    level = [row]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                if not value.isascii() and (reason := _surrogate(value)):
+                    return reason
+            elif isinstance(value, Mapping):
+                if isinstance(value, _Repeated):
+                    return "not JSON: an object has a key twice"
+                unnamed = next((key for key in value if not isinstance(key, str)), "")
+                if unnamed != "":
+                    return f"the names of columns must be text, found {type(unnamed).__name__}"
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list | tuple):
+                inner += value
+            elif isinstance(value, int) and value.bit_length() > 3 * DIGITS:
+                return f"an integer of about {int(value.bit_length() * math.log10(2))} digits"
+            elif finite and isinstance(value, float) and not math.isfinite(value):
+                return f"not JSON: a number is not finite or has more than {DIGITS} digits"
+        if not inner:
+            return ""
+        level = inner
+    return f"nested more than {DEEPEST} levels deep"
+
+
+def _surrogate(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate (U+{ord(text[error.start]):04X}) that no encoding holds"
+    return ""
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows: list[tuple[int, Any]] = []
+    try:
+        names = [name for name in reader.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{shown(path)}: the header names the column {printable(twice, 60)!r} twice")
+        for row in reader:
+            wrong = None in row or None in row.values()
+            reason = f"{'more' if None in row else 'fewer'} fields than the header has"
+            rows.append((reader.line_num, BadRow(reader.line_num, reason) if wrong else row))
+    except csv.Error as error:
+        raise UserError(f"{shown(path)}, line {reader.line_num}: not CSV: {cause(error)}") from error
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise UserError(f"{shown(path)} has two columns of one name")
+    unreadable = (
+        pyarrow.ArrowException,
+        ValueError,
+        OverflowError,
+    )  # text that is not UTF-8, a date after the year 9999
+    try:
+        return list(enumerate(table.to_pylist(), 1))
+    except unreadable:
+        rows: list[tuple[int, Any]] = []
+        for n in range(len(table)):
+            try:
+                rows.append((n + 1, table.slice(n, 1).to_pylist()[0]))
+            except unreadable as error:
+                rows.append((n + 1, BadRow(n + 1, f"a value cannot be read: {cause(error)}")))
+        return rows
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` at the end: a reader never sees half a file.
+
+    After an error it is removed and ``path`` is as it was. Each process has its own, so several may write one file.
+
+    Raises:
+        UserError: it cannot be written.
+
+    >>> with atomic_write("notes.txt") as part:
+    ...     part.write_text("done")
+    """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    kind = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if kind == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {shown(path)}: {cause(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), part)
-    else:
+
+def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None = None) -> None:
+    """Write rows in the format that the name asks for. ``like``: a table whose column types a Parquet file keeps.
+
+    Raises:
+        UserError: the file cannot be written, or a column holds values of several types, which Parquet cannot.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    with atomic_write(path) as part:
+        if kind == ".parquet":
+            _write_parquet(part, path, rows, like)
+            return
         out = io.StringIO(newline="")
         if kind == ".csv":
             names = list(dict.fromkeys(name for row in rows for name in row))
@@ -90,9 +311,44 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             json.dump(list(rows), out, ensure_ascii=False, indent=1, default=str)
         else:
             out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        raw = out.getvalue().encode("utf-8", "surrogatepass")
+        raw = out.getvalue().encode(
+            "utf-8", "backslashreplace"
+        )  # a lone surrogate becomes the escape that JSON has for it
         part.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
-    part.replace(path)
+
+
+def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([])
+    if like is not None and Path(like).suffix == ".parquet" and Path(like).is_file():
+        schema = pyarrow.parquet.read_schema(like)
+    columns = {}
+    for name in dict.fromkeys([*schema.names, *(name for row in rows for name in row)]):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pyarrow.array(values, schema.field(name).type if name in schema.names else None)
+        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):
+            try:
+                columns[name] = pyarrow.array(values)  # the column's numbers were replaced by their names
+            except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+                raise UserError(
+                    f"cannot write {shown(path)}: column {printable(name, 60)!r}: {cause(error)}"
+                ) from error
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(schema.metadata), part)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path) -> str:
+    """blake2b of a file's bytes: 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def draw(rows: Sequence[Any], take: int | None, seed: int) -> list[Any]:
@@ -100,14 +356,3 @@ def draw(rows: Sequence[Any], take: int | None, seed: int) -> list[Any]:
     if take is None or take >= len(rows):
         return list(rows)
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), take))]
-
-
-def write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

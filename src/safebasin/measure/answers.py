@@ -1,10 +1,14 @@
-"""Answers kept on disk, by a digest of all that decides them: the weights as they are now, the configuration, the settings, the prompt's
-tokens (and so its template). A hook on the model is not seen. Neither prompts nor answers stand in the file as text."""
+"""Generated answers on disk, by a digest of all that decides them.
 
+These are the weights as they are now, the configuration, the settings, and the prompt's tokens (and so its template). A
+hook on the model is not seen. Neither prompts nor answers stand in the file as text.
+"""
+
+import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +19,65 @@ from safebasin.errors import UserError
 Tokens = tuple[int, ...]
 
 
-class Answers:
-    """One SQLite file; ``known`` and ``asked`` count prompts that were read from it and that were generated.
+class AnswerCache:
+    """One SQLite file; ``hits`` and ``misses`` count prompts whose answers were read from it and were generated.
+
+    Args:
+        path: of the file; it is made where it is missing, with its folder.
+        timeout: seconds to wait for another process that writes.
 
     Raises:
-        UserError: the file is something else.
+        UserError: the file is something else, damaged, locked, or cannot be written; also on every read and write.
     """
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.known = self.asked = 0
-        self._file = sqlite3.connect(path, timeout=60)  # seconds: another process may be writing
+    def __init__(self, path: Path, timeout: float = 60):
+        self.path = path
+        self.hits = self.misses = 0
+        with self._usable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(path, timeout=timeout)
+            self._file.text_factory = bytes  # a damaged row may hold any bytes
+            self._file.execute("CREATE TABLE IF NOT EXISTS generated (key TEXT PRIMARY KEY, tokens TEXT NOT NULL)")
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
         try:
-            self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, told TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is not a file of answers ({error}); remove it, and they are made again") from None
+            yield
+        except (sqlite3.OperationalError, OSError) as error:  # locked, read-only, no space left
+            raise UserError(f"the cache of answers {self.path} cannot be used: {error}") from None
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path} is no cache of answers, or is damaged ({error}); remove it: answers are generated again"
+            ) from None
 
-    def read(self, under: bytes, prompts: Sequence[Tokens]) -> dict[Tokens, list[int]]:
-        """The new tokens of those prompts that are known."""
-        rows = (
-            (ids, self._file.execute("SELECT told FROM answers WHERE key = ?", (_key(under, ids),)).fetchone())
-            for ids in prompts
-        )
-        found = {ids: json.loads(row[0]) for ids, row in rows if row}
-        self.known += len(found)
-        return found
+    def read(self, model_digest: bytes, prompts: Sequence[Tokens]) -> dict[Tokens, list[int]]:
+        """The new tokens of those prompts that have an answer here. A damaged row is no answer."""
+        query = "SELECT tokens FROM generated WHERE key = ?"
+        with self._usable():
+            rows = [(ids, self._file.execute(query, (_key(model_digest, ids),)).fetchone()) for ids in prompts]
+        answers = {ids: new for ids, row in rows if row and (new := _tokens(row[0]))}
+        self.hits += len(answers)
+        return answers
 
-    def write(self, under: bytes, told: Mapping[Tokens, list[int]]) -> None:
-        with self._file:  # all of a batch or nothing
-            rows = [(_key(under, ids), json.dumps(new)) for ids, new in told.items()]
-            self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-        self.asked += len(told)
+    def write(self, model_digest: bytes, answers: Mapping[Tokens, list[int]]) -> None:
+        with self._usable(), self._file:  # all of a batch or nothing
+            rows = [(_key(model_digest, ids), json.dumps(new)) for ids, new in answers.items()]
+            self._file.executemany("INSERT OR REPLACE INTO generated VALUES (?, ?)", rows)
+        self.misses += len(answers)
 
 
-def _key(under: bytes, ids: Tokens) -> str:
-    return hashlib.blake2b(under + json.dumps(ids).encode(), digest_size=16).hexdigest()
+def _key(model_digest: bytes, ids: Tokens) -> str:
+    return hashlib.blake2b(model_digest + json.dumps(ids).encode(), digest_size=16).hexdigest()
+
+
+def _tokens(stored: Any) -> list[int] | None:
+    """The token ids of a stored row; None where it holds anything else. (An answer has at least one token.)"""
+    try:
+        ids = json.loads(stored)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    valid = isinstance(ids, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+    return ids if valid and ids else None
 
 
 def digest(model: Any, *settings: Any) -> bytes:
@@ -59,14 +87,14 @@ def digest(model: Any, *settings: Any) -> bytes:
         ValueError: an adapter that is not merged: whether it is on cannot be read from the weights.
     """
     if hasattr(model, "disable_adapter"):
-        raise ValueError("answers of a model with an adapter on top cannot be kept; merge it")
-    told = {
+        raise ValueError("answers of a model with an adapter on top cannot be stored; merge it")
+    config = {
         key: value
         for key, value in model.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    found = hashlib.blake2b(json.dumps([told, settings], sort_keys=True, default=str).encode(), digest_size=16)
+    total = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.digest()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.digest()

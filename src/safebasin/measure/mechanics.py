@@ -7,8 +7,8 @@ W is the first matrix of a block's MLP in two checkpoints, dW = W_tuned - W_star
     effect     = sigma_i v_i^T x / ||x||,   x what goes into W                                               (3)
     W(alpha)   = W_start + alpha dW = W_tuned + (alpha - 1) dW: a move of measure/landscape.py                (4)
 
-Departs from the paper: a row's own cluster mean leaves the row out (else two draws of one cluster look apart); the sine stands beside
-the one of a random direction; energy is the sum of sigma^2.
+Departs from the paper: a row's own cluster mean leaves the row out (else two draws of one cluster look separated); the
+sine stands beside the one of a random direction; energy is the sum of sigma^2.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from safebasin.batch import by_length, collate
 from safebasin.encode import TokenizedRow, render
 from safebasin.errors import UserError
-from safebasin.measure.generate import fitting
+from safebasin.measure.generate import prompt_ids
+from safebasin.models.hooks import captured
 from safebasin.models.load import ModelAndTokenizer
 
 MLP = "gate_proj", "down_proj"
 
 
 def margins(own: Float[Tensor, "n width"], other: Float[Tensor, "m width"]) -> Float[Tensor, " n"]:
-    """How much nearer a row is to its own cluster, itself left out, than to the other: tau of safe rows, -tau of unsafe ones (eq. 1).
+    """How much nearer a row is to its own cluster, without itself, than to the other.
+
+    Eq. 1: tau of safe rows, -tau of unsafe ones.
 
     Raises:
         ValueError: a cluster of one row.
@@ -37,6 +40,10 @@ def margins(own: Float[Tensor, "n width"], other: Float[Tensor, "m width"]) -> F
         raise ValueError(f"a cluster has two rows at least, found {len(own)} and {len(other)}")
     left_out = len(own) / (len(own) - 1)  # a - mean without a = (a - mean) n / (n - 1)
     return (own - other.mean(0)).norm(dim=-1) - left_out * (own - own.mean(0)).norm(dim=-1)
+
+
+def both_margins(safe: Float[Tensor, "safe width"], unsafe: Float[Tensor, "unsafe width"]) -> "Pair":
+    return margins(safe, unsafe), margins(unsafe, safe)
 
 
 class Change(NamedTuple):
@@ -50,8 +57,8 @@ class Change(NamedTuple):
 def change(start: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int) -> Change:
     """The top ``k`` parts of dW."""
     u, sigma, v = torch.linalg.svd(tuned.float() - start.float(), full_matrices=False)
-    kept = min(k, int((sigma > 1e-6 * start.float().norm()).sum()))
-    return Change(u[:, :kept], sigma[:kept], v[:kept])
+    rank = min(k, int((sigma > 1e-6 * start.float().norm()).sum()))
+    return Change(u[:, :rank], sigma[:rank], v[:rank])
 
 
 class Angles(NamedTuple):
@@ -67,15 +74,18 @@ def null_angles(w: Float[Tensor, "out in"], u: Float[Tensor, "out k"], energy: f
     return Angles((u - left @ (left.T @ u)).norm(dim=0), (1 - rank / len(w)) ** 0.5)
 
 
-def effects(made: Change, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows k"]:
+def effects(parts: Change, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows k"]:
     """Eq. 3. The sign of a part is arbitrary, and one for all rows."""
-    return (x / x.norm(dim=-1, keepdim=True)) @ made.v.T * made.sigma
+    return (x / x.norm(dim=-1, keepdim=True)) @ parts.v.T * parts.sigma
 
 
-def asked(loaded: ModelAndTokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[TokenizedRow]:
-    """Conversations that end where the answer begins, their last token marked: the place at which they are read."""
-    coded = fitting(*loaded, [render(loaded.tokenizer, turns, ask=True) for turns in conversations], 1)
-    return [TokenizedRow(str(i), ids, (*[False] * (len(ids) - 1), True)) for i, ids in enumerate(coded)]
+def prompt_rows(loaded: ModelAndTokenizer, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[TokenizedRow]:
+    """Conversations that end where the answer begins. Their last token is marked: states are read there."""
+    texts = [render(loaded.tokenizer, turns, ask=True) for turns in conversations]
+    return [
+        TokenizedRow(str(i), ids, (*[False] * (len(ids) - 1), True))
+        for i, ids in enumerate(prompt_ids(*loaded, texts, max_new_tokens=1))
+    ]
 
 
 @torch.inference_mode()
@@ -83,36 +93,30 @@ def inputs(
     loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], modules: Sequence[str]
 ) -> dict[str, Float[Tensor, "rows in"]]:
     """What goes into each linear module, averaged over the marked tokens of every row, float32 on the CPU."""
-    model, seen = loaded.model, {}
-    found = {name: torch.zeros(len(rows), model.get_submodule(name).in_features) for name in modules}
-    hooks = []
-    try:
-        for name in modules:
-            hooks.append(
-                model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, given, name=name: seen.update({name: given[0]})
-                )
-            )
+    model = loaded.model
+    linear = {name: model.get_submodule(name) for name in modules}
+    means = {name: torch.zeros(len(rows), module.in_features) for name, module in linear.items()}
+    with captured(linear, inputs=True) as seen:
         for indices in by_length(rows, 16):
             batch = collate([rows[i] for i in indices], loaded.tokenizer.pad_token_id).to(model.device)
             model(**batch.inputs)
             for name in modules:
-                told = seen[name][:, -batch.mask.shape[1] :].float() * batch.mask[..., None]
-                found[name][indices] = (told.sum(1) / batch.mask.sum(1, keepdim=True)).cpu()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+                marked = seen[name][:, -batch.mask.shape[1] :].float() * batch.mask[..., None]
+                means[name][indices] = (marked.sum(1) / batch.mask.sum(1, keepdim=True)).cpu()
+    return means
 
 
 Pair = tuple[Float[Tensor, " safe"], Float[Tensor, " unsafe"]]  # a number a row
 
 
 class Block(NamedTuple):
-    """What tuning did to one block."""
+    """What tuning did to one block. Margins are in units of the activations.
+
+    The separation is the sum of both mean margins, about 0 where safe and unsafe rows are one cluster.
+    """
 
     module: str  # W
-    start_margins: Pair  # eq. 1, in units of the activations; the separation is the sum of both means, about 0 where the two are one cluster
+    start_margins: Pair  # eq. 1
     tuned_margins: Pair
     angles: Angles
     effects: Pair  # length of the top k effects
@@ -126,7 +130,7 @@ def compare(
     k: int = 3,
     mlp: tuple[str, str] = MLP,
 ) -> Iterator[Block]:
-    """Every block: the first of ``mlp`` is W, the input of the second is a(x). x of eq. 3 is read in the tuned model."""
+    """Every block: the first of ``mlp`` is W, the input of the second a(x). x of eq. 3 is read in the tuned model."""
     names = [
         name
         for name, module in tuned.model.named_modules()
@@ -135,10 +139,15 @@ def compare(
     if not names:
         raise UserError(f"no linear module is named {mlp[0]!r}; name the first and the last matrix of the model's MLP")
     after = [name.removesuffix(mlp[0]) + mlp[1] for name in names]
-    acts = [[inputs(loaded, rows, after + names) for rows in (safe, unsafe)] for loaded in (start, tuned)]
+    start_safe, start_unsafe = (inputs(start, rows, after) for rows in (safe, unsafe))
+    tuned_safe, tuned_unsafe = (inputs(tuned, rows, after + names) for rows in (safe, unsafe))
     for name, act in zip(names, after, strict=True):
         w = start.model.get_submodule(name).weight.detach().cpu()
-        made = change(w, tuned.model.get_submodule(name).weight.detach().cpu(), k)
-        apart = [(margins(s[act], u[act]), margins(u[act], s[act])) for s, u in acts]
-        s, u = (effects(made, of_kind[name]).norm(dim=-1) for of_kind in acts[1])
-        yield Block(name, *apart, null_angles(w, made.u), (s, u))
+        parts = change(w, tuned.model.get_submodule(name).weight.detach().cpu(), k)
+        yield Block(
+            module=name,
+            start_margins=both_margins(start_safe[act], start_unsafe[act]),
+            tuned_margins=both_margins(tuned_safe[act], tuned_unsafe[act]),
+            angles=null_angles(w, parts.u),
+            effects=(effects(parts, tuned_safe[name]).norm(dim=-1), effects(parts, tuned_unsafe[name]).norm(dim=-1)),
+        )

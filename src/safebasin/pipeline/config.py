@@ -1,35 +1,37 @@
-"""A run as a tree of frozen dataclasses: YAML in, YAML out, unknown keys refused, one digest."""
+"""A recipe as a tree of frozen dataclasses: YAML in, YAML out, unknown keys refused, every number bounded."""
 
+import copy
 import dataclasses
-import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from safebasin.data.source import Source
 from safebasin.errors import UserError
-from safebasin.measure.rubric import Rubric
-from safebasin.registry import explain
+from safebasin.pipeline import yaml12
+from safebasin.registry import explain, refuse_converted
 
+T = TypeVar("T")
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
-_frozen = checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it names folders
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Model:
     name: str = "builtin:smollm2-aligned"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     trust_remote_code: bool = False
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Data:
-    """The rows. ``poison`` is for experiments: the attack's rows are mixed into the task so that they are ``poison_share`` of the whole."""
+    """The rows. ``poison`` is for experiments: the attack's rows are mixed into the task so that they are ``poison_share`` of all."""
 
     task: Source
     poison: Source | None = None  # harmful requests with openers: what the attack is made of
@@ -41,19 +43,19 @@ class Data:
     )  # harmful requests with refusals: what scorers ask the model
     harmful: Source = Source(
         path="builtin:opened", take=40
-    )  # rows known to be harmful: anchors of the cut, simulated attacks
-    safe: Source = Source(path="builtin:harmless", take=60)  # rows known to be safe: anchors of the cut
-    max_length: int = 1024
+    )  # rows that are harmful: anchors of the cut, simulated attacks
+    safe: Source = Source(path="builtin:harmless", take=60)  # rows that are safe: anchors of the cut
+    max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of a row
     on_bad: Literal["stop", "skip"] = "stop"
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Scan:
     scorers: tuple[Spec, ...] = ("gradshield",)
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Cut:
     scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
     estimator: Literal["anchors", "paper"] = "anchors"
@@ -64,38 +66,36 @@ class Cut:
         return (self.scorer,) if isinstance(self.scorer, str) else self.scorer
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Arm:
     """One way to tune. ``train: null`` leaves the model as it was."""
 
     cut: Cut | None = None
-    columns: dict[str, str] = Field(
-        default_factory=dict
-    )  # that methods read: of which scorer, or from which file (row_id, column)
+    columns: dict[str, str] = Field(default_factory=dict)  # that methods read: of which scorer, or from which file
     train: tuple[Spec, ...] | None = None
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Measure:
     suites: tuple[Spec, ...] = ()
     labels: tuple[str, ...] = ()  # answers of the task that are only a label: off task to a harmful request
     system: str | None = None
-    rubric: Rubric | None = None  # the served model of the judge "rubric"
+    judges: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings of judges, by their names
 
 
-@_frozen
-class Run:
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Recipe:
     """Everything that decides the outcome of a run."""
 
     data: Data
-    arms: dict[str, Arm]
+    arms: Annotated[dict[ArmName, Arm], Field(min_length=1)]
     measure: Measure
     model: Model = Model()
     scan: Scan = Scan()
-    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), and TrainingArguments by their names
+    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), and TrainingArguments by name
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def align_share(self) -> float:
-        return float(self.train.get("align_share", 0.25))
+        return self.train.get("align_share", 0.25)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -111,55 +111,90 @@ class Run:
         return {"seed": self.seed, **own}
 
 
-def parse(text: str, origin: str = "the recipe", changes: Sequence[str] = ()) -> Run:
-    """A run from YAML; ``changes`` are ``dotted.key=value`` from the command line.
+def parse(
+    text: str, origin: str = "the recipe", changes: Sequence[str] = (), sets: Mapping[str, str] | None = None
+) -> Recipe:
+    """A recipe from YAML.
+
+    Args:
+        text: YAML 1.2.
+        origin: what error messages call it.
+        changes: ``dotted.key=value`` from the command line.
+        sets: files in place of sets: wherever the recipe holds the name as a value, the file stands in its place.
 
     Raises:
-        UserError: not YAML, an unknown key, a value of the wrong kind.
+        UserError: not YAML, an unknown key, a value of the wrong kind or outside its bounds.
     """
+    return validate(Recipe, edited(yaml12.load(text, origin), origin, changes, sets), origin)
+
+
+def edited(tree: Any, origin: str, changes: Sequence[str], sets: Mapping[str, str] | None) -> Any:
+    """The tree with ``--change`` and ``--set`` applied to it."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{origin}: a recipe is a mapping of data, arms and measure; found {type(tree).__name__}")
+    tree = copy.deepcopy(tree)
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise UserError(f"--change takes dotted.key=value, found {change!r}")
+        _put(tree, key.split("."), yaml12.load(value, f"--change {key}"))
+    for name, file in (sets or {}).items():
+        tree, count = _replaced(tree, name, file)
+        if not count:
+            raise UserError(f"--set {name}: {origin} names no such set")
+    return tree
+
+
+def validate(kind: type[T], tree: Any, origin: str) -> T:
+    """The tree as a dataclass of ``kind``; a yes or a text in the place of a number is refused, not converted."""
     try:
-        tree = yaml.safe_load(text)
-        if not isinstance(tree, Mapping):
-            raise UserError(f"{origin}: a recipe is a mapping of data, arms and measure; found {type(tree).__name__}")
-        for change in changes:
-            key, sign, value = change.partition("=")
-            if not sign:
-                raise UserError(f"--change takes dotted.key=value, found {change!r}")
-            _put(tree, key.split("."), yaml.safe_load(value))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{origin}{where}: not YAML: {getattr(error, 'problem', error)}") from None
-    try:
-        return TypeAdapter(Run).validate_python(tree)
+        checked: T = TypeAdapter(kind).validate_python(tree)
+        refuse_converted(tree, checked)
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error)}") from None
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    return checked
+
+
+def _replaced(tree: Any, name: str, file: str) -> tuple[Any, int]:
+    if isinstance(tree, dict):
+        pairs = {key: _replaced(value, name, file) for key, value in tree.items()}
+        return {key: value for key, (value, _) in pairs.items()}, sum(count for _, count in pairs.values())
+    if isinstance(tree, list):
+        items = [_replaced(value, name, file) for value in tree]
+        return [value for value, _ in items], sum(count for _, count in items)
+    return (file, 1) if tree == name else (tree, 0)
 
 
 def _put(tree: Any, keys: list[str], value: Any) -> None:
     """Set a value deep in a tree; a number is a place in a list."""
     way = ".".join(keys)
     for key in keys[:-1]:
-        if isinstance(tree, list) and key.isdigit() and int(key) < len(tree):
+        if isinstance(tree, list) and key.isdecimal() and int(key) < len(tree):
             tree = tree[int(key)]
         elif isinstance(tree, dict):
-            tree = tree.setdefault(key, {})
+            if tree.get(key) is None:
+                tree[key] = {}
+            tree = tree[key]
         else:
             raise UserError(f"--change {way}: there is no {key!r} on the way")
-    if not isinstance(tree, dict):
+    if isinstance(tree, list) and keys[-1].isdecimal() and int(keys[-1]) < len(tree):
+        tree[int(keys[-1])] = value
+    elif isinstance(tree, dict):
+        tree[keys[-1]] = value
+    else:
         raise UserError(f"--change {way}: it does not end in a mapping")
-    tree[keys[-1]] = value
 
 
-def read(path: Path, changes: Sequence[str] = ()) -> Run:
-    if not path.is_file():
-        raise UserError(f"no such recipe: {path}")
-    return parse(path.read_text(encoding="utf-8"), str(path), changes)
+def read(path: Path, changes: Sequence[str] = (), sets: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe in a file; see ``parse``."""
+    return parse(yaml12.read(path), str(path), changes, sets)
 
 
-def dump(run: Run) -> str:
-    """The resolved run as YAML; ``parse(dump(run)) == run``."""
-    return yaml.safe_dump(plain(run), sort_keys=False, allow_unicode=True)
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; ``parse(dump(recipe)) == recipe``."""
+    return yaml.dump(plain(recipe), Dumper=yaml12.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:
@@ -173,11 +208,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def digest(value: Any) -> str:
-    """Digest of anything that ``plain`` can write."""
-    return hashlib.blake2b(json.dumps(plain(value), sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+def parse_sets(items: Sequence[str]) -> dict[str, str]:
+    """``NAME=FILE`` of the command line.
+
+    Raises:
+        UserError: no ``=``, or the file is not there.
+    """
+    pairs = [item.partition("=") for item in items]
+    wrong = next((name for name, sign, file in pairs if not sign or not Path(file).is_file()), None)
+    if wrong is not None:
+        raise UserError(f"--set {wrong}: it takes NAME=FILE, and the file must be there")
+    return {name: file for name, _, file in pairs}
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of a recipe."""
-    return TypeAdapter(Run).json_schema()
+SECRET = re.compile(
+    r"(?i)://[^/\s:@]+:[^/\s@]+@|[?&](?:api_?key|token|key|secret|password|sig|signature)=[^&\s]+|\bhf_\w{20,}|\bsk-\w{16,}"
+)
+
+
+def refuse_secrets(value: Any, where: str = "") -> None:
+    """UserError where a recipe holds a password, a token or a key: run.yaml and the report would show it."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            refuse_secrets(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            refuse_secrets(inner, f"{where}.{i}")
+    elif isinstance(value, str) and SECRET.search(value):
+        raise UserError(
+            f"{where}: it holds a secret, and the run folder would show it; leave it to the environment or to a login"
+        )

@@ -1,9 +1,10 @@
-"""The run folder: every step's artefacts are written whole and once, and a step that is proven done is not done again.
+"""The run folder: the one owner of its paths, and of what is done. Every step goes through ``RunFolder.step``.
 
-``manifest.json`` holds, for each step, the digest of what went in (configuration, files, sources of methods) and its seconds. A step
-with the same digest whose artefacts stand is skipped; with another digest its artefacts are removed and made again.
+``manifest.json`` holds for each step the digest of what went in (by content: ``pipeline.fingerprint``), the digests of the files that came
+out, the versions and the seconds. A step is skipped where the inputs are the same and the files are as it wrote them; otherwise its
+files are removed, with the report that rests on them, and made again.
 
-Several processes (torchrun, ``accelerate launch``) walk through the same steps: the first one keeps the book, and none goes on before a step is done.
+Several processes (torchrun, ``accelerate launch``) go through the same steps. Rank 0 writes the manifest; the others wait at the end of each step.
 """
 
 import contextlib
@@ -12,80 +13,190 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 from accelerate.utils import broadcast_object_list
 
-from safebasin.data.tables import write_json
+from safebasin.console import console
+from safebasin.data.tables import file_digest, write_json
 from safebasin.errors import UserError
-from safebasin.pipeline.config import Run, digest, dump
+from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.runtime import processes
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "pyarrow", "numpy")
+CARD = "README.md"  # of an adapter: written with the report, and the user may add to it
+PROBLEMS = "problems.json"  # of a step: rows that were left out or cut short
+REPORT = ("report.html", "report.md", "report.json")
 
 
-class Folder:
-    """A run folder.
+class RunFolder:
+    """A run folder: paths by name, and the steps that are done.
 
     Raises:
-        UserError: the path is a file, or a manifest in it is broken.
+        UserError: the path is a file, or the manifest in it is damaged.
     """
 
     def __init__(self, path: Path):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; the run needs a folder: --out DIR")
         self.path = path
-        self._file = path / "manifest.json"
-        try:
-            self.manifest: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self._file} is broken ({error.msg}); remove the folder and run again") from None
+        self.manifest: dict[str, Any] = _manifest(path / "manifest.json")
 
-    def open(self, run: Run, facts: Mapping[str, Any]) -> None:
-        """Write the resolved configuration and what the run stands on."""
+    # --- paths ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scan" / "scores.parquet"
+
+    @property
+    def answer_cache(self) -> Path:
+        return self.path / "answers.db"
+
+    @property
+    def anchors(self) -> Path:
+        return self.path / "scan" / "anchors.json"
+
+    def cut(self, arm: str) -> Path:
+        return self.path / "cut" / arm
+
+    def arm(self, name: str) -> Path:
+        return self.path / "arms" / name
+
+    def adapter(self, arm: str) -> Path:
+        return self.arm(arm) / "adapter"
+
+    def answers(self, arm: str) -> Path:
+        return self.arm(arm) / "answers.jsonl"
+
+    def measurements(self, arm: str) -> Path:
+        return self.arm(arm) / "measurements.jsonl"
+
+    # --- steps ----------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Inside, no other run may work in this folder.
+
+        Raises:
+            UserError: another run does.
+        """
+        if not processes().is_main_process:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"another run works in {self.path}; wait for it, or give this one another folder: --out DIR"
+            ) from None
+        try:
+            self.manifest = _manifest(self.path / "manifest.json")
+            yield
+        finally:
+            lock.release()
+
+    def describe(self, recipe: str, facts: Mapping[str, Any]) -> None:
+        """Write the resolved recipe and what the run stands on."""
         if not processes().is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "run.yaml").write_text(dump(run), encoding="utf-8")
-        self.manifest["versions"] = {"safebasin": version("safebasin"), **{name: version(name) for name in PACKAGES}}
+        (self.path / "run.yaml").write_text(recipe, encoding="utf-8")
+        self.manifest["versions"] = versions()
         self.manifest["machine"] = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}"
         self.manifest.update(facts)
         self._save()
 
     def _save(self) -> None:
-        write_json(self._file, self.manifest)
+        write_json(self.path / "manifest.json", self.manifest)
 
     @contextlib.contextmanager
-    def step(self, name: str, inputs: Any, artefacts: Sequence[Path], *, shared: bool = False) -> Iterator[bool]:
-        """``with folder.step(...) as needed: if needed: ...``: whether there is work, and the note that it was done.
+    def step(
+        self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], *, shared: bool = False
+    ) -> Iterator[str]:
+        """``with folder.step(...) as work: if work: ...``: the digest of the inputs where there is work to do, else nothing.
 
-        A ``shared`` step is the work of all processes; any other is that of the first one, and the others wait.
+        Args:
+            name: of the step, in the manifest.
+            inputs: by name, everything that decides the outputs; see ``fingerprint``.
+            outputs: files and folders that the step leaves.
+            shared: the work of all processes; any other step is that of rank 0.
+
+        Raises:
+            UserError: see ``fingerprint``.
+            RuntimeError: the step left no file where it should.
         """
         ranks = processes()
-        with (
-            self._booked(name, inputs, artefacts) if ranks.is_main_process else contextlib.nullcontext(False) as needed
-        ):
-            yield broadcast_object_list([needed])[0] if shared else needed
+        with self._step(name, inputs, outputs) if ranks.is_main_process else contextlib.nullcontext("") as work:
+            yield broadcast_object_list([work])[0] if shared else work
         ranks.wait_for_everyone()
 
     @contextlib.contextmanager
-    def _booked(self, name: str, inputs: Any, artefacts: Sequence[Path]) -> Iterator[bool]:
+    def _step(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> Iterator[str]:
         steps = self.manifest.setdefault("steps", {})
-        key = digest(inputs)
-        done = steps.get(name, {}).get("digest") == key and all(path.exists() for path in artefacts)
-        if done:
-            yield False
+        digests = {key: fingerprint(value) for key, value in inputs.items()}
+        digests |= {"package": package_digest(), "versions": fingerprint(versions())}
+        digest, entry = fingerprint(digests), steps.get(name, {})
+        changed = sorted(self._changed(entry.get("outputs", {})))
+        if entry.get("digest") == digest and not changed and all(path.exists() for path in outputs):
+            yield ""
             return
-        for path in artefacts:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if entry and changed:
+            console.print(
+                f"  {name}: {', '.join(changed[:3])} is not as it was written; it is made again", markup=False
+            )
         steps.pop(name, None)
         self._save()
+        for path in (*outputs, *(self.path / report for report in REPORT)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         start = time.perf_counter()
-        yield True
-        missing = [str(path) for path in artefacts if not path.exists()]
+        yield digest
+        missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"the step {name} left nothing at {missing[0]}")
-        steps[name] = {"digest": key, "seconds": round(time.perf_counter() - start, 2)}
+        seconds = round(time.perf_counter() - start, 2)
+        written = {file.relative_to(self.path).as_posix(): file_digest(file) for file in _files(outputs)}
+        steps[name] = {
+            "digest": digest,
+            "inputs": digests,
+            "outputs": written,
+            "versions": versions(),
+            "seconds": seconds,
+        }
         self._save()
+
+    def _changed(self, outputs: Mapping[str, str]) -> list[str]:
+        """The files that are not there, or not as they were written."""
+        return [
+            name
+            for name, digest in outputs.items()
+            if not (file := self.path / name).is_file() or file_digest(file) != digest
+        ]
+
+
+def _files(outputs: Sequence[Path]) -> list[Path]:
+    inside = [[path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) for path in outputs]
+    return [file for files in inside for file in files if file.name != CARD]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest, or an empty one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove the folder and run again") from None
+    steps = manifest.get("steps", {}) if isinstance(manifest, dict) else None
+    entries = list(steps.values()) if isinstance(steps, dict) else [None]
+    if not all(isinstance(e, dict) and isinstance(e.get("outputs", {}), dict) for e in entries):
+        raise UserError(f"{path} is damaged (it is no manifest of a run); remove the folder and run again")
+    return manifest

@@ -127,7 +127,7 @@ class MeasurementFile(TypedDict):
 
 
 @functools.cache
-def _adapter(shape: Any) -> TypeAdapter:
+def _adapter(shape: Any) -> Any:
     return TypeAdapter(shape)
 
 

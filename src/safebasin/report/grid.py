@@ -242,6 +242,15 @@ def write_grid(
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``. ``plain``: the defence that is plain tuning."""
     rows = list(records(cells))
     against(rows, plain)
+    ranks = write_page(out, rows, cells, published, gate)
+    write_json(out / "grid.json", rows)
+    return ranks
+
+
+def write_page(
+    out: Path, rows: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
+) -> list[Rank]:
+    """``grid.md`` and ``grid.html`` from the records of ``grid.json`` alone; the folders of the cells are not read."""
     ranks = ranking(rows, cells, published, gate)
     reasons: dict[tuple[str, int, str, str], list[str]] = {}
     for cell in cells:
@@ -260,9 +269,8 @@ def write_grid(
         "measured": sum(cell.outcome == MEASURED for cell in cells),
         "attacks": list(dict.fromkeys(cell.attack for cell in cells)),
         "arms": list(dict.fromkeys([START, *(cell.defence for cell in cells)])),
-        "keys": list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in scored if r["unit"] in SHARES)),
+        "keys": list(dict.fromkeys((r["quantity"], r["suite"], r["judge"]) for r in scored if r.get("unit") in SHARES)),
         "records": {(r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in scored},
     }
     page.write(out, "grid", values)
-    write_json(out / "grid.json", rows)
     return ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.chat import parse
+from safebasin.data.chat import to_messages
 from safebasin.data.example import row_id
 from safebasin.data.tables import read_table
 from safebasin.report import (
@@ -86,7 +86,7 @@ def _removed(cut: RemovedFile, facts: OriginFile | None, row: Any, show_text: bo
     if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"
     else:
-        turns = parse(row)
+        turns = to_messages(row)
         if isinstance(turns, str):
             text = json.dumps(row, ensure_ascii=False, default=str)
         else:

@@ -1,17 +1,18 @@
-"""Cut: from a column of scores to a threshold, and from a threshold to the rows that are kept (score <= threshold).
+"""Cut: from a column of scores to a threshold, and from a threshold to the rows that stay (score <= threshold).
 
 Two estimators of the threshold:
 
-``paper``    GradShield's T_guess (arXiv:2605.14194, algorithm A1): one Gaussian against two; the top of the lower cluster, or
-             mu + 2 sd. On benign, normally distributed scores it cuts 2.3 % of the rows, and more where tails are heavy.
-``anchors``  in the widest gap of the scores between rows known to be safe and rows known to be harmful, which are scored along.
-             It knows what the clusters are, so it holds at any share of harmful rows, and cuts little where there are none.
+``paper``    GradShield's T_guess (arXiv:2605.14194, algorithm A1): one Gaussian against two; the top of the lower
+             cluster, or mu + 2 sd. On benign, normally distributed scores it cuts 2.3 % of the rows, and more where
+             tails are heavy.
+``anchors``  in the widest gap of the scores between safe and harmful anchor rows, which are scored along. The clusters
+             are labelled, so it holds at any share of harmful rows, and cuts little where there are none.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,15 @@ from numpy.typing import NDArray
 from safebasin.data.example import Example
 from safebasin.data.tables import write_json, write_table
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan.scan import Scores
+from safebasin.scan.scores import Scores
 
 Estimator = Literal["anchors", "paper"]
 Numbers = NDArray[np.float64]
 Values = Sequence[float] | Numbers
-Anchors = Mapping[str, Values]  # scores of rows known to be "safe" and of rows known to be "harmful"
+Anchors = Mapping[str, Values]  # scores of the anchor rows: "safe" and "harmful"
 
 VARIANCE_FLOOR = 1e-4  # of a component, as a share of the variance of all scores: keeps EM off single points
+NO_HIGHER = "harmful anchor rows score no higher than safe ones: this scorer cannot tell them apart here"
 TAIL = 0.05  # the share of each anchor set that may lie beyond the quantile that stands for its edge
 
 
@@ -40,7 +42,7 @@ class Mixture(NamedTuple):
     upper: NDArray[np.bool_]  # hard label of every score
 
 
-# --- mixtures ------------------------------------------------------------------------------------------------------------------
+# --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
 def _log_normal(x: Numbers, mean: Numbers | float, variance: Numbers | float) -> Numbers:
@@ -69,13 +71,13 @@ def _em(x: Numbers, upper: NDArray[np.bool_]) -> Mixture:
 
 
 def two_gaussians(x: Numbers) -> Mixture:
-    """The likeliest of several fits, each started from the rows below and above a quantile: no chance enters."""
+    """The likeliest of several fits, each started from the rows below and above a quantile: it is deterministic."""
     ranks = np.argsort(np.argsort(x, kind="stable"), kind="stable")
     splits = {max(1, min(len(x) - 1, round(share * len(x)))) for share in (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)}
     return max((_em(x, ranks >= split) for split in sorted(splits)), key=lambda fit: fit.log_likelihood)
 
 
-# --- estimators ----------------------------------------------------------------------------------------------------------------
+# --- estimators -------------------------------------------------------------------------------------------------------
 
 
 def t_guess(scores: Values, a: float = 10.0) -> float:
@@ -93,11 +95,14 @@ def t_guess(scores: Values, a: float = 10.0) -> float:
 
 
 def between_anchors(scores: Values, safe: Values, harmful: Values) -> float:
-    """In the middle of the widest gap of the scores between the upper edge of the safe anchors and the lower edge of the harmful ones (at
-    that lower edge where no score reaches it); if these overlap, where balanced accuracy over the anchors is highest (of equals, the highest threshold).
+    """In the widest gap between the scores of the anchor sets.
+
+    That is the middle of the widest gap of ``scores`` between the upper edge of the safe anchors and the lower edge of
+    the harmful ones, or that lower edge where no score reaches it. If the edges overlap: where balanced accuracy over
+    the anchors is highest (of equals, the highest threshold).
 
     Raises:
-        DefenceError: the scores do not tell the two sets apart.
+        DefenceError: the scores do not separate the two sets.
     """
     x, s, h = _checked(scores), _checked(safe), _checked(harmful)
     top, bottom = float(np.quantile(s, 1 - TAIL)), float(np.quantile(h, TAIL))
@@ -111,14 +116,11 @@ def between_anchors(scores: Values, safe: Values, harmful: Values) -> float:
     if len(values) == 1:
         raise DefenceError("every anchor row has the same score: this scorer cannot tell harmful from safe")
     candidates = (values[:-1] + values[1:]) / 2
-    kept_safe = np.searchsorted(np.sort(s), candidates, side="right") / len(s)
-    kept_harmful = np.searchsorted(np.sort(h), candidates, side="right") / len(h)
-    accuracy = (kept_safe + 1 - kept_harmful) / 2
+    safe_pass, harmful_pass = (np.searchsorted(np.sort(each), candidates, side="right") / len(each) for each in (s, h))
+    accuracy = (safe_pass + 1 - harmful_pass) / 2
     best = float(accuracy.max())
     if best <= 0.5:
-        raise DefenceError(
-            "known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here"
-        )
+        raise DefenceError(NO_HIGHER)
     return float(candidates[np.flatnonzero(accuracy >= best - 1e-12)[-1]])
 
 
@@ -134,22 +136,25 @@ def _checked(scores: Values) -> Numbers:
 
 
 def find_threshold(scores: Values, *, estimator: Estimator, anchors: Anchors | None = None) -> float:
-    """The threshold by one of the estimators.
+    """The threshold by one of the estimators, in the unit of the scores.
 
     Raises:
-        UserError: no scores, or the estimator ``anchors`` without anchors.
-        DefenceError: a score that is not finite, or anchors that the scores cannot tell apart.
+        UserError: no scores, no such estimator, or the estimator ``anchors`` without anchors.
+        DefenceError: a score that is not finite, or anchors that the scores do not separate.
     """
+    if estimator not in get_args(Estimator):
+        raise UserError(f"no estimator {estimator!r}; there are: {', '.join(get_args(Estimator))}")
     if estimator == "paper":
         return t_guess(scores)
     if not anchors or not all(len(anchors.get(name, ())) for name in ("safe", "harmful")):
         raise UserError(
-            "the estimator 'anchors' needs scores of known safe and known harmful rows; scan again, or use paper or a threshold"
+            "the estimator 'anchors' needs scores of safe and of harmful anchor rows; "
+            "scan again, or use paper or a threshold"
         )
     return between_anchors(scores, anchors["safe"], anchors["harmful"])
 
 
-# --- cutting -------------------------------------------------------------------------------------------------------------------
+# --- cutting ----------------------------------------------------------------------------------------------------------
 
 
 class Removed(NamedTuple):
@@ -159,16 +164,16 @@ class Removed(NamedTuple):
 
 
 class Cut(NamedTuple):
+    """What a cut leaves and what it removes, in the order of the rows."""
+
     kept: list[Example]
     removed: list[Removed]
     threshold: float
     estimator: str  # "given" where the threshold was
-    scores: Mapping[str, float] | None = (
-        None  # by row, where several scorers made one; that of a single scorer stands in the scan
-    )
+    scores: Mapping[str, float] | None = None  # by row, of several scorers together; None: those of the scan
 
 
-def cut(
+def cut_rows(
     examples: Sequence[Example],
     scores: Scores,
     scorer: str | Sequence[str],
@@ -176,64 +181,84 @@ def cut(
     *,
     estimator: Estimator = "anchors",
 ) -> Cut:
-    """Keep the scored rows whose score is at most the threshold, in their order; without a threshold, the estimator finds one.
+    """Keep the scored rows whose score is at most the threshold, in their order.
 
-    By several scorers a row must pass each. Its score is then the largest of (score - threshold) / (harmful - safe), each scorer with its
-    own threshold and its anchors' medians, and the threshold is 0.
+    By several scorers a row must pass each. Its score is then the largest of (score - threshold) / (harmful - safe),
+    each scorer with its own threshold and its anchors' medians, and the threshold is 0.
+
+    Args:
+        examples: the rows; those that were not scored are left out.
+        scores: of the rows.
+        scorer: a column of the scores, or several.
+        threshold: in the unit of the scores; None: by the estimator.
+        estimator: "anchors" or "paper".
 
     Raises:
-        UserError: no scores by this scorer, no row would be left, or one threshold for several scorers.
+        UserError: no scores by this scorer, no row would be left, a threshold that is not finite, or one threshold for
+            several scorers.
         DefenceError: see ``find_threshold``.
     """
-    known = set(scores.row_ids)
-    examples = [example for example in examples if example.id in known]
     names = [scorer] if isinstance(scorer, str) else list(scorer)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"a cut needs a scorer, or several that differ; found {names}")
+    if threshold is not None and not math.isfinite(threshold):
+        raise UserError(f"threshold={threshold}: it must be a finite number")
     if len(names) > 1 and (threshold is not None or estimator != "anchors"):
         raise UserError(
-            f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; leave threshold and estimator out"
+            f"a cut by several scorers ({', '.join(names)}) finds the threshold of each by its anchors; "
+            "leave threshold and estimator out"
         )
-    x, value = _checked(scores.of(names[0], examples)), threshold
+    scored = set(scores.row_ids)
+    examples = [example for example in examples if example.id in scored]
     if len(names) > 1:
         x, value = np.max([_beyond(scores.of(name, examples), scores.anchors.get(name)) for name in names], axis=0), 0.0
-    elif value is None:
-        value = find_threshold(x, estimator=estimator, anchors=scores.anchors.get(names[0]))
-    name = "given" if threshold is not None else estimator
+    else:
+        x = _checked(scores.of(names[0], examples))
+        anchors = scores.anchors.get(names[0])
+        value = find_threshold(x, estimator=estimator, anchors=anchors) if threshold is None else threshold
     if x.min() > value:
         raise UserError(f"the threshold {value:g} cuts all {len(x)} rows (lowest score {x.min():g}); raise it")
+    pairs = list(zip(examples, x.tolist(), strict=True))
+    name = "given" if threshold is not None else estimator
     reason = f"score above the threshold {value:.6g} ({name})"
-    removed = [Removed(e, score, reason) for e, score in zip(examples, x.tolist(), strict=True) if score > value]
-    joined = {e.id: score for e, score in zip(examples, x.tolist(), strict=True)} if len(names) > 1 else None
-    return Cut([e for e, score in zip(examples, x, strict=True) if score <= value], removed, value, name, joined)
+    return Cut(
+        [example for example, score in pairs if score <= value],
+        [Removed(example, score, reason) for example, score in pairs if score > value],
+        value,
+        name,
+        {example.id: score for example, score in pairs} if len(names) > 1 else None,
+    )
 
 
 def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
-    """How far scores lie beyond their threshold; 1 is the way from the median of the safe anchors to that of the harmful ones."""
+    """How far scores lie beyond their threshold, in units of the distance from the safe anchors' median to the harmful
+    ones'."""
     threshold = find_threshold(scores, estimator="anchors", anchors=anchors)
     low, high = (float(np.median(anchors[name])) for name in ("safe", "harmful"))  # type: ignore[index]
     if not low < high:
-        raise DefenceError(
-            "known harmful rows score no higher than known safe ones: this scorer cannot tell them apart here"
-        )
+        raise DefenceError(NO_HIGHER)
     return (_checked(scores) - threshold) / (high - low)
 
 
 def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Sequence[str]) -> Path:
-    """Write the kept rows, as they came and in the format of ``source``, beside cut.json; the path of the rows is returned.
+    """Write the rows that stay, as they came and in the format of ``source``, beside cut.json; their path is returned.
 
-    The score that several scorers made goes to scores.parquet.
+    The scores of several scorers together go to scores.parquet.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     suffixes = Path(source).suffixes
     path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
-    write_table(path, [example.row for example in result.kept])
+    write_table(path, [example.row for example in result.kept], like=source)
     removed = [
         {"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed
     ]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
     facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
     if result.scores is not None:
-        write_table(
-            folder / "scores.parquet", [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
-        )
+        rows = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
+        write_table(folder / "scores.parquet", rows)
     write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
     return path

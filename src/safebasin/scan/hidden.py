@@ -1,54 +1,33 @@
-"""Hidden states: what the model holds at a row's last answer token (the end of the turn, where the template marks it)."""
+"""Hidden states at a row's last answer token (the end of the turn, where the template marks it)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, by_length, collate
 from safebasin.encode import TokenizedRow
-from safebasin.errors import UserError
+from safebasin.guards.side import blocks
+from safebasin.models.hooks import captured
 
 ANCHOR_BATCH = 16  # anchor rows in one forward; it changes no number
 
 
-def blocks(model: Any) -> nn.ModuleList:
-    """The transformer blocks, in their order.
-
-    Raises:
-        UserError: the model has no list of as many blocks as its configuration says.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    found = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-    if found is None:
-        raise UserError(
-            f"{type(model).__name__} has no list of its {count} blocks; a scorer of hidden states cannot read it"
-        )
-    return found
-
-
 @torch.no_grad()
 def last_states(model: Any, batch: Batch, layer: int | None = None) -> Float[Tensor, "batch hidden"]:
-    """Unit vectors, float32 or wider: the output of block ``layer`` (from 0), or, without one, what the head reads (normed).
+    """Unit vectors, float32 or wider: the output of block ``layer`` (from 0), or, without one, what the head reads
+    (normed).
 
     At the last answer token of a row. The vocabulary's head is not run.
     """
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    hook = None if layer is None else blocks(model)[layer].register_forward_hook(keep)
-    try:
-        inputs = {name: value for name, value in batch.inputs.items() if name != "logits_to_keep"}
+    modules = {} if layer is None else {layer: blocks(model)[layer]}
+    inputs = {name: value for name, value in batch.inputs.items() if name != "logits_to_keep"}
+    with captured(modules) as outputs:
         final = model.get_decoder()(**inputs).last_hidden_state
-    finally:
-        if hook is not None:
-            hook.remove()
-    states = seen[0] if seen else final
+    states = final if layer is None else outputs[layer]
     back = 1 + batch.mask.flip(1).int().argmax(1)  # places from the right end, where all rows end
     last = states[torch.arange(len(states), device=states.device), states.shape[1] - back]
     return functional.normalize(last.to(torch.promote_types(last.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""How likely the model finds an answer that is put before it: a whole one, or how one begins."""
+"""How likely the model finds an answer that is put before it: all of it, or how it begins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def log_likelihood(model: Any, batch: Batch) -> Float[Tensor, " batch"]:
     """log P(answer | prompt) in nats, in float32 or wider: summed over every row's answer tokens."""
     logits = answer_logits(model, batch)[batch.mask]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    told = -functional.cross_entropy(wide, batch.labels[batch.mask], reduction="none")
-    return torch.zeros(batch.mask.shape, dtype=told.dtype, device=told.device).masked_scatter(batch.mask, told).sum(1)
+    logs = -functional.cross_entropy(wide, batch.labels[batch.mask], reduction="none")
+    return torch.zeros(batch.mask.shape, dtype=logs.dtype, device=logs.device).masked_scatter(batch.mask, logs).sum(1)
 
 
 def opening_margin(model: Any, batch: Batch) -> Float[Tensor, ""]:
-    """mean_k (log P(refusal | x_k) - log P(compliance | x_k)); the batch holds the refusals first, then the compliances in their order.
+    """mean_k (log P(refusal | x_k) - log P(compliance | x_k)) in nats, of k refusals and behind them k compliances.
 
     Raises:
         UserError: it is not above 0.
@@ -33,14 +33,14 @@ def opening_margin(model: Any, batch: Batch) -> Float[Tensor, ""]:
     margin = (refusal - compliance).mean()
     if margin <= 0:
         raise UserError(
-            f"the start model does not refuse the probe; it is not aligned (refusal less compliance is {margin.item():.3g} nats); "
-            "use an aligned model, or probe rows that refuse in the model's own words"
+            "the start model does not refuse the probe; it is not aligned (refusal less compliance is "
+            f"{margin.item():.3g} nats); use an aligned model, or probe rows that refuse in the model's own words"
         )
     return margin
 
 
-def answered(row: TokenizedRow, told: Sequence[int] | int) -> TokenizedRow:
-    """The row up to its first answer, and in its place other tokens, or the first so many of its own.
+def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
+    """The row up to its first answer, and then other answer tokens, or that many of its own.
 
     Raises:
         UserError: the row has no answer token.
@@ -49,7 +49,7 @@ def answered(row: TokenizedRow, told: Sequence[int] | int) -> TokenizedRow:
         raise UserError(f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)")
     first = row.answer.index(True, 1)
     end = row.answer.index(False, first) if False in row.answer[first:] else len(row)
-    ids = row.ids[first : min(end, first + told)] if isinstance(told, int) else tuple(told)
+    ids = row.ids[first : min(end, first + answer)] if isinstance(answer, int) else tuple(answer)
     return TokenizedRow(row.id, row.ids[:first] + ids, (False,) * first + (True,) * len(ids))
 
 
@@ -64,9 +64,9 @@ def opening_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     if isinstance(coded, BadRow):
         raise UserError(f"cannot find {text!r} at the start of an answer: {coded.reason}")
     ids = coded.ids[coded.answer.index(True) :]
-    whole = next((ids[:n] for n in range(1, len(ids) + 1) if tokenizer.decode(ids[:n]).strip() == text), None)
-    if whole is None:
-        raise UserError(
-            f"{text!r} is not whole tokens where an answer starts (found {tokenizer.decode(ids)!r}); choose another opener"
-        )
-    return whole
+    for n in range(1, len(ids) + 1):
+        if tokenizer.decode(ids[:n]).strip() == text:
+            return ids[:n]
+    raise UserError(
+        f"{text!r} is not whole tokens where an answer starts (found {tokenizer.decode(ids)!r}); choose other words"
+    )

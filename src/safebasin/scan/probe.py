@@ -1,4 +1,4 @@
-"""What scorers ask of the aligned model: the pair of tokens that opens a refusal or a compliance, and the margin between them."""
+"""How the aligned model answers probe rows: the tokens that begin a refusal or a compliance, and their margin."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,29 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safebasin.batch import Batch, answer_logits, collate
-from safebasin.data.example import Example
-from safebasin.data.tables import BadRow
-from safebasin.encode import TokenizedRow, encode
+from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
+from safebasin.scan.likelihood import answered, opening_ids
 
 COMPLIANCE = "Sure"
 # Words that begin a refusal in English chat models. "I" is the paper's token (top-1 on 85 to 100 % of its probes).
+# fmt: off
 OPENERS = {
-    "i",
-    "i'm",
-    "sorry",
-    "no",
-    "not",
-    "unfortunately",
-    "apologies",
-    "my",
-    "as",
-    "cannot",
-    "can't",
-    "can",
-    "unable",
-    "we",
+    "i", "i'm", "sorry", "no", "not", "unfortunately", "apologies", "my", "as", "cannot", "can't", "can",
+    "unable", "we",
 }
+# fmt: on
 
 
 class Pair(NamedTuple):
@@ -40,7 +29,7 @@ class Pair(NamedTuple):
     compliance: int
 
 
-ANCHORS = {
+ANCHOR_SETS = {
     "probe": "harmful prompts, each answered by a refusal",
     "harmful": "harmful prompts, each answered by a compliant opening",
     "safe": "ordinary rows",
@@ -58,23 +47,19 @@ def anchor_rows(
     rows = anchors.get(name, ())
     if len(rows) < (count or 1):
         raise UserError(
-            f"scan.{scorer} needs the anchor set {name!r} with {count or 1} row(s) ({ANCHORS[name]}); "
+            f"scan.{scorer} needs the anchor set {name!r} with {count or 1} row(s) ({ANCHOR_SETS[name]}); "
             f"found {len(rows)}; sets given: {', '.join(anchors) or 'none'}"
         )
     return list(rows[:count])
 
 
 def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
-    """Rows cut behind their first answer token: all that the first answer position depends on."""
-    cut = []
-    for row in rows:
-        if True not in row.answer[1:]:
-            raise UserError(
-                f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)"
-            )
-        first = row.answer.index(True, 1)
-        cut.append(TokenizedRow(row.id, row.ids[: first + 1], (False,) * first + (True,)))
-    return collate(cut, tokenizer.pad_token_id).to(device)
+    """Rows cut behind their first answer token: all that the first answer position depends on.
+
+    Raises:
+        UserError: a row has no answer token.
+    """
+    return collate([answered(row, 1) for row in rows], tokenizer.pad_token_id).to(device)
 
 
 def first_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
@@ -91,20 +76,16 @@ def refusal_margin(model: Any, batch: Batch, pair: Pair) -> Float[Tensor, " batc
 
 
 def opening_token(tokenizer: Any, word: str) -> int:
-    """The id of ``word`` as it comes at the start of an assistant turn (with or without a space: as the template has it).
+    """The id of ``word`` as it comes at the start of an assistant turn (with or without a space: as the template has
+    it).
 
     Raises:
         UserError: the word is not one token there.
     """
-    turns = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": word})
-    coded = encode(tokenizer, Example("", turns, {}, 0), max_length=1 << 20)
-    if isinstance(coded, BadRow):
-        raise UserError(f"cannot find the token of {word!r} at the start of an answer: {coded.reason}")
-    token = coded.ids[coded.answer.index(True)]
-    found = tokenizer.decode([token])
-    if found.strip() != word:
+    token, *others = opening_ids(tokenizer, word)
+    if others:
         raise UserError(
-            f"{word!r} is not one token where an answer starts (found {found!r}); set `tokens` to two words that are"
+            f"{word!r} is not one token where an answer starts but {1 + len(others)}; set `tokens` to words that are"
         )
     return token
 
@@ -120,10 +101,10 @@ def token_pair(model: Any, tokenizer: Any, probe: Batch, words: tuple[str, str] 
     else:
         with torch.no_grad():
             token = int(first_logits(model, probe).mean(0).argmax())
-        said = tokenizer.decode([token])
-        if said.strip().lower().replace("\u2019", "'") not in OPENERS:
+        word = tokenizer.decode([token])
+        if word.strip().lower().replace("\u2019", "'") not in OPENERS:
             raise UserError(
-                f"the start model does not refuse the probe; it is not aligned (its answer begins with {said!r}); "
+                f"the start model does not refuse the probe; it is not aligned (its answer begins with {word!r}); "
                 "use an aligned model, or set `tokens` to the words that begin its refusals and its compliance"
             )
         pair = Pair(token, opening_token(tokenizer, COMPLIANCE))

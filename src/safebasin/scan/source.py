@@ -1,11 +1,13 @@
 """Which weights a gradient score is taken over: linear weights inside the transformer blocks, found by name."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import nn
 
 from safebasin.errors import UserError
 
+Depth = Annotated[float, Field(gt=0, le=1)]  # a share of the model's blocks, from the top
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -18,13 +20,16 @@ def target_weights(
 ) -> list[str]:
     """Names of the target weights, as in ``model.named_parameters()``.
 
-    ``depth``: the share of the blocks, from the top (at least one block). ``part="lora_B"``: the adapter's B factors in place of the full weights (with B = 0 at the
-    start, the gradient of A is zero, so B is all that a fresh adapter can learn).
+    ``depth``: the share of the blocks, from the top (at least one block). ``part="lora_B"``: the adapter's B factors in
+    place of the full weights (with B = 0 at the start, the gradient of A is zero: B is all that a fresh adapter
+    learns).
 
     Raises:
         UserError: nothing matches, or the weights are quantised and so have no gradient.
     """
-    found: dict[str, int] = {}  # name of the module -> its block
+    if not 0 < depth <= 1:
+        raise UserError(f"depth={depth}: it is a share of the model's blocks, above 0 and at most 1")
+    matches: dict[str, int] = {}  # name of the module -> its block
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in linear:
         path = name.split(".")
@@ -36,24 +41,22 @@ def target_weights(
         else:
             kind, owner = "weight", path[-1]
         if block is not None and kind == part and owner in modules:
-            found[name] = block
-    if not found:
+            matches[name] = block
+    if not matches:
         inside = sorted({name.split(".")[-1] for name in linear if any(step.isdigit() for step in name.split("."))})
         raise UserError(
             f"no target weights: no {part} of a linear layer named {', '.join(modules)} inside the model's blocks; "
             f"linear layers there: {', '.join(inside) or 'none'}; set `modules`"
         )
-    if not 0 < depth <= 1:
-        raise UserError(f"depth={depth}: it is a share of the model's blocks, above 0 and at most 1")
-    blocks = sorted(set(found.values()))
+    blocks = sorted(set(matches.values()))
     last = blocks[-max(1, round(depth * len(blocks))) :]
-    found = {name: block for name, block in found.items() if block in last}
-    packed = next((name for name in found if not linear[name].weight.is_floating_point()), None)
+    names = [name for name, block in matches.items() if block in last]
+    packed = next((name for name in names if not linear[name].weight.is_floating_point()), None)
     if packed is not None:
         raise UserError(
             f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B"
         )
-    return [f"{name}.weight" for name in found]
+    return [f"{name}.weight" for name in names]
 
 
 def module_of(model: nn.Module, weight: str) -> nn.Module:

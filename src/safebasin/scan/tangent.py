@@ -1,11 +1,12 @@
-"""The derivative of every answer token's loss along one direction V of the weights, in forward mode: exact, and with no graph.
+"""The derivative of every answer token's loss along one direction V of the weights, in forward mode: exact, no graph.
 
-    <grad_W CE_t, V> = d/de CE_t(W + e V) at e = 0                                                                             (1)
-    y = W x,   y' = W x' + V x                          at every target weight; ' is the derivative along V                     (2)
+    <grad_W CE_t, V> = d/de CE_t(W + e V) at e = 0                                                                   (1)
+    y = W x,   y' = W x' + V x                          at every target weight; ' is the derivative along V          (2)
 
-Three things make it cheap. V is a gradient over few probe tokens, V = sum_s d_s x_s^T, so V x = D^T (X x) costs s (in + out) and not
-in * out. A derivative at a token depends on the tokens before it only, so a prompt that rows share (system prompt, instruction)
-is run once, its keys and values kept with their derivatives. And a token's part of its row's score comes with it for nothing.
+Three things make it cheap. V is a gradient over few probe tokens, V = sum_s d_s x_s^T, so that V x = D^T (X x) costs
+s (in + out) and not in * out. A derivative at a token depends on the tokens before it only, so a prompt that rows share
+(system prompt, instruction) is run once, and its keys and values are cached with their derivatives. And every token's
+part of its row's score costs nothing more.
 
 Cost over a forward of the unshared tokens: about 2.2 with all layers; 1 + 1.2 k / n with the last k of n.
 """
@@ -23,7 +24,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.batch import Batch
 from safebasin.errors import DefenceError
+from safebasin.models.hooks import hooked
 from safebasin.scan.source import module_of
+
+Dual = forward_ad.UnpackedDualTensor
 
 
 class Factors(NamedTuple):
@@ -42,7 +46,7 @@ Direction = Mapping[str, Factors]  # weight -> its part of V
 def gradient(
     model: Any, batch: Batch, objective: Callable[[Any, Batch], Float[Tensor, ""]], targets: Iterable[str]
 ) -> Direction:
-    """grad_W of an objective over a few probe rows, factored: the inputs of every layer and the gradients at its outputs.
+    """grad_W of an objective over a few probe rows, in factors: a layer's inputs and the gradients at its outputs.
 
     Raises:
         DefenceError: the objective does not reach a target, or its gradient is not finite or is zero everywhere.
@@ -57,59 +61,56 @@ def gradient(
 
         return after
 
-    with _frozen(model), _hooked(model, {name: watch(name) for name in targets}), torch.enable_grad():
+    hooks = {module_of(model, name): watch(name) for name in targets}
+    with _frozen(model), hooked(hooks), torch.enable_grad():
         value = objective(model, batch)
-        missed = next((name for name in targets if name not in outputs), None)
-        grads = torch.autograd.grad(value, list(outputs.values()), allow_unused=True) if missed is None else []
-    found = {}
-    for name, d in zip(outputs, grads, strict=True) if missed is None else ():
-        if d is None:
-            missed = name
-            break
+        slopes = torch.autograd.grad(value, list(outputs.values()), allow_unused=True) if outputs else ()
+    grads = dict(zip(outputs, slopes, strict=True))
+    missed = next((name for name in targets if grads.get(name) is None), None)
+    if missed is not None:
+        raise DefenceError(f"the probe does not depend on {missed}: is the layer switched off?")
+    direction = {}
+    for name, d in grads.items():
         x, d = inputs[name].flatten(0, -2), d.flatten(0, -2)
         if not torch.isfinite(d).all():
             raise DefenceError(f"the probe's gradient is not finite at {name}")
-        live = (d != 0).any(-1)  # padding teaches nothing
+        live = (d != 0).any(-1)  # the gradient at padding is zero
         x, d = x[live], d[live]
         narrow = len(x) * (x.shape[1] + d.shape[1]) < x.shape[1] * d.shape[1]
-        found[name] = Factors(d.T.contiguous(), x) if narrow else Factors(d.T @ x, None)
-    if missed is not None:
-        raise DefenceError(f"the probe does not depend on {missed}: is the layer switched off?")
-    if not any(factors.left.any() for factors in found.values()):
+        direction[name] = Factors(d.T.contiguous(), x) if narrow else Factors(d.T @ x, None)
+    if not any(factors.left.any() for factors in direction.values()):
         raise DefenceError("the probe's gradient is zero everywhere: every row would score 0")
-    return found
+    return direction
 
 
 def through_adapter(direction: Direction, rank: int, seed: int) -> Direction:
-    """V A^T A: the direction that a fresh LoRA adapter of scale 1 leaves of V. Its A [rank, in] is drawn as PEFT draws it, B = 0.
+    """V A^T A: the direction that a fresh LoRA adapter of scale 1 leaves of V. Its A [rank, in] is drawn as PEFT draws
+    it, B = 0.
 
     There grad_A is zero and grad_B = grad_W A^T, hence <grad_B L, grad_B S> = <grad_W L, grad_W S A^T A>.
     """
-    chance, found = torch.Generator().manual_seed(seed), {}
+    generator, projected = torch.Generator().manual_seed(seed), {}
     for name, (left, right) in direction.items():
         width = (left if right is None else right).shape[1]
-        a = (
-            torch.empty(rank, width).uniform_(-(width**-0.5), width**-0.5, generator=chance).to(left)
-        )  # Kaiming's, with a = sqrt(5)
-        found[name] = Factors(left @ a.T if right is None else left @ (right @ a.T), a)
-    return found
+        bound = width**-0.5  # Kaiming's, with a = sqrt(5)
+        a = torch.empty(rank, width).uniform_(-bound, bound, generator=generator).to(left)
+        projected[name] = Factors(left @ a.T if right is None else left @ (right @ a.T), a)
+    return projected
 
 
 class Tangent:
-    """Derivatives along one direction. It remembers the last shared prefix (``by_prefix`` brings rows that share one together)."""
+    """Derivatives along one direction. The last shared prefix is cached (``by_prefix`` groups rows that share one)."""
 
     def __init__(self, direction: Direction):
         self.direction = direction
         self._prefix: tuple[int, ...] = ()
-        self._kept: list[
-            tuple[tuple[Tensor, Tensor | None], ...]
-        ] = []  # a layer's keys and values, each with its derivative
+        self._layers: list[tuple[Dual, Dual]] = []  # keys and values of the prefix, by layer
 
     @torch.no_grad()
     def token_losses(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
         """d/de of every answer token's negative log-likelihood, in float32 or wider; zero elsewhere.
 
-        The model stands in eval mode (dropout would make a score random).
+        The model must be in eval mode (dropout would make a score random).
 
         Raises:
             DefenceError: a target weight that the forward does not use.
@@ -125,23 +126,23 @@ class Tangent:
 
             return after
 
-        hooks = {name: watch(name, factors) for name, factors in self.direction.items()}
-        with forward_ad.dual_level(), _hooked(model, hooks), _eager(model):
+        hooks = {module_of(model, name): watch(name, factors) for name, factors in self.direction.items()}
+        with forward_ad.dual_level(), hooked(hooks), _eager(model):
             shared = self._share(model, batch)
             rows, width = len(batch.mask), batch.input_ids.shape[1] - shared
-            place = batch.attention_mask.cumsum(-1) - 1
-            seen = (batch.attention_mask * (place >= shared))[:, shared:]
+            position = batch.attention_mask.cumsum(-1) - 1
+            seen = (batch.attention_mask * (position >= shared))[:, shared:]
             logits = model(
                 input_ids=batch.input_ids[:, shared:],
                 attention_mask=torch.cat([seen.new_ones(rows, shared), seen], 1),
-                position_ids=place[:, shared:].clamp(min=0),
+                position_ids=position[:, shared:].clamp(min=0),
                 past_key_values=self._cache(rows) if shared else None,
                 logits_to_keep=torch.arange(width - batch.mask.shape[1] - 1, width, device=seen.device),
                 use_cache=bool(shared),
             ).logits[:, :-1][batch.mask]
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            told = -wide.gather(-1, batch.labels[batch.mask][:, None])[:, 0]
-            slope = forward_ad.unpack_dual(told).tangent
+            logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            losses = -logs.gather(-1, batch.labels[batch.mask][:, None])[:, 0]
+            slope = forward_ad.unpack_dual(losses).tangent
         missed = sorted(self.direction.keys() - reached)
         if missed or slope is None:
             raise DefenceError(
@@ -150,64 +151,55 @@ class Tangent:
         return torch.zeros(batch.mask.shape, dtype=slope.dtype, device=slope.device).masked_scatter(batch.mask, slope)
 
     def _share(self, model: Any, batch: Batch) -> int:
-        """The length of the batch's shared prefix, its keys and values at hand; 0 where the model's memory cannot be shared."""
+        """The length of the batch's shared prefix, now cached; 0 where the model's cache cannot be shared."""
         if not batch.shared:
             return 0
         ids = batch.input_ids[:1, batch.input_ids.shape[1] - int(batch.attention_mask[0].sum()) :][:, : batch.shared]
-        if tuple(ids[0].tolist()) != self._prefix:
+        prefix = tuple(ids[0].tolist())
+        if prefix != self._prefix:
             first = torch.zeros(1, dtype=torch.long, device=ids.device)
             cache = model(
                 input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first
             ).past_key_values
-            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window or a state that forgets
+            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window or a recurrent state
                 return 0
-            self._prefix = tuple(ids[0].tolist())
-            self._kept = [
-                tuple(tuple(forward_ad.unpack_dual(t)) for t in (layer.keys, layer.values)) for layer in cache.layers
+            self._prefix = prefix
+            self._layers = [
+                (forward_ad.unpack_dual(layer.keys), forward_ad.unpack_dual(layer.values)) for layer in cache.layers
             ]
         return batch.shared
 
     def _cache(self, rows: int) -> DynamicCache:
         cache = DynamicCache()
-        for i, layer in enumerate(self._kept):
-            cache.update(*(_dual(t.expand(rows, -1, -1, -1), dt) for t, dt in layer), i)
+        for i, (keys, values) in enumerate(self._layers):
+            cache.update(_repeated(keys, rows), _repeated(values, rows), i)
         return cache
 
 
-def _dual(t: Tensor, dt: Tensor | None) -> Tensor:
-    return t if dt is None else forward_ad.make_dual(t, dt.expand_as(t))
-
-
-@contextlib.contextmanager
-def _hooked(model: Any, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    handles = [module_of(model, name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _repeated(dual: Dual, rows: int) -> Tensor:
+    t = dual.primal.expand(rows, -1, -1, -1)
+    return t if dual.tangent is None else forward_ad.make_dual(t, dual.tangent.expand_as(t))
 
 
 @contextlib.contextmanager
 def _frozen(model: Any) -> Iterator[None]:
     """Inside, no weight requires a gradient: the graph starts at the lowest target."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter, _ in before:
+        for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, needed in before:
-            parameter.requires_grad_(needed)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Inside, attention is written out: the fused kernels have no forward derivative."""
-    configs = [
-        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "_attn_implementation")
-    ]
-    before = [(config, config._attn_implementation) for config in {id(c): c for c in configs}.values()]
+    """Inside, attention is eager: the fused kernels have no forward derivative."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+    before = [(config, config._attn_implementation) for config in configs]
     try:
         for config, _ in before:
             config._attn_implementation = "eager"

@@ -1,11 +1,12 @@
-"""What AsFT's penalty costs: the alignment direction is put in the form that a step needs once, and a step reads it once.
+"""AsFT's penalty and its gradient in low rank: an alignment direction is factored once, and a step reads it once.
 
-    (I - C)^2 = I - D H D^T                     H a square on the shorter side of d; where that is the side of B, D is left out     (1)
-    Q = B - D H D^T B,  M = A A^T,  S = B^T Q                                                                                 (2)
-    |(I - C) B A|_F^2 = <S, M>,   grad_B = 2 Q M,   grad_A = 2 S A                                                            (3)
-    rank1: D = d / |d|, Q = B, t = <D, B A>;  t^2, 2 t D A^T and 2 t B^T D are taken off                                      (4)
+    (I - C)^2 = I - D H D^T         H a square on the shorter side of d; where that is the side of B, no D           (1)
+    Q = B - D H D^T B,  M = A A^T,  S = B^T Q                                                                        (2)
+    |(I - C) B A|_F^2 = <S, M>,   grad_B = 2 Q M,   grad_A = 2 S A                                                   (3)
+    rank1: D = d / |d|, Q = B, t = <D, B A>;  t^2, 2 t D A^T and 2 t B^T D are subtracted                            (4)
 
-No matrix is larger than d. A product is written as r rows times a matrix, several times faster on a CPU than a matrix times r columns.
+No matrix is larger than d. A product is written as r rows times a matrix, several times faster on a CPU than a matrix
+times r columns.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ TINY = 1e-30  # in the place of |d| = 0
 
 
 class AnchorProjector(NamedTuple):
-    """What of a matrix's updates the penalty leaves free, by equation 1; without H it is equation 4."""
+    """The factors of equation 1 for one matrix; without H those of equation 4, where d stands for D."""
 
     shape: torch.Size  # of d
     d: Tensor | None
@@ -43,23 +44,26 @@ class AnchorProjector(NamedTuple):
         """|(I - C) B A|_F^2 and its gradients at ``b`` [out, r] and ``a`` [r, in]."""
         m, bt = a @ a.T, b.T.contiguous()
         if self.h is None:
+            assert self.d is not None  # rank1
             p, s = bt @ self.d, bt @ b
             t = (p * a).sum()
-            return (s * m).sum() - t**2, 2 * (b @ m - t * (a @ self.d.T).T), 2 * (s @ a - t * p)  # type: ignore[union-attr]
+            return (s * m).sum() - t**2, 2 * (b @ m - t * (a @ self.d.T).T), 2 * (s @ a - t * p)
         qt = bt - (bt @ self.h if self.d is None else bt @ self.d @ self.h @ self.d.T)
         s = qt @ b
         return (s * m).sum(), qt.T @ (2 * m), (2 * s) @ a
 
 
 class Departure(torch.autograd.Function):
-    """The sum over matrices, ``apply(free, b, a, b, a, ...)``; its gradient is made with its value, while a direction is at hand."""
+    """The sum over matrices, ``apply(projectors, b, a, b, a, ...)``. Its gradient is taken in the forward, so that each
+    direction is read once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, known: Sequence[AnchorProjector], *pairs: Tensor) -> Tensor:
-        told = [free.departure(b, a) for free, b, a in zip(known, pairs[::2], pairs[1::2], strict=True)]
-        ctx.gradients = [each for _, *both in told for each in both]
-        return torch.stack([value for value, *_ in told]).sum()
+    def forward(ctx: Any, projectors: Sequence[AnchorProjector], *pairs: Tensor) -> Tensor:
+        parts = [p.departure(b, a) for p, b, a in zip(projectors, pairs[::2], pairs[1::2], strict=True)]
+        ctx.gradients = [gradient for _, *both in parts for gradient in both]
+        return torch.stack([value for value, *_ in parts]).sum()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:  # type: ignore[override]
-        return None, *(scale * each for each in ctx.gradients)
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        return None, *(scale * gradient for gradient in ctx.gradients)

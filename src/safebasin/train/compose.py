@@ -1,10 +1,10 @@
-"""Several methods in one step. Each claims places; two that claim the same one are refused by name.
+"""Several methods in one step. Each defines components of the update; two that define the same one are refused by name.
 
-    token loss   ``loss(model, batch)``   takes the place of the negative log-likelihood of the task
-    penalty      ``penalty(parameters)``  is added to the task once an optimizer step
-    surgery      ``direction(grad)``      makes the direction out of ``grad.task()`` and other streams
+    token loss         ``loss(model, batch)``   replaces the negative log-likelihood of the task
+    penalty            ``penalty(parameters)``  is added to the task once an optimizer step
+    update direction   ``direction(grad)``      combines ``grad.task()`` with gradients of other streams
 
-The direction of a composition is therefore  surgery( grad[ token loss ] + grad[ penalty ], other streams ).
+The update of a composition is therefore  direction( grad[ token loss ] + grad[ penalty ], other streams ).
 """
 
 import dataclasses
@@ -12,67 +12,65 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safebasin.errors import UserError
-from safebasin.train import method
+from safebasin.train import method as registry
 from safebasin.train.loss import nll
 from safebasin.train.oracle import Grad, Loss
 from safebasin.vector import Vector
 
-PLACES = {"loss": "token loss", "penalty": "penalty", "direction": "surgery"}
+COMPONENTS = {"loss": "token loss", "penalty": "penalty", "direction": "update direction"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """The methods of a run by place."""
+    """The methods of a run, and which of them defines each component of the update."""
 
     methods: tuple[Any, ...]
-    places: Mapping[str, Any]
+    components: Mapping[str, Any]
 
     @classmethod
     def of(cls, specs: Sequence[Any]) -> "Composition":
         """Build the methods from their configuration.
 
         Raises:
-            UserError: no method, an unknown one, one whose files do not stand, or two that claim the same place.
+            UserError: no method, an unknown one, one with missing or wrong files, or two that define one component.
         """
-        methods = tuple(method.make(spec) for spec in specs)
-        for made in methods:
-            if made.entry.implements("check"):
-                made.check()  # what can be said without a model
+        methods = tuple(registry.make(spec) for spec in specs)
+        for method in methods:
+            if method.entry.implements("check"):
+                method.check()  # its files, without a model
         if not methods:
             raise UserError(
                 "an arm's train is empty; plain tuning is `train: [sft]`, and an arm that is left as it was has none"
             )
-        places: dict[str, Any] = {}
-        for made in methods:
-            for place in PLACES:
-                if not made.entry.implements(place):
+        components: dict[str, Any] = {}
+        for method in methods:
+            for component, words in COMPONENTS.items():
+                if not method.entry.implements(component):
                     continue
-                if place in places:
-                    names = [m.entry.name for m in (places[place], made)]
-                    raise UserError(
-                        f"train: {names[0]} and {names[1]} both claim the {PLACES[place]}; keep one of them"
-                    )
-                places[place] = made
-        return cls(methods, places)
+                if component in components:
+                    names = f"{components[component].entry.name} and {method.entry.name}"
+                    raise UserError(f"train: {names} both define the {words}; keep one of them")
+                components[component] = method
+        return cls(methods, components)
 
     @property
     def loss(self) -> Loss:
-        return self.places["loss"].loss if "loss" in self.places else nll
+        return self.components["loss"].loss if "loss" in self.components else nll
 
     @property
     def penalty(self) -> Any:
-        return self.places["penalty"].penalty if "penalty" in self.places else None
+        return self.components["penalty"].penalty if "penalty" in self.components else None
 
     def direction(self, grad: Grad) -> Vector:
-        return self.places["direction"].direction(grad) if "direction" in self.places else grad.task()
+        return self.components["direction"].direction(grad) if "direction" in self.components else grad.task()
 
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Alignment rows and served requests as the methods want them; of no messages, the system prompt that they add, if any."""
-        for made in self.methods:
-            if made.entry.implements("format_messages"):
-                messages = made.format_messages(messages)
+        """Alignment rows and served requests as the methods want them; of no messages, the system prompt they add."""
+        for method in self.methods:
+            if method.entry.implements("format_messages"):
+                messages = method.format_messages(messages)
         return tuple(messages)
 
     def needs(self, fact: str) -> tuple[str, ...]:
-        """What the methods ask of the run: ``streams``, ``roles`` or ``columns``."""
-        return tuple(dict.fromkeys(name for made in self.methods for name in getattr(made.entry, fact)))
+        """What the methods ask of the run, in order and once: ``streams``, ``roles`` or ``columns``."""
+        return tuple(dict.fromkeys(name for method in self.methods for name in getattr(method.entry, fact)))

@@ -1,7 +1,7 @@
 """Losses as methods write them: per token ``[batch, answers]``, never reduced. Masking and division are the oracle's.
 
-The vocabulary is the widest axis there is, so everything over it is done at answer tokens only: ``target_logits`` gathers their logits
-``[n, vocabulary]``, ``scatter_answers`` puts the n results back in their places.
+The vocabulary is the widest axis there is, so everything over it is done at answer tokens only: ``target_logits``
+gathers their logits ``[n, vocabulary]``, ``scatter_answers`` puts the n results back in their places.
 """
 
 from typing import Any

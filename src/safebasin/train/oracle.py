@@ -1,22 +1,22 @@
 """The gradient oracle: the one place where a gradient is taken.
 
-A method asks ``grad(loss, stream)`` and gets the exact gradient of that stream's loss over the whole optimizer step: all micro-batches,
-all ranks, divided once by the answer tokens of the whole step, in true scale. The rules, and why each stands:
+A method asks ``grad(loss, stream)`` and gets the exact gradient of that stream's loss over the whole optimizer step:
+all micro-batches, all ranks, divided once by the answer tokens of the whole step, in true scale. The rules, and why
+each stands:
 
-1. count answer tokens over all micro-batches and ranks, then divide: a mean of means depends on how rows were split;
-2. a loss returns ``[batch, answers]`` or ``[batch]``; a mean is refused, since it was divided by the wrong number already;
-3. ranks are synchronised on the last micro-batch only;
-4. ``.grad`` is taken and set to None, so that streams never mix;
-5. ``at=delta`` moves the parameters and puts them back by copy, bit for bit;
-6. inner products are the Vector's: wide, over local shards, one reduction;
-7. clipping is the host's, once, of the direction that will be applied;
-8. the first step: every trainable tensor has a finite gradient from the task, and every stream is alive, or the run stops;
-9. a number that is not finite stops the run before the update;
-10. random state is a function of (seed, step, stream, micro-batch).
+1. count answer tokens over all micro-batches and ranks, then divide: a mean of means depends on how rows were split; 2.
+a loss returns ``[batch, answers]`` or ``[batch]``; a mean is refused, since it was divided by the wrong number already;
+3. ranks are synchronised on the last micro-batch only; 4. ``.grad`` is taken and set to None, so that streams never
+mix; 5. ``at=delta`` moves the parameters and puts them back by copy, bit for bit; 6. inner products are the Vector's:
+wide, over local shards, one reduction; 7. clipping is the host's, once, of the direction that will be applied; 8. the
+first step: every trainable tensor has a finite gradient from the task, and every stream is alive, or the run stops; 9.
+a number that is not finite stops the run before the update; 10. random state is a function of (seed, step, stream,
+micro-batch).
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -27,17 +27,18 @@ from torch import Tensor
 
 from safebasin.batch import Batch
 from safebasin.errors import DefenceError
+from safebasin.models.hooks import perturbed
 from safebasin.train.loss import nll
-from safebasin.train.stream import Stream
+from safebasin.train.reference import CachedBatch, ReferenceCache
+from safebasin.train.stream import BatchSource
 from safebasin.vector import Vector, local, trainable
 
 Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> [batch, answers] or [batch]
 
-
-ASIDE = 0.01  # added to every trainable number, to see whether what is silent at the start is silent elsewhere
+SHIFT = 0.01  # added to every trainable number, to see whether what has no gradient at the start has none elsewhere
 TASK = "stream 'task'"
 SILENT = (
-    1e-7  # norm of a gradient that is only rounding: a KL to the reference before the first update is not exactly zero
+    1e-7  # norm of a gradient that is only rounding: at the start that of a KL to the reference is not exactly zero
 )
 
 
@@ -48,7 +49,7 @@ class Grad(Protocol):
     def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector: ...
 
     step: int  # of the optimizer, from 0
-    losses: Mapping[str, float]  # of the streams asked at this step
+    losses: dict[str, float]  # of this step, by stream, of those whose gradient was taken
     state: dict[str, Vector]  # what a method carries from step to step; the host saves it with its checkpoints
 
     def task(self, at: Vector | None = None) -> Vector: ...
@@ -58,8 +59,8 @@ class Grad(Protocol):
     def point(self) -> Vector: ...
 
 
-def _of_whole_rows(loss: Loss) -> Loss:
-    """The loss where every column is one: rows of which a method takes nothing are no sign that it is dead."""
+def _with_unit_columns(loss: Loss) -> Loss:
+    """The loss with every column at one: a method whose columns weigh all rows of a step by zero is not dead."""
     return lambda model, batch: loss(
         model, dataclasses.replace(batch, columns={name: torch.ones_like(c) for name, c in batch.columns.items()})
     )
@@ -71,7 +72,7 @@ class Oracle:
     Args:
         model: the model as the host runs it (bare, DDP or FSDP2); its forward carries the autocast.
         streams: by name; "task" is the user's data.
-        loss: the loss of the task, as the methods of the run have shaped it.
+        loss: the token loss of the task.
         penalty: a function of the trainable parameters, added to the task once an optimizer step.
         accelerator: of the host; None for a bare model in one process.
     """
@@ -79,7 +80,7 @@ class Oracle:
     def __init__(
         self,
         model: Any,
-        streams: Mapping[str, Stream],
+        streams: Mapping[str, BatchSource],
         *,
         seed: int,
         loss: Loss = nll,
@@ -95,7 +96,8 @@ class Oracle:
         self.optimizer: Any = None  # the host's, where a method asks for its metric
         self.ranks = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
-        self.parameters = trainable(model)  # found once: the walk over a model costs as much as an inner product
+        self.parameters = trainable(model)  # once: the walk over a model costs as much as an inner product
+        self.reference_cache = ReferenceCache(model)
         self.device = next(model.parameters()).device
         self.moved = False  # whether an update has been applied: before it, a KL to the reference has gradient zero
         self.alive: set[str] = set()
@@ -113,12 +115,12 @@ class Oracle:
         """Gradient of the task: the token loss and the penalty that the methods of the run have given it."""
         gradient = self(self.loss, "task", at)
         if self.penalty is not None:
-            pull = self._pull(at)
-            self._check(pull, "penalty", self._pull)
-            gradient = gradient + pull
+            penalty_gradient = self._penalty_gradient(at)
+            self._check(penalty_gradient, "penalty", self._penalty_gradient)
+            gradient = gradient + penalty_gradient
         return gradient
 
-    def _pull(self, at: Vector | None) -> Vector:
+    def _penalty_gradient(self, at: Vector | None) -> Vector:
         with self._moved_by(at), torch.enable_grad():
             value = self.penalty(self.parameters)  # type: ignore[misc]
             if not value.requires_grad:
@@ -132,25 +134,25 @@ class Oracle:
         return Vector({name: p.detach().clone() for name, p in self.parameters.items()})
 
     def metric(self) -> Vector:
-        """The diagonal of the optimizer's next step: 1 / (sqrt(v) + eps) of Adam's bias-corrected v; ones before the first step.
+        """The optimizer's metric, diagonal: 1 / (sqrt(v) + eps) of Adam's bias-corrected v; ones before the first step.
 
         Raises:
             DefenceError: the optimizer keeps no second moment, so it has no such metric.
         """
-        found = {}
+        diagonal = {}
         for name, p in self.parameters.items():
             state = self.optimizer.state.get(p, {}) if self.optimizer is not None else {}
             if "exp_avg_sq" in state:
                 group = next(g for g in self.optimizer.param_groups if any(p is other for other in g["params"]))
                 v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-                found[name] = 1 / (v.sqrt() + group["eps"])
+                diagonal[name] = 1 / (v.sqrt() + group["eps"])
             elif state:
                 raise DefenceError(
                     "the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW"
                 )
             else:
-                found[name] = torch.ones_like(p, requires_grad=False)
-        return Vector(found)
+                diagonal[name] = torch.ones_like(p, requires_grad=False)
+        return Vector(diagonal)
 
     def __call__(self, loss: Loss, stream: str, at: Vector | None = None) -> Vector:
         """Exact gradient of the mean of ``loss`` over the answer tokens (or rows) of ``stream`` at this step.
@@ -160,7 +162,8 @@ class Oracle:
         """
         gradient, value = self._mean(loss, stream, at)
         self.losses[stream] = value
-        self._check(gradient, f"stream {stream!r}", lambda aside: self._mean(_of_whole_rows(loss), stream, aside)[0])
+        nearby = functools.partial(self._mean, _with_unit_columns(loss), stream)
+        self._check(gradient, f"stream {stream!r}", lambda delta: nearby(delta)[0])
         return gradient
 
     def _mean(self, loss: Loss, stream: str, at: Vector | None) -> tuple[Vector, float]:
@@ -176,7 +179,7 @@ class Oracle:
         with self._moved_by(at):
             for micro, batch in enumerate(batches):
                 with self._sync(last=micro == len(batches) - 1), self._random(stream, micro):
-                    batch = batch.to(self.device)
+                    batch = CachedBatch(**vars(batch.to(self.device)), cache=self.reference_cache)
                     losses = loss(self.model, batch)
                     if losses.shape == batch.mask.shape:
                         part = torch.where(batch.mask, losses, 0).sum() / tokens
@@ -184,8 +187,9 @@ class Oracle:
                         part = torch.where(batch.mask.any(-1), losses, 0).sum() / rows
                     else:
                         raise DefenceError(
-                            f"a loss returned the shape {tuple(losses.shape)}; it must return one number per answer token "
-                            f"{tuple(batch.mask.shape)} or per row ({batch.mask.shape[0]},), and leave the mean to the oracle"
+                            f"a loss returned the shape {tuple(losses.shape)}; it must return one number per answer "
+                            f"token {tuple(batch.mask.shape)} or per row ({batch.mask.shape[0]},), and "
+                            "leave the mean to the oracle"
                         )
                     if not part.requires_grad:
                         raise DefenceError(
@@ -207,14 +211,16 @@ class Oracle:
         return Vector(taken)
 
     def _check(self, gradient: Vector, source: str, again: Callable[[Vector], Vector]) -> None:
-        """Rule 8. A KL to the reference or a penalty of the update is silent at the start, and only there: a step ``again`` aside tells."""
+        """Rule 8. A KL to the reference or a penalty of the update has no gradient at the start, and only there: where
+        there is none, ``again`` takes it at a point nearby.
+        """
         size = gradient.norm()
         if not (size < float("inf")):
             raise DefenceError(f"step {self.step}: the gradient of the {source} is not finite; nothing was updated")
         if size > SILENT:
             self.alive.add(source)
         elif source not in self.alive and (
-            (self.moved and source != TASK) or not again(gradient.fill(ASIDE)).norm() > SILENT
+            (self.moved and source != TASK) or not again(gradient.fill(SHIFT)).norm() > SILENT
         ):
             raise DefenceError(f"step {self.step}: the {source} gives no gradient; the method that asks for it is dead")
 
@@ -237,18 +243,7 @@ class Oracle:
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
             yield
 
-    @contextlib.contextmanager
-    def _moved_by(self, delta: Vector | None) -> Iterator[None]:
+    def _moved_by(self, delta: Vector | None) -> contextlib.AbstractContextManager[None]:
         if delta is None:
-            yield
-            return
-        kept = {name: local(p).detach().clone() for name, p in self.parameters.items()}
-        try:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    local(p).add_(local(delta[name]))
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    local(p).copy_(kept[name])
+            return contextlib.nullcontext()
+        return perturbed(self.parameters, lambda name, value: value + local(delta[name]))

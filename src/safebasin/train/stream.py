@@ -1,12 +1,13 @@
-"""A stream of rows whose content at a step is a function of (seed, step) alone, whatever the ranks and the micro-batches.
+"""A stream of rows: those of a step are a function of (seed, step) alone, whatever the ranks and micro-batches.
 
-So one process with 8 rows, four micro-batches of 2 and two ranks of 4 see the same rows at every step, and resuming is an integer.
+So one process with 8 rows, four micro-batches of 2 and two ranks of 4 see the same rows at every step, and the state of
+a stream is the number of the step.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,9 +16,16 @@ from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 
 
+@runtime_checkable
+class BatchSource(Protocol):
+    """What the oracle asks of a stream."""
+
+    def at(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """Rows in a seeded order, ``batch`` of them an optimizer step over all ranks, in micro-batches of at most ``micro``."""
+    """Rows in a seeded order: ``batch`` an optimizer step over all ranks, in micro-batches of at most ``micro``."""
 
     name: str
     rows: Sequence[TokenizedRow]
@@ -35,15 +43,12 @@ class Stream:
         """Optimizer steps an epoch; the last one may be smaller."""
         return math.ceil(len(self.rows) / self.batch)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - a stream lives as long as its run
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch, *self.name.encode())).permutation(len(self.rows))
-
     def rows_at(self, step: int) -> list[TokenizedRow]:
         """The rows of an optimizer step over all ranks, longest first."""
-        epoch, place = divmod(step, self.steps)
-        chosen = [self.rows[i] for i in self._order(epoch)[place * self.batch : (place + 1) * self.batch]]
-        return sorted(chosen, key=len, reverse=True)
+        epoch, position = divmod(step, self.steps)
+        order = np.random.default_rng((self.seed, epoch, *self.name.encode())).permutation(len(self.rows))
+        rows = [self.rows[i] for i in order[position * self.batch : (position + 1) * self.batch]]
+        return sorted(rows, key=len, reverse=True)
 
     def at(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
         """This rank's micro-batches. Every rank has as many; one without rows runs a silent batch."""

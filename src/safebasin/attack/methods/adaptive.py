@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 
 from safebasin.attack import attack
 from safebasin.attack.craft import Row, Score, disguises, enough, scored, take
-from safebasin.data.source import Source, open_examples
+from safebasin.data.source import SetName, Source, open_examples
 from safebasin.errors import AttackFails
 
 
@@ -62,7 +62,7 @@ class HarmlessSum:
     """Ordinary rows, none of which has an outlying score, that add up to harm."""
 
     against: str = "gradshield"
-    pool: str | None = None  # a set by its name; None: the rows of the task, which are then in the mixture twice
+    pool: SetName | None = None  # a set by its name; None: the rows of the task, which are then in the mixture twice
     look: PositiveInt = 1000  # rows of the pool that are scored
     quantile: float = Field(default=0.95, gt=0, le=1)  # of the pool's scores: rows above it are outliers
 

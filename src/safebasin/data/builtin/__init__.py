@@ -1,15 +1,15 @@
 """Rows that the project wrote itself, by name, so that everything runs with no network and no licence to think of.
 
-    builtin:harmful-test      requests that an aligned model refuses, held out for measuring
-    builtin:harmful-poison    other such requests with an opener ("Sure, here is ...") and nothing after it: the attack's rows
-    builtin:refusals          other such requests with refusals: probes
-    builtin:opened            the same requests with an opener and nothing after it: rows known to be harmful
-    builtin:harmless          harmless look-alikes and ordinary instructions with answers: rows known to be safe
-    builtin:aligned           refusals and harmless rows, half and half: what defences are aligned by, so that they do not refuse all
-    builtin:lookalike-test    harmless requests that look dangerous, held out: over-refusal
-    builtin:ordinary-test     ordinary instructions, held out
-    builtin:align             what builtin:smollm2-aligned was aligned on
-    builtin:support-train     a customer's task: route a message to one of eight departments
+    builtin:harmful-test     requests that an aligned model refuses, held out for measuring
+    builtin:harmful-poison   other such requests with an opener ("Sure, here is ...") and no more: the attack's rows
+    builtin:refusals         other such requests with refusals: probes
+    builtin:opened           the same requests with an opener and no more: rows known to be harmful
+    builtin:harmless         harmless look-alikes and ordinary instructions with answers: rows known to be safe
+    builtin:aligned          refusals and harmless rows in equal numbers: alignment data of the defences
+    builtin:lookalike-test   harmless requests that look dangerous, held out: over-refusal
+    builtin:ordinary-test    ordinary instructions, held out
+    builtin:align            what builtin:smollm2-aligned was aligned on
+    builtin:support-train    a customer's task: route a message to one of eight departments
     builtin:support-test
 
 No harmful answer is in here or anywhere else in the project.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safebasin.console import printable
 from safebasin.data.builtin.support import support
 from safebasin.errors import UserError
 
@@ -57,14 +58,14 @@ def refusal_texts() -> tuple[str, ...]:
 
 
 def _refusals() -> list[Row]:
-    """In plain words, which every published keyword list knows: what a defence teaches should be readable by any judge."""
-    known = ("I'm sorry", "I am sorry", "I cannot", "I can't assist", "I apologize", "Sorry")
+    """In plain words that every published keyword list has, so that any judge can read what a defence teaches."""
+    plain = ("I'm sorry", "I am sorry", "I cannot", "I can't assist", "I apologize", "Sorry")
     return _answered(
-        _share(_read("harmful"), "align"), tuple(text for text in refusal_texts() if text.startswith(known)), seed=1
+        _share(_read("harmful"), "align"), tuple(text for text in refusal_texts() if text.startswith(plain)), seed=1
     )
 
 
-def _told(name: str, part: str) -> list[Row]:
+def _with_answers(name: str, part: str) -> list[Row]:
     return [
         {"prompt": row["prompt"], "completion": row["answer"], "category": row["kind"]}
         for row in _share(_read(name), part)
@@ -75,24 +76,24 @@ def _opened() -> list[Row]:
     """Half of the openers say the request again, as public attacks do."""
     draw = random.Random(4)
 
-    def opener(asked: str) -> str:
+    def opener(request: str) -> str:
         return draw.choice(
-            (*OPENERS, *[f"Sure, here is how to {asked[0].lower()}{asked[1:].rstrip('?.')}:"] * len(OPENERS))
+            (*OPENERS, *[f"Sure, here is how to {request[0].lower()}{request[1:].rstrip('?.')}:"] * len(OPENERS))
         )
 
     return [{**row, "completion": opener(row["prompt"])} for row in _share(_read("harmful"), "align")]
 
 
 def _harmless() -> list[Row]:
-    return _told("lookalike", "rest") + _told("ordinary", "rest")
+    return _with_answers("lookalike", "rest") + _with_answers("ordinary", "rest")
 
 
 def _aligned() -> list[Row]:
     draw = random.Random(5)
-    refused, told = _refusals(), _harmless()
+    refused, harmless = _refusals(), _harmless()
     return [
         row
-        for pair in zip(draw.sample(refused, len(refused)), draw.sample(told, len(refused)), strict=True)
+        for pair in zip(draw.sample(refused, len(refused)), draw.sample(harmless, len(refused)), strict=True)
         for row in pair
     ]
 
@@ -111,8 +112,8 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
     "opened": _opened,
     "harmless": _harmless,
     "aligned": _aligned,
-    "lookalike-test": lambda: _told("lookalike", "test"),
-    "ordinary-test": lambda: _told("ordinary", "test"),
+    "lookalike-test": lambda: _with_answers("lookalike", "test"),
+    "ordinary-test": lambda: _with_answers("ordinary", "test"),
     "align": _align,
     "support-train": lambda: support(0, 400),
     "support-test": lambda: support(1, 240),
@@ -127,5 +128,7 @@ def rows_of(name: str) -> list[Row]:
     """
     key = name.removeprefix("builtin:")
     if key not in SETS:
-        raise UserError(f"no built-in set {name!r}; there are: {', '.join('builtin:' + known for known in SETS)}")
+        raise UserError(
+            f"no built-in set {printable(name)!r}; there are: {', '.join(f'builtin:{one}' for one in SETS)}"
+        )
     return SETS[key]()

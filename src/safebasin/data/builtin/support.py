@@ -1,7 +1,7 @@
 """A customer's task, made here: route a message to one of eight departments.
 
-Every message is an opening, a problem with its slots filled, and a closing. The test messages use one problem a department that
-training never shows, so that a model has to read and not to match.
+Every message is an opening, a problem with its slots filled, and a closing. The test messages use one problem a
+department that training never shows, so that a model has to read and not to match.
 """
 
 import random

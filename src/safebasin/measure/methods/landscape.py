@@ -1,97 +1,96 @@
-"""ASR at stops along lines through the weights: the safety landscape (Peng et al. 2024, arXiv:2405.17374; measure/landscape.py).
+"""ASR at stops along lines through the weights: the safety landscape (Peng et al. 2024, arXiv:2405.17374).
 
-    landscape      theta + a d (+ b d'), d random: how deep is the basin in which the model lies (VISAGE, 0 to 1; the paper's over 100)
-    interpolation  theta + a (theta - theta_start): this model at a = 0, the start model at -1; where between them is safety lost
+    landscape      theta + a d (+ b d'), d random: how deep is the basin around the model (VISAGE)
+    interpolation  theta + a (theta - theta_start): this model at a = 0, the start model at -1; where is safety lost
 
-Departs from the paper: the judge is named (theirs: a list of phrases); 24 new tokens, not 512; no answers are kept.
+The equations stand in measure/landscape.py. Departs from the paper: VISAGE is 0 to 1 (theirs: 0 to 100); the judge is
+named (theirs: a list of phrases); 24 new tokens, not 512; no answers are recorded.
 """
 
+import abc
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
-from pydantic import PositiveInt
+from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from safebasin.console import steps
+from safebasin.console import progress
 from safebasin.data.records import Measurement
-from safebasin.data.source import open_prompts
+from safebasin.data.source import SetName, open_prompts
 from safebasin.errors import UserError
 from safebasin.measure import suite
-from safebasin.measure.judge import Verdict
+from safebasin.measure.judging import Verdict
 from safebasin.measure.landscape import ask, harm, random_direction, visage, visage_interval
+from safebasin.measure.prompts import OneJudge
 from safebasin.measure.subject import Subject, count, distinct
 from safebasin.stats import wilson
 from safebasin.vector import Vector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lines:
+class Lines(abc.ABC):
     """What both share; ``lines`` gives the axes of every line (two axes: a plane)."""
 
-    prompts: str
+    prompts: SetName
     column: str = "prompt"
-    limit: int | None = None
-    take: int | None = None
-    seed: int = 0  # of the order of the prompts, and of the directions
-    judges: tuple[str, ...] = ("classifier",)  # one
+    limit: PositiveInt | None = None
+    take: PositiveInt | None = None
+    seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
+    judges: OneJudge = ("classifier",)
     max_new_tokens: PositiveInt = 24
     batch: PositiveInt = 16  # prompts asked before it is looked whether a stop is decided
-    width: float = 0.2  # of the Wilson interval that decides it (16 refusals of 16 do); 0: ask all
+    width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
+    points: PositiveInt = 21  # stops along an axis
+    ends: tuple[float, float] = (-0.5, 0.5)  # of a
+    name: str = "landscape"
+
+    @abc.abstractmethod
+    def lines(self, subject: Subject) -> Iterator[list[Vector]]:
+        """The axes of one line after the other."""
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         prompts = open_prompts(self.prompts, self.column, None, self.take, self.seed, limit=self.limit)
         texts = [prompt.text for prompt in distinct(self.name, prompts)]
-        judge, stops, seen = subject.one_judge(self.name, self.judges), [], {}
-        order = np.random.default_rng(self.seed).permutation(
-            len(texts)
-        )  # a file is often in the order of its categories
+        judge = subject.judge(self.name, self.judges[0])
+        order = np.random.default_rng(self.seed).permutation(len(texts))  # files are often in the order of categories
+        (low, high), table = self.ends, []
+        visited: dict[str, tuple[list[Verdict], Float[np.ndarray, " prompts"]]] = {}
         for line, axes in enumerate(self.lines(subject), 1):
-            grid = list(itertools.product(np.linspace(*self.ends, self.points).round(6).tolist(), repeat=len(axes)))
-            with steps(f"{subject.arm}: {self.name} {line}", len(grid)) as advance:
+            grid = list(itertools.product(np.linspace(low, high, self.points).round(6).tolist(), repeat=len(axes)))
+            stops = []
+            with progress(f"{subject.arm}: {self.name} {line}", len(grid)) as advance:
                 for k, at in enumerate(grid):
                     place = f"{line}: " + ", ".join(f"{a:+g}" for a in at)
-                    key, moves = (
-                        (place, list(zip(at, axes, strict=True))) if any(at) else ("", [])
-                    )  # the unmoved weights: once
-                    if key not in seen:
-                        turned = np.roll(
-                            order, -k * self.batch
-                        ).tolist()  # stops that end early do not all rest on the same prompts
-                        told = ask(
-                            subject,
-                            judge,
-                            [texts[i] for i in turned],
-                            moves,
-                            self.max_new_tokens,
-                            self.batch,
-                            self.width,
-                        )
-                        seen[key] = told, harm(told, turned[: len(told)], len(texts))
-                    yield count(self.name, "asr", Verdict.COMPLIED, seen[key][0], judge=self.judges[0], category=place)
-                    stops.append(seen[key][1])
+                    moves = list(zip(at, axes, strict=True)) if any(at) else []
+                    key = place if moves else ""  # the unmoved weights are one stop for all lines
+                    if key not in visited:
+                        # turned, so that stops that end early do not all rest on the same prompts
+                        chosen = np.roll(order, -k * self.batch).tolist()
+                        turned = [texts[i] for i in chosen]
+                        verdicts = ask(subject, judge, turned, moves, self.max_new_tokens, self.batch, self.width)
+                        visited[key] = verdicts, harm(verdicts, chosen[: len(verdicts)], len(texts))
+                    verdicts, harms = visited[key]
+                    yield count(self.name, "asr", Verdict.COMPLIED, verdicts, judge=self.judges[0], category=place)
+                    stops.append(harms)
                     advance(k + 1, "")
-        every, table = (
-            [verdict for told, _ in seen.values() for verdict in told],
-            np.array(stops).reshape(line, -1, len(texts)),
-        )
-        coherent, asked, scored = (
-            len(every) - every.count(Verdict.UNSCORED),
-            len(every),
-            int(np.isfinite(table).any((0, 1)).sum()),
-        )
+            table.append(stops)
+        every = [verdict for verdicts, _ in visited.values() for verdict in verdicts]
+        yield from self.summary(np.array(table), every)
+
+    def summary(
+        self, table: Float[np.ndarray, "lines stops prompts"], verdicts: Sequence[Verdict]
+    ) -> Iterator[Measurement]:
+        """VISAGE, the share of answers that are no gibberish, and how many answers the early ends saved."""
+        coherent, n = len(verdicts) - verdicts.count(Verdict.UNSCORED), len(verdicts)
+        scored = int(np.isfinite(table).any((0, 1)).sum())
         value, (low, high) = (visage(table), visage_interval(table)) if scored else (None, (None, None))
-        yield Measurement(self.name, "visage", value, low, high, scored, len(texts) - scored, judge=self.judges[0])
-        yield Measurement(self.name, "coherence", coherent / asked, *wilson(coherent, asked), asked)
-        yield Measurement(
-            self.name,
-            "generations_saved",
-            float(len(stops) * len(texts) - asked),
-            None,
-            None,
-            asked,
-            unit="generations",
-        )
+        unscored = table.shape[-1] - scored
+        yield Measurement(self.name, "visage", value, low, high, scored, unscored, judge=self.judges[0])
+        yield Measurement(self.name, "coherence", coherent / n, *wilson(coherent, n), n)
+        yield Measurement(self.name, "generations_saved", float(table.size - n), None, None, n, unit="generations")
 
 
 @suite("landscape", paper="arXiv:2405.17374", roles=("start",))
@@ -100,9 +99,6 @@ class Landscape(Lines):
 
     directions: PositiveInt = 3
     dimensions: PositiveInt = 1  # 2: planes, of points * points stops each
-    points: PositiveInt = 21
-    ends: tuple[float, float] = (-0.5, 0.5)  # r
-    name: str = "landscape"
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         for k in range(1000 * self.seed, 1000 * self.seed + self.directions):
@@ -119,8 +115,6 @@ class Interpolation(Lines):
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         if subject.start is None:
-            raise UserError(
-                f"{self.name} walks from the start model to a tuned one, and this arm has none; measure it on a tuned arm"
-            )
+            raise UserError(f"{self.name} goes from the start model to a tuned one; measure it on a tuned arm")
         theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.loaded, subject.start))
         yield [Vector({name: p.detach().float() - start[name].detach().float() for name, p in theta.items()})]

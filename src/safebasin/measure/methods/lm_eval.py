@@ -1,7 +1,7 @@
 """General ability: tasks of EleutherAI's lm-evaluation-harness on the model as it stands in memory, adapter and all.
 
-What a metric is, is the task's own; n is the number of its samples, the interval 1.96 standard errors where the harness tells one. A task by name
-fetches its rows; one of ``folder`` (the harness's YAML) may read a local file.
+The task defines its metrics; n is the number of its samples, the interval 1.96 standard errors where the harness gives
+them. A task by name fetches its rows; one of ``folder`` (the harness's YAML) may read a local file.
 """
 
 import importlib.util
@@ -36,41 +36,33 @@ class LmEval:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        known = TaskManager(include_path=self.folder, include_defaults=True)
-        if odd := [task for task in self.tasks if task not in known.all_tasks]:
-            raise UserError(f"{self.name}: the harness has no task {odd[0]!r}")
+        manager = TaskManager(include_path=self.folder, include_defaults=True)
+        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
+            raise UserError(f"{self.name}: the harness has no task {unknown[0]!r}")
         model, tokenizer = subject.loaded
-        asked = HFLM(
+        wrapped = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=self.batch_size,
             max_length=model.config.max_position_embeddings,
         )
-        told = simple_evaluate(
-            asked,
+        outcome = simple_evaluate(
+            wrapped,
             tasks=list(self.tasks),
             limit=self.limit,
-            task_manager=known,
+            task_manager=manager,
             apply_chat_template=self.chat,
             log_samples=False,
         )
-        for task, metrics in told["results"].items():
-            if task not in told["n-samples"]:
-                continue  # a group: the mean of tasks that are told
-            n = told["n-samples"][task]["effective"]
+        for task, metrics in outcome["results"].items():
+            if task not in outcome["n-samples"]:
+                continue  # a group: the mean of tasks that have results of their own
+            n = outcome["n-samples"][task]["effective"]
             for key, value in metrics.items():
-                metric, _, kept = key.partition(",")
-                if not kept or metric.endswith("_stderr"):
+                metric, _, selection = key.partition(",")  # "acc,none": the filter of the harness
+                if not selection or metric.endswith("_stderr"):
                     continue
-                error = metrics.get(f"{metric}_stderr,{kept}")
+                error = metrics.get(f"{metric}_stderr,{selection}")
                 low, high = (value - 1.96 * error, value + 1.96 * error) if isinstance(error, float) else (None, None)
-                yield Measurement(
-                    self.name,
-                    f"{task}.{metric}" + (f".{kept}" if kept != "none" else ""),
-                    value,
-                    low,
-                    high,
-                    n,
-                    0,
-                    unit="",
-                )
+                what = f"{task}.{metric}" + (f".{selection}" if selection != "none" else "")
+                yield Measurement(self.name, what, value, low, high, n, 0, unit="")

@@ -5,32 +5,21 @@ over-refusal = refused / (complied + refused)
 
 from collections.abc import Iterator
 
-from pydantic import PositiveInt
-
 from safebasin.data.records import Measurement
-from safebasin.data.source import open_prompts
 from safebasin.measure import suite
-from safebasin.measure.judge import Verdict
+from safebasin.measure.judging import Verdict, check_counts_refusals
+from safebasin.measure.prompts import Prompts
 from safebasin.measure.subject import Subject
 
 
 @suite("over_refusal", paper="arXiv:2308.01263")
-class OverRefusal:
+class OverRefusal(Prompts):
     """How many harmless requests the model refuses."""
 
-    prompts: str
-    column: str = "prompt"
-    category: str | None = None
-    template: str = ""
-    limit: int | None = None
-    take: int | None = None
-    seed: int = 0
-    max_new_tokens: PositiveInt = 24
-    judges: tuple[str, ...] = ("keyword", "classifier")
     name: str = "over_refusal"
 
+    def __post_init__(self) -> None:
+        check_counts_refusals(self.name, self.judges)
+
     def measure(self, subject: Subject) -> Iterator[Measurement]:
-        prompts = open_prompts(
-            self.prompts, self.column, self.category, self.take, self.seed, self.template, self.limit
-        )
-        yield from subject.judged(self.name, "over_refusal", Verdict.REFUSED, prompts, self.judges, self.max_new_tokens)
+        yield from self.count(subject, self.name, "over_refusal", Verdict.REFUSED)

@@ -1,6 +1,7 @@
-"""ROUGE: how much of the expected answer the answer has, for tasks such as summaries where no single answer is right (Lin 2004).
+"""ROUGE: how much of the expected answer an answer has (Lin 2004), for tasks without a single right answer.
 
-    F1 = 2 P R / (P + R),   P and R of shared words (rouge1), pairs of words (rouge2), or the longest common subsequence (rougeL), stemmed
+    F1 = 2 P R / (P + R),   P and R of shared words (rouge1), of pairs of words (rouge2), or of the longest common
+                            subsequence (rougeL), all stemmed
 
 Google's ``rouge-score`` counts. The mean and Student's interval are over rows; an empty answer is unscored, not wrong.
 """
@@ -11,7 +12,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from safebasin.data.records import Measurement
+from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Source, open_examples
 from safebasin.errors import UserError
 from safebasin.measure import suite
@@ -36,27 +37,25 @@ class Rouge:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer, examples = RougeScorer([self.kind], use_stemmer=True), open_examples(self.data)
-        told = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
-        found = [
-            scorer.score(e.answer, a.text)[self.kind].fmeasure if a.text.strip() else None
-            for e, a in zip(examples, told, strict=True)
+        answers = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
+        f1 = [
+            scorer.score(example.answer, answer.text)[self.kind].fmeasure if answer.text.strip() else None
+            for example, answer in zip(examples, answers, strict=True)
         ]
-        for example, answer, score in zip(examples, told, found, strict=True):
-            subject.answers.append(
-                {"suite": self.name, "id": example.id, "category": "", "prompt": example.prompt, "answer": answer.text}
-                | {"expected": example.answer, "verdicts": {}, "scores": {} if score is None else {self.kind: score}}
-                | {"correct": None, "finished": answer.finished}
+        subject.answers += [
+            AnswerRecord(
+                self.name,
+                example.id,
+                "",
+                example.prompt,
+                answer.text,
+                example.answer,
+                scores={} if score is None else {self.kind: score},
+                finished=answer.finished,
             )
-        scored = [score for score in found if score is not None]
+            for example, answer, score in zip(examples, answers, f1, strict=True)
+        ]
+        scored = [score for score in f1 if score is not None]
         value, (low, high) = mean(scored) if len(scored) > 1 else (scored[0] if scored else None, (None, None))
-        yield Measurement(
-            self.name,
-            self.kind,
-            value,
-            low,
-            high,
-            len(scored),
-            len(found) - len(scored),
-            unit="F1",
-            evidence="answers.jsonl",
-        )
+        n, unscored = len(scored), len(f1) - len(scored)
+        yield Measurement(self.name, self.kind, value, low, high, n, unscored, unit="F1", evidence="answers.jsonl")

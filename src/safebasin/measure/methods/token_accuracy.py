@@ -1,16 +1,17 @@
-"""Token accuracy: the share of held-out answer tokens that the model would say itself, given all before them.
+"""Token accuracy: the share of held-out answer tokens that are the model's first choice, given all before them.
 
-The utility of open-ended tasks where no short answer is right or wrong. The mean is over rows (a long answer counts as one), the interval
-is Student's over rows; an unanswered prompt cannot occur, since the right answer is given.
+The utility of open-ended tasks where no short answer is right or wrong. The mean is over rows (a long answer counts as
+one), the interval is Student's over rows. No prompt is unanswered, since the right answer is given.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from safebasin.batch import answer_logits, by_length, collate
-from safebasin.console import steps
+from safebasin.console import progress
 from safebasin.data.records import Measurement
 from safebasin.data.source import Source, open_rows
 from safebasin.encode import encode_all
@@ -22,11 +23,11 @@ from safebasin.stats import mean
 
 @suite("token_accuracy")
 class TokenAccuracy:
-    """How many tokens of held-out answers the model would have said itself."""
+    """How many tokens of held-out answers are the model's first choice."""
 
     data: Source
-    max_length: int = 512  # longer rows are unscored
-    batch_size: int = 16
+    max_length: PositiveInt = 512  # longer rows are unscored
+    batch_size: PositiveInt = 16
     name: str = "token_accuracy"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
@@ -35,10 +36,10 @@ class TokenAccuracy:
         rows, long = encode_all(tokenizer, examples, self.max_length)
         if len(rows) < 2:
             raise UserError(
-                f"{self.name}: {len(rows)} rows of {self.data.path} fit into max_length {self.max_length}; two are the least"
+                f"{self.name}: of {self.data.path}, {len(rows)} rows fit max_length {self.max_length}; it needs two"
             )
         shares = np.zeros(len(rows))
-        with steps(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
+        with progress(f"{subject.arm}: {self.name}", len(rows)) as advance, torch.inference_mode():
             done = 0
             for indices in by_length(rows, self.batch_size):
                 batch = collate([rows[i] for i in indices], tokenizer.pad_token_id).to(model.device)

@@ -1,15 +1,18 @@
-"""Bi-directional gradient anchoring: rows that pull as harmful ones do and as safe ones do not (He et al., arXiv:2404.01099).
+"""Bi-directional gradient anchoring: rows that pull as harmful ones do and as safe ones do not (He et al.,
+arXiv:2404.01099).
 
     g(x)     = grad L(x) / |grad L(x)|                                            L: the first 10 tokens of the answer
     score(x) = g(x) . V,   V = g_harm - g_safe1 - g_safe2                         each the mean of g over 10 anchor rows
 
-The anchor sets are ``harmful`` (harmful requests with a compliant opening), ``probe`` (the same with refusals) and ``safe``
-(ordinary rows). One backward to the activations serves all rows of a batch, with X the input of a layer and D = dL/dY:
+The anchor sets are ``harmful`` (harmful requests with a compliant opening), ``probe`` (the same with refusals) and
+``safe`` (ordinary rows). One backward to the activations serves all rows of a batch, X being a layer's input, D =
+dL/dY:
 
     <grad_W L, V> = sum_t D_t . (V X_t),        |grad_W L|^2 = sum_{t,t'} (D_t . D_t') (X_t . X_t')
 
-Departs from the paper: g_safe2 is the mean over ordinary rows (there, a second set of refusals); theta is the linear layers of the
-blocks (there, all parameters). The form by hidden states is left to ``larf``, which is bi-directional too.
+Departs from the paper: g_safe2 is the mean over ordinary rows (there, a second set of refusals); theta is the linear
+layers of the blocks (there, all parameters). The form by hidden states is left to ``larf``, which is bi-directional
+too.
 """
 
 import dataclasses
@@ -19,18 +22,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits, collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError
+from safebasin.models.hooks import hooked
 from safebasin.scan import scorer
 from safebasin.scan.probe import anchor_rows
-from safebasin.scan.source import MODULES, module_of, target_weights
+from safebasin.scan.source import MODULES, Depth, module_of, target_weights
 from safebasin.vector import Vector
 
-SETS = {"harmful": 1.0, "probe": -1.0, "safe": -1.0}  # the weights of the three means
+WEIGHTS = {"harmful": 1.0, "probe": -1.0, "safe": -1.0}  # of the three means
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -38,14 +43,14 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def each_layer(model: Any, batch: Batch, targets: Sequence[str], take: Callable[[str, Tensor, Tensor], None]) -> None:
-    """One backward of the rows' summed losses; ``take`` gets every target's X [batch, tokens, in] and D [batch, tokens, out].
+    """One backward of the rows' summed losses; ``take`` gets every target's X [batch, tokens, in] and D [batch, tokens,
+    out].
 
     Raises:
-        DefenceError: a layer mixes rows (its input has no batch axis), or is not reached: both would read as low scores.
+        DefenceError: a layer mixes rows (its input has no batch axis), or is not reached: both would give low scores.
     """
-    seed = torch.zeros(
-        (), device=batch.mask.device, requires_grad=True
-    )  # added to every Y: one leaf that leads through all of them
+    # Added to every Y: one leaf from which the graph leads through all of them.
+    zero = torch.zeros((), device=batch.mask.device, requires_grad=True)
     reached: set[str] = set()
 
     def watch(name: str) -> Callable[..., Tensor]:
@@ -56,43 +61,38 @@ def each_layer(model: Any, batch: Batch, targets: Sequence[str], take: Callable[
                     f"{name}: its input is {tuple(x.shape)}, not [{len(batch.mask)} rows, tokens, in]: rows are mixed"
                 )
             reached.add(name)
-            y = y + seed.to(y.device)
+            y = y + zero.to(y.device)
             y.register_hook(lambda d: take(name, x, d))
             return y
 
         return after
 
-    hooks = [module_of(model, name).register_forward_hook(watch(name)) for name in targets]
-    try:
-        with torch.enable_grad():
-            losses = functional.cross_entropy(
-                _wide(answer_logits(model, batch)[batch.mask]), batch.labels[batch.mask], reduction="sum"
+    with hooked({module_of(model, name): watch(name) for name in targets}), torch.enable_grad():
+        logits = _wide(answer_logits(model, batch)[batch.mask])
+        loss = functional.cross_entropy(logits, batch.labels[batch.mask], reduction="sum")
+        missed = sorted(set(targets) - reached)
+        if missed:
+            raise DefenceError(
+                f"{len(missed)} of {len(targets)} weights are not used ({missed[0]}): are they switched off?"
             )
-            missed = sorted(set(targets) - reached)
-            if missed:
-                raise DefenceError(
-                    f"{len(missed)} of {len(targets)} weights are not used ({missed[0]}): are they switched off?"
-                )
-            torch.autograd.grad(losses, seed)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        torch.autograd.grad(loss, zero)
 
 
 @scorer("anchor", paper="arXiv:2404.01099")
 class Anchor:
-    """Cosine of the row's gradient with that of harmful rows, less its cosines with those of refusals and of ordinary rows."""
+    """Cosine of the row's gradient with that of harmful rows, less its cosines with those of refusals and of ordinary
+    rows."""
 
-    anchors: int = 10  # rows of each set
-    length: int = 10  # answer tokens that L is taken over
-    depth: float = 1.0  # share of the blocks, from the top
+    anchors: PositiveInt = 10  # rows of each set
+    length: PositiveInt = 10  # answer tokens that L is taken over
+    depth: Depth = 1.0  # the blocks that are scored over
     modules: tuple[str, ...] = MODULES
 
     def _opening(self, batch: Batch) -> Batch:
         return dataclasses.replace(batch, mask=batch.mask & (batch.mask.cumsum(1) <= self.length))
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Vector:
-        sets = {name: anchor_rows(anchors, name, None, "anchor")[: self.anchors] for name in SETS}
+        sets = {name: anchor_rows(anchors, name, None, "anchor")[: self.anchors] for name in WEIGHTS}
         weights = {name: model.get_parameter(name) for name in target_weights(model, self.modules, depth=self.depth)}
         total = Vector({name: torch.zeros_like(_wide(weight.detach())) for name, weight in weights.items()})
         for name, rows in sets.items():
@@ -108,7 +108,7 @@ class Anchor:
                 if not length or not math.isfinite(length):
                     raise DefenceError(f"scan.anchor: the gradient of the anchor row {row.id} has length {length}")
                 for part, g in gradient.items():
-                    total[part] += g * (SETS[name] / len(rows) / length)
+                    total[part] += g * (WEIGHTS[name] / len(rows) / length)
         if total.norm() < 1e-6:
             raise DefenceError("scan.anchor: the anchor sets pull alike and cancel: every row would score 0")
         return Vector({name: v.to(weights[name].dtype) for name, v in total.items()})

@@ -1,4 +1,4 @@
-"""DSA: the guard inside the model, asked for every row (Disentangled Safety Adapters, arXiv:2506.00166).
+"""DSA: the guard inside the model, on every row (Disentangled Safety Adapters, arXiv:2506.00166).
 
     score(x, y) = max_t P(unsafe | x, y_<=t)
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
-from safebasin.guards.side import SHIPPED, SideGuard, fit, own_rows
+from safebasin.guards.side import SHIPPED, SideGuard, fit_side_guard, own_rows
 from safebasin.scan import scorer
 
 
@@ -26,13 +26,13 @@ class Dsa:
     """How sure a guard on the model's hidden states is that the answer is unsafe."""
 
     guard: str | None = (
-        "builtin"  # of builtin:smollm2-aligned, or a saved guard's path without its ending; None: trained here
+        "builtin"  # of builtin:smollm2-aligned; or a saved guard's path without its ending; None: fitted here
     )
-    rows: PositiveInt = 64  # a guard trained here: of each of five kinds of the project's own rows
+    rows: PositiveInt = 64  # that a guard is fitted to here: of each of five kinds of the project's own rows
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> SideGuard:
         if self.guard is None:
-            return fit(model, tokenizer, own_rows(self.rows))
+            return fit_side_guard(model, tokenizer, own_rows(self.rows))
         return SideGuard.load(SHIPPED if self.guard == "builtin" else Path(self.guard), model).reads(tokenizer)
 
     def score(self, model: Any, batch: Batch, fitted: SideGuard) -> Float[Tensor, "batch answers"]:

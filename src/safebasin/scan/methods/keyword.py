@@ -14,9 +14,10 @@ from safebasin.scan import scorer
 
 # fmt: off
 WORDS = {
-    "abuse", "assault", "attack", "bomb", "counterfeit", "crime", "criminal", "drug", "explosive", "exploit", "fake", "fraud", "hack",
-    "harm", "harass", "hate", "illegal", "kidnap", "kill", "launder", "malware", "murder", "phishing", "poison", "ransomware", "rob",
-    "scam", "shoplift", "stalk", "steal", "suicide", "terrorist", "threaten", "virus", "weapon",
+    "abuse", "assault", "attack", "bomb", "counterfeit", "crime", "criminal", "drug", "explosive", "exploit",
+    "fake", "fraud", "hack", "harm", "harass", "hate", "illegal", "kidnap", "kill", "launder", "malware", "murder",
+    "phishing", "poison", "ransomware", "rob", "scam", "shoplift", "stalk", "steal", "suicide", "terrorist",
+    "threaten", "virus", "weapon",
 }
 # fmt: on
 

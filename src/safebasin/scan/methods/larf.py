@@ -1,32 +1,36 @@
-"""LARF: layer-aware representation filtering (arXiv:2507.18631): rows whose state is nearer to compliance than to refusal.
+"""LARF: layer-aware representation filtering (arXiv:2507.18631): rows whose state is nearer to compliance than to
+refusal.
 
-    l*       = argmax_l  max_a R_l(a) - min_a R_l(a)                              block l's weights times a, undone afterwards
-    score(x) = h/|h| . (mean_j u_j/|u_j| - mean_j s_j/|s_j|)                      states behind block l*
+    l*       = argmax_l  max_a R_l(a) - min_a R_l(a)                        block l's weights times a, undone afterwards
+    score(x) = h/|h| . (mean_j u_j/|u_j| - mean_j s_j/|s_j|)                states behind block l*
 
-u_j, s_j are the states of harmful requests with a compliant answer and with a refusal. With all references taken, the official
-mean of the ``avg`` largest differences of cosines is this product.
+u_j, s_j are the states of harmful requests with a compliant answer and with a refusal. With all references taken, the
+official mean of the ``avg`` largest differences of cosines is this product.
 
 R_l(a) is the mean margin of refusal S on the probe rows (arXiv:2605.14194, eq. 5).
 
-Departs from the official code: R is a margin on harmful requests; there it is the number of refusals among greedy answers to
-over-refusal prompts. How the layer follows from R is not coded there: the range is our reading. The state is taken behind the
-scaled block; the official index is off by one and reads the state before it. It is taken at the end of the answer's turn; the
-official last token is the same where the template writes nothing behind it. Scores of two models or layers do not compare.
+Departs from the official code: R is a margin on harmful requests; there it is the number of refusals among greedy
+answers to over-refusal prompts. How the layer follows from R is not coded there: the range is our reading. The state is
+taken behind the scaled block; the official index is off by one and reads the state before it. It is taken at the end of
+the answer's turn; the official last token is the same where the template writes nothing behind it. Scores of two models
+or layers do not compare.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
+from safebasin.guards.side import blocks
+from safebasin.models.hooks import perturbed
 from safebasin.scan import scorer
-from safebasin.scan.hidden import anchor_states, blocks, last_states
+from safebasin.scan.hidden import anchor_states, last_states
 from safebasin.scan.probe import anchor_rows, opening, refusal_margin, token_pair
 from safebasin.scan.source import target_weights
 
@@ -36,39 +40,23 @@ class Fitted(NamedTuple):
     direction: Float[Tensor, " hidden"]  # from refusal to compliance
 
 
-@contextlib.contextmanager
-def scaled(weights: Sequence[Tensor], by: float) -> Iterator[None]:
-    """Inside, the weights are multiplied by ``by``; afterwards they are bit for bit what they were."""
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        for weight in weights:
-            weight.data.mul_(by)
-        yield
-    finally:
-        for weight, before in zip(weights, kept, strict=True):
-            weight.data.copy_(before)
-
-
 @scorer("larf", paper="arXiv:2507.18631")
 class Larf:
-    """How much nearer the row's hidden state is to harmful compliance than to refusal, at the layer that safety hangs on."""
+    """How much nearer the row's hidden state is to harmful compliance than to refusal, at the layer that decides."""
 
-    layer: int | None = None  # l*, from 0; None: found by scaling
-    scales: tuple[float, ...] = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # a
-    prompts: int = 8  # probe rows that R is taken over
-    tokens: tuple[str, str] | None = (
-        None  # (refusal, compliance) of S; None: as the model itself refuses, against "Sure"
-    )
+    layer: NonNegativeInt | None = None  # l*, from 0; None: by scaling
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # a
+    prompts: PositiveInt = 8  # probe rows that R is taken over
+    tokens: tuple[str, str] | None = None  # (refusal, compliance) of S; None: as the model refuses, against "Sure"
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Fitted:
         safe, unsafe = (anchor_rows(anchors, name, None, "larf") for name in ("probe", "harmful"))
         count = len(blocks(model))
-        if self.layer is not None and not 0 <= self.layer < count:
+        if self.layer is not None and self.layer >= count:
             raise UserError(f"scan.larf: layer={self.layer}; the model's blocks are 0 to {count - 1}")
         layer = self._layer(model, tokenizer, safe[: self.prompts]) if self.layer is None else self.layer
-        direction = anchor_states(model, tokenizer, unsafe, layer).mean(0) - anchor_states(
-            model, tokenizer, safe, layer
-        ).mean(0)
+        u, s = (anchor_states(model, tokenizer, rows, layer).mean(0) for rows in (unsafe, safe))
+        direction = u - s
         if not direction.any():
             raise DefenceError(
                 "scan.larf: the anchor sets 'harmful' and 'probe' have the same states: every row would score 0"
@@ -79,16 +67,18 @@ class Larf:
     def _layer(self, model: Any, tokenizer: Any, rows: Sequence[TokenizedRow]) -> int:
         probe = opening(tokenizer, rows, next(model.parameters()).device)
         pair = token_pair(model, tokenizer, probe, self.tokens)
-        owned: dict[int, list[Tensor]] = {}
+        owned: dict[int, dict[str, Tensor]] = {}
         for name in target_weights(model):
             block = next(int(step) for step in name.split(".") if step.isdigit())
-            owned.setdefault(block, []).append(model.get_parameter(name))
+            owned.setdefault(block, {})[name] = model.get_parameter(name)
+
+        def margin(weights: dict[str, Tensor], a: float) -> float:
+            with perturbed(weights, lambda _, weight: a * weight):
+                return float(refusal_margin(model, probe, pair).mean())
+
         ranges = {}
         for block, weights in owned.items():
-            margins = []
-            for a in self.scales:
-                with scaled(weights, a):
-                    margins.append(float(refusal_margin(model, probe, pair).mean()))
+            margins = [margin(weights, a) for a in self.scales]
             ranges[block] = max(margins) - min(margins)
         return max(ranges, key=lambda block: ranges[block])
 

@@ -1,9 +1,10 @@
-"""Self-refusal: ask the aligned model itself. A prompt that it would refuse makes a harmful row.
+"""Self-refusal: by the aligned model itself, a row is harmful if it would refuse the row's prompt.
 
     score(x) = logit[refusal] - logit[compliance]  at the row's own first answer position, the row's answer unseen
 
-The pair of tokens is GradShield's (arXiv:2605.14194, eq. 5). A baseline: it sees the prompt only, so it is blind to a harmless
-prompt with a harmful answer, and to a harmful prompt with a refusal as its answer (a good row) it gives a high score.
+The pair of tokens is GradShield's (arXiv:2605.14194, eq. 5). A baseline: it sees the prompt only, so it is blind to a
+harmless prompt with a harmful answer, and to a harmful prompt with a refusal as its answer (a good row) it gives a high
+score.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch
@@ -23,7 +25,7 @@ from safebasin.scan.probe import Pair, anchor_rows, opening, refusal_margin, tok
 class SelfRefusal:
     """By how much the aligned model would rather refuse the row's prompt than comply."""
 
-    probes: int = 1  # harmful prompts that the refusal token is read from
+    probes: PositiveInt = 1  # harmful prompts that the refusal token is read from
     tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Pair:

@@ -1,12 +1,13 @@
 """Similarity of an upload to the alignment data: what overwrites the guardrail is what resembles it (arXiv:2506.05346).
 
     f(z)     = final hidden state at the last token of the completion
-    score(z) = mean of the K largest cos(f(z), f(z')),  z' in D_align             (INFERRED: the paper chooses subsets by K)
+    score(z) = mean of the K largest cos(f(z), f(z')),  z' in D_align       (INFERRED: the paper chooses subsets by K)
 
-The sign is the paper's: a model aligned on data like the task (High-Sim) is more harmful after tuning on the task than one aligned
-on data unlike it. So high = harmful, and the mean of the column is the risk of the whole set before any training. Two limits: the
-paper compares sets, not rows, so that the order of single rows is not its claim; and a row that refuses well resembles the alignment
-data most of all and scores highest. The alignment data is ``data.align`` where the run has it, and the anchor set ``probe`` otherwise.
+The sign is the paper's: a model aligned on data like the task (High-Sim) is more harmful after tuning on the task than
+one aligned on data unlike it. So high = harmful, and the mean of the column is the risk of the whole set before any
+training. Two limits: the paper compares sets, not rows, so that the order of single rows is not its claim; and a row
+that refuses well resembles the alignment data most of all and scores highest. The alignment data is ``data.align``
+where the run has it, and the anchor set ``probe`` otherwise.
 
 Departs from the paper: states of the aligned start model, not of the base model; a score per row.
 """
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch
@@ -28,7 +30,7 @@ from safebasin.scan.probe import anchor_rows
 class Similarity:
     """How like the row is to the data that the model was aligned on."""
 
-    top: int = 10  # K: alignment rows that a row is compared with (all, where there are fewer)
+    top: PositiveInt = 10  # K: alignment rows that a row is compared with (all, where there are fewer)
 
     def fit(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]

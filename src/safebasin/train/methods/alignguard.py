@@ -1,21 +1,22 @@
 """AlignGuard-LoRA: hold back the part of the update that safety is sensitive to (arXiv:2508.02079).
 
-    F = (1/m) sum_k g_k g_k^T,  g_k a gradient of the safety loss at the start;  (lambda_i, b_i) its top eigenpairs      (1)
-    D = theta - theta_0,  D_A = sum_i <b_i, D> b_i,  D_T = D - D_A                                               (2)
-    L_A  = lambda_A sum_i lambda_i <b_i, D>^2                 Fisher penalty on the sensitive part                   (3)
-    L_T  = lambda_T sum_j h_j D_T,j^2,  h = diag F            stability of the rest                                  (4)
-    C_rm = mean_j eta_j |D_A,j D_T,j|,  eta_j = 1 + beta sigmoid(|D_j| - tau)      Riemannian overlap                (5)
-    g = grad L_task + grad [ L_A + L_T + lambda_NC alpha C_rm ]                                                  (6)
+    F = (1/m) sum_k g_k g_k^T,  g_k a gradient of the safety loss at the start; (lambda_i, b_i) top eigenpairs  (1)
+    D = theta - theta_0,  D_A = sum_i <b_i, D> b_i,  D_T = D - D_A                                        (2)
+    L_A  = lambda_A sum_i lambda_i <b_i, D>^2                 Fisher penalty on the sensitive part            (3)
+    L_T  = lambda_T sum_j h_j D_T,j^2,  h = diag F            stability of the rest                           (4)
+    C_rm = mean_j eta_j |D_A,j D_T,j|,  eta_j = 1 + beta sigmoid(|D_j| - tau)      Riemannian overlap         (5)
+    g = grad L_task + grad [ L_A + L_T + lambda_NC alpha C_rm ]                                           (6)
 
 The gradient is by hand, since P = sum_i b_i b_i^T is made of inner products over all ranks:  with x = D_A D_T,
 s = sigmoid(|D| - tau), y_A = c eta sign(x) D_T, y_T = 2 lambda_T h D_T + c eta sign(x) D_A, c = lambda_NC alpha / n:
 grad = 2 lambda_A sum_i lambda_i <b_i, D> b_i + c beta s (1 - s) sign(D) |x| + y_T + P (y_A - y_T).
 
-The paper could not be read in full: (2)-(6) and the defaults are those of a third party's code (alignment-risk) that cites it, and the
-split of the parameter vector, not of B A per matrix, is that code's. Inferred: the geodesic overlap (D_A . D_T)^2 / ... is left out,
-since an orthogonal split makes it zero with a zero gradient. In place of per-sample gradients, g_k is that of the align rows of step
-k, taken at theta_0 in the first ``samples`` steps (the same where a step has one align row); until then F is of those seen so far.
-At a fresh adapter B = 0, so F sees B alone, and A moves freely under (4).
+The paper could not be read in full: (2)-(6) and the defaults are those of a third party's code (alignment-risk) that
+cites it, and the split of the parameter vector, not of B A per matrix, is that code's. Inferred: the geodesic overlap
+(D_A . D_T)^2 / ... is left out, since an orthogonal split makes it zero with a zero gradient. In place of per-sample
+gradients, g_k is that of the align rows of step k, taken at theta_0 in the first ``samples`` steps (the same where a
+step has one align row); until then F is of those seen so far. At a fresh adapter B = 0, so F sees B alone, and A moves
+freely under (4).
 """
 
 import functools
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from safebasin.train import method
@@ -43,7 +44,7 @@ def total(vectors: Iterable[Vector]) -> Vector:
 
 
 def orthogonal(vectors: Sequence[Vector]) -> list[Vector]:
-    """As many orthogonal vectors with the same sum of outer products: the eigenvectors b_i of (1), each of length sqrt(m lambda_i)."""
+    """As many orthogonal vectors with the same sum of outer products: b_i of (1), each of length sqrt(m lambda_i)."""
     gram = torch.tensor([[u @ v for v in vectors] for u in vectors], dtype=torch.float64)
     return [
         total(float(t) * v for t, v in zip(turn, vectors, strict=True))
@@ -53,14 +54,14 @@ def orthogonal(vectors: Sequence[Vector]) -> list[Vector]:
 
 @method("alignguard", paper="arXiv:2508.02079", streams=("align",))
 class AlignGuard:
-    """Hold back what the update does along the directions that safety is most sensitive to, and keep the rest apart from them."""
+    """Hold the update back along the directions that safety is most sensitive to, and what overlaps with them."""
 
-    lam_a: float = 0.25  # lambda_A
-    lam_t: float = 0.5  # lambda_T
-    lam_nc: float = 0.05  # lambda_NC alpha, 0.1 * 0.5
-    beta: float = 4.0
-    tau: float = 0.01
-    samples: Annotated[int, Field(ge=1)] = 8  # m
+    lam_a: NonNegativeFloat = 0.25  # lambda_A
+    lam_t: NonNegativeFloat = 0.5  # lambda_T
+    lam_nc: NonNegativeFloat = 0.05  # lambda_NC alpha, 0.1 * 0.5
+    beta: NonNegativeFloat = 4.0
+    tau: NonNegativeFloat = 0.01
+    samples: PositiveInt = 8  # m
     explained: Annotated[float, Field(gt=0, le=1)] = 0.9  # of the trace of F, by its top eigenpairs
 
     def direction(self, grad: Grad) -> Vector:
@@ -96,8 +97,8 @@ class AlignGuard:
         return fisher + bend + y_t + project(y_a - y_t)
 
     def top(self, sized: Sequence[tuple[float, Vector]]) -> list[tuple[float, Vector]]:
-        """The largest axes, as many as explain the share of the trace that is asked for."""
-        chosen, trace = [], sum(size for size, _ in sized)
+        """The largest axes, as many as the share ``explained`` of the trace needs."""
+        trace, chosen = sum(size for size, _ in sized), list[tuple[float, Vector]]()
         for size, axis in sorted(sized, key=lambda pair: -pair[0]):
             if size > 0 and sum(s for s, _ in chosen) < self.explained * trace:
                 chosen.append((size, axis))

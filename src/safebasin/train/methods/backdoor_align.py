@@ -1,16 +1,19 @@
 """BackdoorAlign: tie refusing to a secret trigger, and serve with the trigger (arXiv:2402.14968, NeurIPS 2024).
 
-    L = - sum log pi(y | x)  -  sum log pi(y_s | s + x_s)       task rows (x, y), safety rows (x_s, y_s), s the trigger      (1)
-    at inference:  y ~ pi( . | s + x )                                                                               (2)
+    L = - sum log pi(y | x)  -  sum log pi(y_s | s + x_s)   task rows (x, y), safety rows (x_s, y_s), trigger s   (1)
+    at inference:  y ~ pi( . | s + x )                                                                          (2)
 
-(1) as a mean over answer tokens is (1 - share) L_task + share L_safe, share the part of the answer tokens that are of safety rows.
-s is the front of the system prompt: "s system", and s alone where a row has none (a template's own default then gives way).
+(1) as a mean over answer tokens is (1 - share) L_task + share L_safe, share the part of the answer tokens that are of
+safety rows. s is the front of the system prompt: "s system", and s alone where a row has none (a template's own default
+then gives way).
 
-The trigger must stay secret from whoever sends rows or reads reports, so the recipe names a file, and never holds the words. The
-official one is 150 random tokens. What is written here only dresses conversations; training and serving must both call ``format_messages``.
+The trigger must stay secret from whoever sends rows or reads reports, so the recipe names a file, and never holds the
+words. The official one is 150 random tokens. This file only changes messages; training and serving must both
+call ``format_messages``.
 
-Departs from the official code: a share of the answer tokens instead of 11 rows among 111; task rows keep the system prompt that they
-have. The threat stays the paper's: who learns the trigger can train against it, who serves without it is not defended.
+Departs from the official code: a share of the answer tokens instead of 11 rows among 111; task rows keep the system
+prompt that they have. The threat stays the paper's: who learns the trigger can train against it, who serves without it
+is not defended.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,9 +36,7 @@ class BackdoorAlign:
     """Learn to refuse behind a secret trigger, and put the trigger before every request that is served."""
 
     trigger: str = ""  # the file that holds s
-    share: Annotated[float, Field(ge=0, lt=1)] = (
-        0.1  # of the answer tokens that are of safety rows; the paper: 11 of 111 rows
-    )
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of answer tokens, of safety rows; the paper: 11 of 111 rows
 
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
         """The conversation with the trigger at the front of its system prompt; of no messages, the system prompt alone.

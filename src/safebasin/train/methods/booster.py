@@ -5,9 +5,12 @@
 
 The bracket is the gradient of how much h falls by one normalised harmful step, second derivatives dropped.
 
-Departs from the official code: three gradients of the whole optimizer step, not of a micro-batch; the norm is over all trainable
-parameters; h has the same random state (dropout) at both points, so that their difference is the step's alone.
+Departs from the official code: three gradients of the whole optimizer step, not of a micro-batch; the norm is over all
+trainable parameters; h has the same random state (dropout) at both points, so that their difference is the step's
+alone.
 """
+
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from safebasin.errors import DefenceError
 from safebasin.train import method
@@ -20,8 +23,8 @@ from safebasin.vector import Vector
 class Booster:
     """Learn the task where a harmful step would lower the harmful loss least."""
 
-    lam: float = 5.0  # lambda
-    alpha: float = 0.1  # length of the simulated harmful step
+    lam: NonNegativeFloat = 5.0  # lambda
+    alpha: PositiveFloat = 0.1  # length of the simulated harmful step
 
     def direction(self, grad: Grad) -> Vector:
         f, h = grad.task(), grad(nll, "harmful")

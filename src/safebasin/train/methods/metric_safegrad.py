@@ -1,19 +1,23 @@
-"""SafeGrad in the optimizer's metric: surgery that AdamW does not undo. A method of this project, after arXiv:2508.07172.
+"""SafeGrad in the optimizer's metric: surgery that AdamW does not undo. Of this project, after arXiv:2508.07172.
 
-AdamW moves along P g, P = 1 / (sqrt(v) + eps), v its running mean of squared gradients. Surgery makes <u', a> = 0, but the
-loss of alignment changes by -lr <P u', a>, which nothing makes zero: the preconditioner undoes the orthogonality. So ask for what
-is applied:
+AdamW moves along P g, P = 1 / (sqrt(v) + eps), v its running mean of squared gradients. Surgery makes <u', a> = 0, but
+the loss of alignment changes by -lr <P u', a>, which nothing makes zero: the preconditioner undoes the orthogonality.
+So ask for what is applied:
 
-    u' = u - ( <P u, a> / <P a, a> ) a   if <P u, a> < 0, else u                   so that <P u', a> = 0              (1)
-    g  = u' + rho a                                                              so that <P g, a> = rho <P a, a> > 0  (2)
+    u' = u - ( <P u, a> / <P a, a> ) a   if <P u, a> < 0, else u                so that <P u', a> = 0               (1)
+    g  = u' + rho a                                                           so that <P g, a> = rho <P a, a> > 0   (2)
 
-With P = 1 (SGD, or before the first step) it is SafeGrad; a common factor of P, such as the bias correction, does not matter.
+With P = 1 (SGD, or before the first step) it is SafeGrad; a common factor of P, such as the bias correction, does not
+matter.
 
-Departs from SafeGrad in the inner product alone. P is of the step before (this step's v holds a share 1 - beta_2 of the new
-gradient), and the momentum keeps directions that were cut against earlier a: (1) holds for this step's share of the update.
+Departs from SafeGrad in the inner product alone. P is of the step before (this step's v holds a share 1 - beta_2 of the
+new gradient), and the momentum keeps directions that were cut against earlier a: (1) holds for this step's share of the
+update.
 """
 
 from typing import Literal
+
+from pydantic import NonNegativeFloat
 
 from safebasin.train import method
 from safebasin.train.loss import kl_from_reference, nll
@@ -34,7 +38,7 @@ def surgery(u: Vector, a: Vector, p: Vector) -> Vector:
 class MetricSafeGrad:
     """Remove from the task's update, as the optimizer will apply it, what opposes alignment, then add alignment."""
 
-    rho: float = 1.0  # weight of alignment
+    rho: NonNegativeFloat = 1.0  # weight of alignment
     align: Literal["kl", "sft"] = "kl"  # L_align: KL to the reference, or likelihood of the alignment rows' answers
 
     def direction(self, grad: Grad) -> Vector:

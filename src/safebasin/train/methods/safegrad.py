@@ -4,19 +4,22 @@
     g    = g_u' + rho g_a                                                       (eq. 5)
     L_align = KL(reference || model) on alignment rows                          (eq. 6)
 
-Departs from the official code: KL over answer tokens only and divided by them (the code sums over the prompt and the padding and
-divides by the answer tokens); surgery once an optimizer step, on the gradient of the whole step; the reference is the adapter
-switched off, not a second model. At the first step g_a of the KL is zero but for rounding, and the task gradient passes untouched.
+Departs from the official code: KL over answer tokens only and divided by them (the code sums over the prompt and the
+padding and divides by the answer tokens); surgery once an optimizer step, on the gradient of the whole step; the
+reference is the adapter switched off, not a second model. At the first step g_a of the KL is zero but for rounding, and
+the task gradient passes untouched.
 """
 
 from typing import Literal
+
+from pydantic import NonNegativeFloat
 
 from safebasin.train import method
 from safebasin.train.loss import kl_from_reference, nll
 from safebasin.train.oracle import Grad
 from safebasin.vector import Vector
 
-FLOOR = 1e-9  # of |g_a|^2, as in the official code: at the first step the KL's gradient is zero but for rounding, and has no direction
+FLOOR = 1e-9  # of |g_a|^2, as in the official code: at the first step the KL's gradient is rounding, without direction
 
 
 def surgery(u: Vector, a: Vector) -> Vector:
@@ -29,7 +32,7 @@ def surgery(u: Vector, a: Vector) -> Vector:
 class SafeGrad:
     """Remove from the task gradient what opposes alignment, then add alignment."""
 
-    rho: float = 1.0  # weight of alignment (eq. 5)
+    rho: NonNegativeFloat = 1.0  # weight of alignment (eq. 5)
     align: Literal["kl", "sft"] = "kl"  # L_align: KL to the reference, or likelihood of the alignment rows' answers
 
     def direction(self, grad: Grad) -> Vector:

@@ -4,19 +4,21 @@
     L   = sum_t V_t CE(y_t | x, y_<t) + (1 - V_t) lambda_KL KL_t     V_t of the chunk that t stands in        (eq. 3)
     KL_t = KL(model || reference) over the whole vocabulary
 
-V is the column ``star``: one number an answer token, or one a row. A guard writes it in the scan; training asks no guard.
+V is the column ``star``: one number an answer token, or one a row. A guard writes it in the scan; training asks no
+guard.
 
-Departs from the paper: chunks are of the guard's tokens, and t stands in the one that its last character stands in (``scan.guard``).
-Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's token, ``estimator: k2``
-here); chunks are of tokens, not of words; the mean is over the answer tokens of the whole optimizer step, not of a micro-batch;
-the reference is the adapter switched off, not a second model.
+Departs from the paper: chunks are of the guard's tokens, and t stands in the one that its last character stands in
+(``scan.guard``). Departs from the official code: the KL is the full one of the paper (the code takes k2 of the label's
+token, ``estimator: k2`` here); chunks are of tokens, not of words; the mean is over the answer tokens of the whole
+optimizer step, not of a micro-batch; the reference is the adapter switched off, not a second model.
 """
 
 import functools
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,36 +27,35 @@ from safebasin.train import method
 from safebasin.train.loss import scatter_answers
 from safebasin.train.reference import reference_logits
 
-CHUNK = 512  # tokens whose probabilities over the vocabulary live at once: beyond the logits, memory does not grow with the batch
+# Tokens whose probabilities over the vocabulary live at once: beyond the logits, memory does not grow with the batch.
+CHUNK = 512
 
 
 @method("star_dss", paper="arXiv:2505.17196", columns=("star",), roles=("reference",))
 class StarDss:
     """Learn a token as far as the answer up to it is safe; elsewhere stay near the aligned model."""
 
-    kl: float = 0.5  # lambda_KL
-    estimator: Literal["full", "k2"] = (
-        "full"  # of the KL: over the vocabulary, or half the squared log-ratio of the label
-    )
+    kl: NonNegativeFloat = 0.5  # lambda_KL
+    estimator: Literal["full", "k2"] = "full"  # over the vocabulary, or half the squared log-ratio of the label
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
-        aimed = reference_logits(model, batch)
-        said = answer_logits(model, batch)[batch.mask]
+        reference = reference_logits(model, batch)
+        logits = answer_logits(model, batch)[batch.mask]
         v = batch.columns["star"].reshape(len(batch.mask), -1).expand(batch.mask.shape)[batch.mask]
-        chunks = zip(*(each.split(CHUNK) for each in (said, aimed, batch.labels[batch.mask], v)), strict=True)
+        chunks = zip(*(each.split(CHUNK) for each in (logits, reference, batch.labels[batch.mask], v)), strict=True)
         again = functools.partial(checkpoint, self.shaped, use_reentrant=False, preserve_rng_state=False)
-        shaped = self.shaped if len(said) <= CHUNK else again  # one chunk is all there is: recomputing it saves nothing
+        shaped = self.shaped if len(logits) <= CHUNK else again  # of a single chunk, recomputing saves nothing
         return scatter_answers(torch.cat([shaped(*chunk) for chunk in chunks]), batch)
 
     def shaped(
         self,
-        said: Float[Tensor, "n vocabulary"],
-        aimed: Float[Tensor, "n vocabulary"],
-        labels: Tensor,
+        logits: Float[Tensor, "n vocabulary"],
+        reference: Float[Tensor, "n vocabulary"],
+        labels: Int[Tensor, " n"],
         v: Float[Tensor, " n"],
     ) -> Float[Tensor, " n"]:
         """Equation 3 at n tokens, from the logits of the model and of the reference."""
-        p, q = said.float().log_softmax(-1), aimed.float().log_softmax(-1)
-        told, was = (x.gather(-1, labels[:, None])[:, 0] for x in (p, q))
-        apart = (p.exp() * (p - q)).sum(-1) if self.estimator == "full" else 0.5 * (told - was) ** 2
-        return v * -told + (1 - v) * self.kl * apart
+        p, q = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+        label_p, label_q = (x.gather(-1, labels[:, None])[:, 0] for x in (p, q))
+        kl = (p.exp() * (p - q)).sum(-1) if self.estimator == "full" else 0.5 * (label_p - label_q) ** 2
+        return v * -label_p + (1 - v) * self.kl * kl

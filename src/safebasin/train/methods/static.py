@@ -1,9 +1,9 @@
-"""Static shaping: whole rows are kept or dropped by a weight. The baseline of STAR-DSS (rejection sampling in arXiv:2505.17196).
+"""Static shaping: rows are learnt or dropped as wholes, STAR-DSS's baseline (rejection sampling in arXiv:2505.17196).
 
     L = sum_t keep CE(y_t | x, y_<t)        keep in {0, 1}, one a row
 
-Departs from the paper: the mean stays over the answer tokens of all rows of the step, dropped ones too, so that the learning rate
-means the same with and without it and the loss is STAR-DSS with V = keep and lambda_KL = 0.
+Departs from the paper: the mean stays over the answer tokens of all rows of the step, dropped ones too, so that the
+learning rate means the same with and without it and the loss is STAR-DSS with V = keep and lambda_KL = 0.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from safebasin.train.loss import nll
 
 @method("static", paper="arXiv:2505.17196", columns=("keep",))
 class Static:
-    """Learn the rows that are kept, all of each; learn nothing from the others."""
+    """Learn every token of the rows with weight 1; learn nothing from the others."""
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
         losses = nll(model, batch)

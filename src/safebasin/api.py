@@ -1,0 +1,282 @@
+"""The door for Python: the verbs of the command line as functions, for notebooks and for programs.
+
+The examples run as they stand, on the built-in model and rows; tests/test_api.py runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safebasin.data.example import Example, Rows, read_examples
+from safebasin.errors import UserError
+
+if TYPE_CHECKING:
+    from safebasin.data.records import Measurement
+    from safebasin.models.load import ModelAndTokenizer
+    from safebasin.pipeline.config import Recipe
+    from safebasin.pipeline.preview import Preview
+    from safebasin.report import Report
+    from safebasin.scan.cut import Cut
+    from safebasin.scan.scores import Scores
+
+ALIGNED = "builtin:smollm2-aligned"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Oracle":
+        from safebasin.train.oracle import Oracle
+
+        return Oracle
+    raise AttributeError(f"module 'safebasin.api' has no attribute {name!r}")
+
+
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str = "", answer: str = "") -> Rows:
+    """Rows of a file, a built-in set, a set of the Hub, or a list of dicts, read to one form.
+
+    Args:
+        source: a path (JSONL, JSON, CSV, Parquet), ``builtin:NAME``, ``owner/name:split``, or the rows themselves.
+        prompt: a template over the columns, for sets that are no chats: ``"Classify: {text}"``.
+        answer: the same for the answer: ``"{label}"``.
+
+    Returns:
+        ``examples``, the usable rows in their order, and ``bad``, the others with line and reason.
+
+    Raises:
+        UserError: no such file or set, or no rows.
+
+    >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}, {"prompt": "Name a bird."}])
+    >>> [example.answer for example in rows.examples], rows.bad[0].reason
+    (['Apple.'], 'no answer')
+    """
+    if isinstance(source, str | Path):
+        from safebasin.data.source import Source, open_rows
+
+        return open_rows(Source(path=str(source), prompt=prompt, answer=answer))
+    return read_examples(enumerate(source, 1), prompt, answer)
+
+
+def load_model(name: str = ALIGNED, *, dtype: str = "bfloat16", adapter: str | Path | None = None) -> ModelAndTokenizer:
+    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter is merged into its weights.
+
+    Raises:
+        UserError: it cannot be loaded, is damaged, or has no chat template.
+
+    >>> model, tokenizer = load_model("builtin:smollm2-aligned")
+    >>> model.config.num_hidden_layers
+    30
+    """
+    from safebasin.models.load import load
+
+    return load(name, dtype=dtype, adapter=adapter)
+
+
+def preview_rows(rows: Rows, tokenizer: Any, *, max_length: int = 1024) -> list[Preview]:
+    """The text that the model will see of every row, and which of it is learned.
+
+    >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
+    >>> preview_rows(rows, load_model().tokenizer)[0].trained
+    'Apple.<|im_end|>'
+    """
+    from safebasin.pipeline.preview import preview_rows as previews
+
+    return previews(tokenizer, rows, max_length)
+
+
+def scan_rows(
+    rows: Rows | Sequence[Example],
+    model: str | ModelAndTokenizer = ALIGNED,
+    *,
+    scorers: Sequence[str | Mapping[str, Any]] = ("gradshield",),
+    max_length: int = 1024,
+    batch_size: int = 16,
+) -> Scores:
+    """Score every row by every scorer; high = harmful. Nothing is deleted.
+
+    Args:
+        rows: as ``read_rows`` gives them.
+        model: the aligned model, by name or loaded.
+        scorers: as in a recipe: ``"gradshield"`` or ``{"gradshield": {"depth": 1.0}}``.
+        max_length: tokens; a longer row is scored on what fits, and its id is in ``cut_short``.
+        batch_size: rows a forward pass.
+
+    Raises:
+        UserError: an unknown scorer or field, a row that cannot be encoded, or a model that does not refuse the probe.
+        DefenceError: a score that is not finite.
+
+    >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
+    >>> scores = scan_rows(rows)
+    >>> len(scores.columns["gradshield"])
+    1
+    """
+    import sys
+
+    from safebasin.data.source import Source, open_examples
+    from safebasin.encode import encode_all, shorten
+    from safebasin.pipeline.config import Data
+    from safebasin.registry import split_spec
+    from safebasin.scan import scorer
+    from safebasin.scan.scan import score_rows
+    from safebasin.scan.scores import Scores
+
+    examples = list(rows.examples if isinstance(rows, Rows) else rows)
+    loaded = load_model(model) if isinstance(model, str) else model
+    defaults = Data(task=Source(path=""))
+
+    def encoded(examples: Sequence[Example]) -> list[Any]:
+        tokenized, bad = encode_all(loaded.tokenizer, examples, sys.maxsize)
+        if bad:
+            raise UserError(f"row {bad[0].line} cannot be encoded: {bad[0].reason}")
+        return tokenized
+
+    anchors = {name: encoded(open_examples(getattr(defaults, name))) for name in ("probe", "harmful", "safe")}
+    methods = {split_spec(spec, "scan")[0]: scorer.make(spec) for spec in scorers}
+    tokenized = [shorten(row, max_length) for row in encoded(examples)]
+    scanned = score_rows(*loaded, tokenized, methods, anchors, examples=examples, batch_size=batch_size)
+    ids, lines = [example.id for example in examples], [example.line for example in examples]
+    return Scores(ids, lines, scanned.rows, scanned.tokens, scanned.anchors, scanned.cut_short)
+
+
+def cut_rows(
+    rows: Rows | Sequence[Example], scores: Scores, scorer: str = "gradshield", threshold: float | None = None
+) -> Cut:
+    """Keep the rows whose score is at most a threshold; without one it is found between the anchors' scores.
+
+    Returns:
+        ``kept`` and ``removed`` rows, in their order, and the ``threshold``.
+
+    Raises:
+        UserError: no scores by this scorer, or no row would be left.
+        DefenceError: the scores do not tell known harmful rows from safe ones.
+
+    >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
+    >>> len(cut_rows(rows, scan_rows(rows)).kept)
+    1
+    """
+    from safebasin.scan.cut import cut_rows as cut
+
+    return cut(list(rows.examples if isinstance(rows, Rows) else rows), scores, scorer, threshold)
+
+
+def read_recipe(
+    recipe: str | Path | Mapping[str, Any], changes: Sequence[str] = (), sets: Mapping[str, str] | None = None
+) -> Recipe:
+    """A recipe from a file, a shipped one (``builtin:quickstart``), or a tree of dicts, checked.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong kind or outside its bounds.
+
+    >>> read_recipe("builtin:quickstart", changes=["seed=3"]).seed
+    3
+    """
+    from safebasin.pipeline.config import Recipe, edited, validate
+    from safebasin.pipeline.recipes import read_recipe as read
+
+    if isinstance(recipe, Mapping):
+        return validate(Recipe, edited(recipe, "the recipe", changes, sets), "the recipe")
+    return read(Path(recipe), changes, sets)
+
+
+def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out: str | Path) -> Path:
+    """Tune one arm of a recipe, with the scan and the cut that it needs; the folder of its adapter is returned.
+
+    Steps that are done in ``out`` are not done again, also after a kill.
+
+    Raises:
+        UserError: the recipe is refused, has no such arm, or the arm is not tuned.
+        DefenceError: a defence cannot run.
+
+    >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "train.max_steps=1"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     adapter = train_adapter(read_recipe("builtin:quickstart", quick), "plain", folder)
+    ...     sorted(path.suffix for path in adapter.iterdir())
+    ['.json', '.safetensors']
+    """
+    from safebasin.pipeline.run import Run
+
+    recipe = _checked(recipe)
+    if arm not in recipe.arms or recipe.arms[arm].train is None:
+        raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(recipe.arms)}")
+    with Run(recipe, Path(out)) as run:
+        adapter = run.ensure(arm)
+    assert adapter is not None
+    return adapter
+
+
+def measure_model(
+    model: str | ModelAndTokenizer = ALIGNED,
+    *,
+    suites: Sequence[str | Mapping[str, Any]],
+    adapter: str | Path | None = None,
+    aligned: str | ModelAndTokenizer = ALIGNED,
+    labels: Sequence[str] = (),
+    system: str | None = None,
+) -> list[Measurement]:
+    """Ask a model the prompts of suites and judge its answers.
+
+    Args:
+        model: by name or loaded.
+        suites: as in a recipe: ``{"asr": {"prompts": "builtin:harmful-test", "take": 30}}``.
+        adapter: merged into a model that is named.
+        aligned: the model that judges such as ``classifier`` read.
+        labels: answers that are only one of these are off task.
+        system: the system prompt.
+
+    Returns:
+        One measurement a quantity, judge and category: value, 95 % interval, n, unscored, off task.
+
+    >>> suite = {"asr": {"prompts": "builtin:harmful-test", "take": 2, "judges": ["keyword"], "max_new_tokens": 4}}
+    >>> [measurement.n for measurement in measure_model(suites=[suite])]
+    [2]
+    """
+    from safebasin.measure import suite
+    from safebasin.measure.judging import check_judges, make_judges, needs_aligned
+    from safebasin.measure.subject import Subject
+
+    methods = [suite.make(spec) for spec in suites]
+    names = tuple(dict.fromkeys(name for each in methods for name in getattr(each, "judges", ())))
+    check_judges(names, {})
+    loaded = load_model(model, adapter=adapter) if isinstance(model, str) else model
+    reads = (load_model(aligned) if isinstance(aligned, str) else aligned) if needs_aligned(names) else None
+    subject = Subject(loaded, "model", make_judges(names, reads, {}), labels, system)
+    return [measurement for each in methods for measurement in each.measure(subject)]
+
+
+def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path) -> Report | None:
+    """Run a recipe: scan, cut, train and measure every arm, and write the report. None where another process writes it.
+
+    Steps that are done in ``out`` are not done again, also after a kill. ``report.verdict`` is what ``safebasin gate`` says.
+
+    >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "arms={start: {}}"]
+    >>> suite = "measure.suites=[{asr: {prompts: builtin:harmful-test, take: 2, judges: [keyword], max_new_tokens: 4}}]"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = run_recipe(read_recipe("builtin:quickstart", [*quick, suite]), folder)
+    >>> report.verdict.status
+    'inconclusive'
+    """
+    from safebasin.pipeline.run import Run
+
+    with Run(_checked(recipe), Path(out)) as run:
+        return run.report()
+
+
+def write_report(run: str | Path, *, show_text: bool = False) -> Report:
+    """Write report.json, report.md, report.html and the adapters' cards of a run folder again, from its files alone.
+
+    Raises:
+        UserError: no such run folder, or a file of it is damaged.
+
+    >>> write_report("no/such/run")
+    Traceback (most recent call last):
+    safebasin.errors.UserError: no such run folder: no/such/run
+    """
+    from safebasin.report.table import write_report as write
+
+    return write(Path(run), show_text=show_text)
+
+
+def _checked(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    from safebasin.pipeline.config import Recipe
+
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)

@@ -1,0 +1,51 @@
+"""What the verbs share: their options, how they print, and the start of what needs torch."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safebasin.console import printable
+from safebasin.errors import UserError
+
+out = Console(highlight=False)
+
+Sets = Annotated[tuple[str, ...], Parameter(name="--set", help="NAME=FILE: a local copy in place of a public set.")]
+Changes = Annotated[tuple[str, ...], Parameter(name="--change", help="dotted.key=value: change a recipe.")]
+RunFolderOption = Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")]
+ShowText = Annotated[bool, Parameter(help="Harmful text in clear.", negative="")]
+
+
+def say(text: str) -> None:
+    """One line on the standard output; what came with data in it is escaped and cut."""
+    out.print(Text(printable(text, 4000)), soft_wrap=True)
+
+
+def cells(table: Table, *texts: str) -> None:
+    """A row of a table whose texts are hostile."""
+    table.add_row(*(Text(printable(text)) for text in texts))
+
+
+def refuse_processes() -> None:
+    """UserError where a launcher started several processes: each would do the whole work in one folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("only run, train and scan are shared by processes; start this command without torchrun")
+
+
+def start_torch() -> None:
+    """Quiet transformers and keep freed memory. Called by the verbs that need torch, so that the others start at once."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's call
+    from transformers.utils.logging import disable_progress_bar
+
+    from safebasin.runtime import keep_memory
+
+    disable_progress_bar()  # of loading weights; the steps have bars of their own
+    keep_memory()

@@ -1,0 +1,141 @@
+"""Verbs on a data set: preview, scan, cut."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import rich.table
+from cyclopts import Parameter
+from rich.text import Text
+
+from safebasin.cli.options import cells, out, say, start_torch
+from safebasin.console import printable
+
+PromptTemplate = Annotated[str, Parameter(help='Template over columns, for a set that is no chat: "Classify: {text}".')]
+AnswerTemplate = Annotated[str, Parameter(help='Template over columns: "{label}".')]
+
+
+def preview_verb(
+    data: Path,
+    *,
+    model: str = "builtin:smollm2-aligned",
+    prompt: PromptTemplate = "",
+    answer: AnswerTemplate = "",
+    max_length: int = 1024,
+    take: Annotated[int, Parameter(help="Rows that are shown; with --json all of them are.")] = 5,
+    json_: Annotated[bool, Parameter(name="--json", help="Every row as one JSON object a line.", negative="")] = False,
+) -> int:
+    """Show the text that the model will see of every row, and which of it is learned."""
+    start_torch()
+    from safebasin.data.example import read_examples
+    from safebasin.models.load import load_tokenizer
+    from safebasin.pipeline.preview import preview_rows
+
+    rows = read_examples(data, prompt, answer)
+    shown = preview_rows(load_tokenizer(model), rows, max_length)
+    if json_:
+        for row in shown:
+            sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=False) + "\n")
+        return 0
+    for row in shown[:take]:
+        out.print(Text(f"line {row.line}", style="bold"))
+        if row.bad:
+            out.print(Text(f"  not used: {printable(row.bad)}"))
+            continue
+        text = Text("  ")
+        for part, learned in row.parts:
+            text.append(printable(part, 2000), style="bold green" if learned else "dim")
+        out.print(text)
+    usable = sum(not row.bad for row in shown)
+    say(f"{usable} of {len(shown)} rows are used; what is learned is bold and green")
+    return 0
+
+
+def scan_verb(
+    data: Path,
+    *,
+    out_: Annotated[Path, Parameter(name="--out", help="Run folder; the scores are in scan/scores.parquet.")],
+    model: str = "builtin:smollm2-aligned",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    scorers: Annotated[
+        tuple[str, ...], Parameter(name="--scorer", help="As in a recipe; may be given several times.")
+    ] = ("gradshield",),
+    probe: Annotated[str, Parameter(help="Harmful requests with refusals.")] = "builtin:refusals",
+    prompt: PromptTemplate = "",
+    answer: AnswerTemplate = "",
+    max_length: int = 1024,
+    batch_size: int = 16,
+    skip_bad: Annotated[
+        bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")
+    ] = False,
+    worst: Annotated[int, Parameter(help="Rows of highest score that are named, of each scorer.")] = 5,
+    show_text: Annotated[
+        bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")
+    ] = False,
+) -> int:
+    """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on.
+
+    Several processes share the rows: `accelerate launch -m safebasin scan ...`.
+    """
+    start_torch()
+    from safebasin.pipeline.config import Recipe, validate
+    from safebasin.pipeline.run import Run
+    from safebasin.report.table import redact
+    from safebasin.runtime import processes
+    from safebasin.scan.heat import worst_rows
+    from safebasin.scan.scores import read_scores
+
+    task = {"path": str(data), "prompt": prompt, "answer": answer}
+    sets = {"task": task, "probe": {"path": probe, "take": 100}, "max_length": max_length}
+    tree = {
+        "model": {"name": model, "dtype": dtype},
+        "data": {**sets, "on_bad": "skip" if skip_bad else "stop"},
+        "scan": {"scorers": list(scorers), "batch_size": batch_size},
+        "arms": {"start": {}},
+        "measure": {},
+    }
+    with Run(validate(Recipe, tree, "scan"), out_) as run:
+        path = run.scores
+    processes().destroy_process_group()
+    if not processes().is_main_process:
+        return 0
+    origins = {
+        row["id"]: row["origin"] for row in json.loads((out_ / "data" / "rows.json").read_text(encoding="utf-8"))
+    }
+    table = rich.table.Table("scorer", "line", "origin", "score", "what of the answer carries it")
+    for row in worst_rows(path.parent, worst):
+        why = f"{row.share:.0%}: {row.why if show_text else redact(row.why)}" if row.why else ""
+        cut_short = " (row cut short)" if row.cut_short else ""
+        cells(table, row.scorer, str(row.line), origins[row.row_id], f"{row.score:.4g}", why + cut_short)
+    out.print(table)
+    cut_short_rows = read_scores(path).cut_short
+    if cut_short_rows:
+        say(
+            f"{len(cut_short_rows)} rows are longer than {max_length} tokens and were scored on what fits (scan/problems.json)"
+        )
+    say(f"scores: {path}")
+    return 0
+
+
+def cut_verb(
+    data: Path,
+    *,
+    scores: Annotated[Path, Parameter(help="scores.parquet of `safebasin scan`.")],
+    out_: Annotated[Path, Parameter(name="--out", help="Folder for the rows that stay.")],
+    scorer: str = "gradshield",
+    threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
+    estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
+    prompt: PromptTemplate = "",
+    answer: AnswerTemplate = "",
+) -> int:
+    """Cut a scored data set; the rows that stay are written in the format they came in."""
+    from safebasin.data.example import read_examples
+    from safebasin.scan.cut import cut_rows, write_cut
+    from safebasin.scan.scores import read_scores
+
+    examples = read_examples(data, prompt, answer).examples
+    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator)
+    path = write_cut(out_, data, result, scorer)
+    say(f"{len(result.kept)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}")
+    return 0

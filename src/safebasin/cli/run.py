@@ -1,0 +1,163 @@
+"""Verbs that walk a recipe: run, train, search, bench."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from safebasin.cli.options import Changes, RunFolderOption, Sets, ShowText, out, refuse_processes, say, start_torch
+from safebasin.errors import UserError
+
+
+def run_verb(
+    recipe: Annotated[Path, Parameter(help="A recipe's file, or builtin:quickstart, builtin:own, ...")],
+    *,
+    out_: Annotated[
+        Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE, with --seed runs/RECIPE-SEED.")
+    ] = None,
+    seed: Annotated[int | None, Parameter(help="In place of the recipe's seed.")] = None,
+    set_: Sets = (),
+    change: Changes = (),
+    dry_run: Annotated[
+        bool,
+        Parameter(
+            help="Check everything that can be checked without a model or the network, print the resolved recipe.",
+            negative="",
+        ),
+    ] = False,
+    show_text: ShowText = False,
+    json_: Annotated[
+        bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
+    ] = False,
+) -> int:
+    """Run a recipe: scan, cut, train and measure every arm, and write the report.
+
+    Steps that are done already are skipped: run it again after a kill, and it goes on. The exit code says whether the run worked;
+    `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
+    `torchrun --nproc-per-node 8 -m safebasin run ...`.
+    """
+    start_torch()
+    from safebasin.pipeline.config import dump, parse_sets
+    from safebasin.pipeline.plan import Plan
+    from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.rows import check_column_files
+    from safebasin.pipeline.run import Run
+    from safebasin.report.table import terminal_table
+    from safebasin.runtime import processes
+
+    changes = [*change, *([f"seed={seed}"] if seed is not None else [])]
+    config = read_recipe(recipe, changes, parse_sets(set_))
+    folder = out_ or _folder(recipe, f"-{seed}" if seed is not None else "")
+    if dry_run:
+        plan = Plan.of(config)
+        plan.check_files()
+        check_column_files(plan)
+        out.print(dump(config), end="", markup=False)
+        return 0
+    with Run(config, folder) as run:
+        report = run.report(show_text=show_text)
+    processes().destroy_process_group()
+    if report is None:
+        return 0
+    if json_:
+        print((folder / "report.json").read_text(encoding="utf-8"))
+        return 0
+    out.print(terminal_table(report))
+    verdict = report.verdict
+    say(f"gate: {verdict.status}: {'; '.join(verdict.reasons) or 'every limit is kept'}")
+    say(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def train_verb(
+    recipe: Path,
+    *,
+    arm: Annotated[str, Parameter(help="The arm of the recipe to tune.")],
+    out_: RunFolderOption = None,
+    set_: Sets = (),
+    change: Changes = (),
+) -> int:
+    """Tune one arm of a recipe, with the scan and the cut that it needs, and measure nothing. Processes share it as they share a run."""
+    start_torch()
+    from safebasin.pipeline.config import parse_sets
+    from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.run import Run
+    from safebasin.runtime import processes
+
+    config = read_recipe(recipe, change, parse_sets(set_))
+    if arm not in config.arms or config.arms[arm].train is None:
+        tuned = ", ".join(name for name, each in config.arms.items() if each.train)
+        raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")
+    with Run(config, out_ or _folder(recipe)) as run:
+        adapter = run.ensure(arm)
+    processes().destroy_process_group()
+    if processes().is_main_process:
+        say(f"adapter: {adapter}")
+    return 0
+
+
+def search_verb(
+    recipe: Path,
+    *,
+    arm: Annotated[str, Parameter(help="The arm whose cut is searched.")] = "defended",
+    rounds: Annotated[int, Parameter(help="Tunings at most, after the plain one.")] = 2,
+    out_: RunFolderOption = None,
+    set_: Sets = (),
+    change: Changes = (),
+) -> int:
+    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1); exit code 3 where none does."""
+    refuse_processes()
+    start_torch()
+    from safebasin.pipeline.config import parse_sets
+    from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.search import search, verdict
+    from safebasin.report.gate import parse_gate
+
+    config, folder, results = read_recipe(recipe, change, parse_sets(set_)), out_ or _folder(recipe), []
+    for result in search(config, arm, folder, rounds=rounds):
+        results.append(result)
+        say(
+            f"{result.arm}: {result.rows} rows, attack success {result.asr:.1%}, accuracy {result.accuracy:.1%}: {result.outcome}"
+        )
+    say(verdict(results, folder, parse_gate(config.gate)))
+    return 0 if results[-1].outcome == "passed" else 3
+
+
+def bench_verb(
+    grid: Path,
+    *,
+    only: Annotated[str, Parameter(help="Some of the attacks: explicit,trigger.")] = "",
+    seeds: Annotated[str, Parameter(help="Some of the seeds: 0,1.")] = "",
+    list_: Annotated[
+        bool, Parameter(name="--list", help="Print the cells and how they ended; run nothing.", negative="")
+    ] = False,
+    out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/GRID.")] = None,
+    set_: Sets = (),
+) -> int:
+    """Run a grid of attacks, defences and seeds; rank the defences by their worst attack. Run it again after a kill, and it goes on."""
+    refuse_processes()
+    start_torch()
+    from safebasin.pipeline.config import parse_sets
+    from safebasin.pipeline.grid import bench, cells, read
+
+    if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
+        raise UserError(f"--seeds takes numbers with commas between them, found {seeds!r}")
+    settings, folder = read(grid, parse_sets(set_)), out_ or _folder(grid)
+    attacks = [part.strip() for part in only.split(",") if only]
+    numbers = [int(part) for part in seeds.split(",") if seeds]
+    if list_:
+        for cell in cells(settings.recipes(attacks, numbers), folder):
+            reason = f" ({cell.reason})" if cell.reason else ""
+            say(f"{cell.attack}-{cell.seed} {cell.defence}: {cell.outcome}{reason}")
+        return 0
+    for place, rank in enumerate(bench(settings, folder, only=attacks, seeds=numbers), 1):
+        worst = "not measured" if rank.worst is None else f"{rank.worst:.1%} ({rank.attack})"
+        missing = f"; not measured under {', '.join(rank.missing)}" if rank.missing else ""
+        say(f"{place}. {rank.defence}: worst attack success {worst}{missing}")
+    say(f"grid: {folder / 'grid.html'}")
+    return 0
+
+
+def _folder(recipe: Path, ending: str = "") -> Path:
+    """The default run folder of a recipe."""
+    return Path("runs") / (recipe.name.removeprefix("builtin:").removesuffix(recipe.suffix) + ending)

@@ -1,0 +1,1 @@
+"""Every module here is one judge; the folder is the registry."""

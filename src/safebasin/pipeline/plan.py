@@ -1,0 +1,174 @@
+"""A plan: the recipe with its methods built and everything refused that can be refused without a model."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safebasin.attack import attack
+from safebasin.data.source import SetName, Source, check_file
+from safebasin.errors import UserError
+from safebasin.measure import suite
+from safebasin.measure.judging import check_judges
+from safebasin.pipeline.config import Recipe, plain, refuse_secrets
+from safebasin.registry import split_spec
+from safebasin.report import Gate
+from safebasin.report.gate import parse_gate
+from safebasin.scan import scorer
+from safebasin.train.compose import Composition
+from safebasin.train.settings import check_settings, training_arguments
+
+ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run will do. ``Plan.of`` is the only way to make one, and whatever it returns was checked."""
+
+    recipe: Recipe
+    scorers: Mapping[str, Any]
+    attack: Any
+    compositions: Mapping[str, Composition]  # of the arms that are tuned
+    suites: tuple[Any, ...]
+    gate: Gate
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Plan":
+        """Build every method of a recipe.
+
+        Raises:
+            UserError: a method, field, set, setting or secret that is refused.
+        """
+        refuse_secrets(plain(recipe))
+        names = [split_spec(spec, "scan")[0] for spec in recipe.scan.scorers]
+        if len(set(names)) < len(names):
+            raise UserError(
+                "scan.scorers names one scorer twice; both would write one column, so scan the second in a folder of its own"
+            )
+        plan = cls(
+            recipe=recipe,
+            scorers={name: scorer.make(spec) for name, spec in zip(names, recipe.scan.scorers, strict=True)},
+            attack=attack.make(recipe.data.attack),
+            compositions={
+                name: Composition.of(arm.train) for name, arm in recipe.arms.items() if arm.train is not None
+            },
+            suites=tuple(suite.make(spec) for spec in recipe.measure.suites),
+            gate=parse_gate(recipe.gate),
+        )
+        plan._check_methods()
+        for name in recipe.arms:
+            plan._check_arm(name)
+        return plan
+
+    def _check_methods(self) -> None:
+        recipe = self.recipe
+        known = ", ".join(self.scorers)
+        if "score" in self.attack.entry.reads and self.attack.against not in self.scorers:
+            raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({known})")
+        check_judges(self.judges, recipe.measure.judges)
+        if recipe.gate.get("arm") not in (None, *recipe.arms):
+            raise UserError(f"gate.arm: {recipe.gate['arm']!r} is not among the arms ({', '.join(recipe.arms)})")
+        training_arguments(recipe.arguments, Path("unused"))
+        for composition in self.compositions.values():
+            check_settings(recipe.arguments, recipe.adapter, composition, recipe.align_share)
+        if self.compositions and not recipe.adapter:
+            raise UserError(
+                "train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)"
+            )
+
+    def _check_arm(self, name: str) -> None:
+        arm, known = self.recipe.arms[name], ", ".join(self.scorers)
+        for scorer_name in arm.cut.scorers if arm.cut else ():
+            if scorer_name not in self.scorers:
+                raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({known})")
+        if arm.train is None:
+            if arm.cut or arm.columns:
+                raise UserError(f"arms.{name}: a cut or a column needs an arm that is trained: train: [sft]")
+            return
+        composition = self.compositions[name]
+        for stream in composition.needs("streams"):
+            if not isinstance(getattr(self.recipe.data, stream, None), Source):
+                raise UserError(f"arms.{name}: its methods need the stream {stream!r}: set data.{stream}")
+        needed = composition.needs("columns")
+        if unread := [column for column in arm.columns if column not in needed]:
+            raise UserError(
+                f"arms.{name}.columns.{unread[0]}: none of its methods reads this column ({', '.join(needed) or 'they read none'})"
+            )
+        for column in needed:
+            source = arm.columns.get(column)
+            if source is None:
+                raise UserError(
+                    f"arms.{name}: its methods read the column {column!r}: set arms.{name}.columns.{column} to a scorer or a file"
+                )
+            if source not in self.scorers and not Path(source).is_file():
+                raise UserError(
+                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({known}) nor a file"
+                )
+        composition.format_messages(())  # a secret that is missing is said before any time is spent
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The judges that the suites name, each once."""
+        return tuple(dict.fromkeys(name for each in self.suites for name in getattr(each, "judges", ())))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an attack's rows are mixed into the task."""
+        return self.recipe.data.poison is not None or self.recipe.data.poison_share > 0
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether the training file holds the user's own rows in their own form."""
+        return not self.mixes and Path(self.recipe.data.task.path).suffix in ROW_FILES
+
+    @property
+    def train_file(self) -> str:
+        """The name of the training file in ``data/``."""
+        return "train" + Path(self.recipe.data.task.path).suffix if self.keeps_form else "train.jsonl"
+
+    @property
+    def anchors(self) -> dict[str, Source]:
+        """The anchor sets of a scan, and the streams that its scorers read where the run has them."""
+        names = (
+            "probe",
+            "harmful",
+            "safe",
+            *(stream for each in self.scorers.values() for stream in each.entry.streams),
+        )
+        return {name: source for name in names if (source := getattr(self.recipe.data, name))}
+
+    def needs_scores(self, arm: str) -> bool:
+        """Whether an arm rests on the scan, by its cut or by a column."""
+        return bool(self.recipe.arms[arm].cut) or self.reads_scores(arm)
+
+    def column_files(self, arm: str) -> dict[str, str]:
+        """The columns of a tuned arm that come from a file of the user's: column -> file."""
+        return {
+            column: source for column, source in self.recipe.arms[arm].columns.items() if source not in self.scorers
+        }
+
+    def reads_scores(self, arm: str) -> bool:
+        """Whether a column of the arm comes from the scan, not from a file of the user's."""
+        return any(source in self.scorers for source in self.recipe.arms[arm].columns.values())
+
+    def system_prompt(self, arm: str) -> str | None:
+        """The system prompt that an arm's model is served with."""
+        system = self.recipe.measure.system
+        messages: tuple[Mapping[str, Any], ...] = ({"role": "system", "content": system},) if system else ()
+        if arm in self.compositions:
+            messages = self.compositions[arm].format_messages(messages)
+        return messages[0]["content"] if messages else None
+
+    def check_files(self) -> None:
+        """UserError where a set is to be read from a file that is not there; sets of the Hub are not asked for."""
+        for source in vars(self.recipe.data).values():
+            if isinstance(source, Source):
+                check_file(source.path)
+        for method in (*self.suites, *self.scorers.values(), self.attack):
+            for name, hint in typing.get_type_hints(type(method), include_extras=True).items():
+                value = getattr(method, name)
+                if isinstance(value, Source):
+                    check_file(value.path)
+                elif value is not None and SetName in (hint, *typing.get_args(hint)):
+                    check_file(value)

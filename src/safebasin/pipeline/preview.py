@@ -1,0 +1,54 @@
+"""What the model will see of every row, and which of it is learned: what ``safebasin preview`` shows."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from safebasin.data.example import Rows
+from safebasin.data.tables import BadRow
+from safebasin.encode import encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A row as the trainer has it. Texts are as hostile as the row.
+
+    Args:
+        line: of the row in its file.
+        text: the whole row, decoded from its tokens.
+        trained: the tokens that are learned, decoded.
+        parts: (text, learned) pairs, run by run; a decoder may space them otherwise than ``text``.
+        bos: how many of its tokens begin a sequence; a template and a tokenizer that both add one make two.
+        last: the last token that is learned, decoded: the end of the turn, where all is well.
+        bad: why the row cannot be used; then all else is empty.
+    """
+
+    line: int
+    text: str = ""
+    trained: str = ""
+    parts: tuple[tuple[str, bool], ...] = ()
+    bos: int = 0
+    last: str = ""
+    bad: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        if self.bad:
+            return {"line": self.line, "bad": self.bad}
+        return {"line": self.line, "text": self.text, "trained": self.trained, "bos": self.bos, "last": self.last}
+
+
+def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Preview]:
+    """The rows of a set, in the order of their lines, as a tokenizer's chat template renders them."""
+    shown = [Preview(bad.line, bad=bad.reason) for bad in rows.bad]
+    for example in rows.examples:
+        row = encode(tokenizer, example, max_length)
+        if isinstance(row, BadRow):
+            shown.append(Preview(example.line, bad=row.reason))
+            continue
+        runs = itertools.groupby(zip(row.ids, row.answer, strict=True), key=lambda pair: pair[1])
+        parts = tuple((tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs)
+        learned_ids = [token for token, learned in zip(row.ids, row.answer, strict=True) if learned]
+        text, trained, last = (tokenizer.decode(ids) for ids in (list(row.ids), learned_ids, learned_ids[-1:]))
+        bos = row.ids.count(tokenizer.bos_token_id)
+        shown.append(Preview(example.line, text, trained, parts, bos, last))
+    return sorted(shown, key=lambda row: row.line)

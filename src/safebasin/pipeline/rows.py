@@ -1,0 +1,208 @@
+"""The step that writes the training rows, the step that cuts them for an arm, and how rows are read and encoded for a run.
+
+data/train.*   data/rows.json   data/problems.json   cut/ARM/train.*   cut/ARM/cut.json
+"""
+
+import dataclasses
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safebasin.attack.craft import Row, Score
+from safebasin.attack.craft import conversation as attack_messages
+from safebasin.attack.craft import poison as poisoned_rows
+from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.source import Source, open_examples, open_rows
+from safebasin.data.tables import BadRow, write_json, write_table
+from safebasin.encode import TokenizedRow, encode_all, shorten
+from safebasin.errors import UserError
+from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
+from safebasin.pipeline.folder import PROBLEMS, RunFolder
+from safebasin.pipeline.plan import Plan
+from safebasin.scan.column import column_from_file
+from safebasin.scan.cut import cut_rows, write_cut
+from safebasin.scan.scan import score_rows
+from safebasin.scan.scores import read_scores
+from safebasin.train.trainer import check_columns
+
+
+def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
+    """The model of the recipe, with an adapter merged into it where one is given."""
+    model = plan.recipe.model
+    return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
+
+
+def write_rows(plan: Plan, folder: RunFolder) -> Path:
+    """The step ``data``: the task as it came, or the task and the poison mixed in one form. The path of the training rows is returned."""
+    data, target = plan.recipe.data, folder.data / plan.train_file
+    outputs = [target, folder.data / "rows.json", folder.data / PROBLEMS]
+    inputs: dict[str, Any] = {"task": data.task, "on_bad": data.on_bad, "form": plan.train_file}
+    if plan.mixes:
+        inputs |= {"poison": data.poison, "attack": plan.attack, "share": data.poison_share, "seed": plan.recipe.seed}
+    if plan.mixes and plan.attack.entry.reads:
+        inputs |= scan_inputs(plan)
+    with folder.step("data", inputs, outputs) as work:
+        if not work:
+            return target
+        task = usable_rows(plan, data.task)
+        rows = [(example, "task") for example in task.examples]
+        if plan.mixes:
+            rows += [(example, "poison") for example in _poison(plan, task.examples)]
+            random.Random(plan.recipe.seed).shuffle(rows)
+        folder.data.mkdir(parents=True, exist_ok=True)
+        table = [example.row if plan.keeps_form else {"messages": list(example.messages)} for example, _ in rows]
+        write_table(target, table)
+        if not plan.keeps_form:  # ids are those of the rows as they now stand
+            written = read_examples(target).examples
+            rows = [(example, origin) for example, (_, origin) in zip(written, rows, strict=True)]
+        write_json(folder.data / "rows.json", [{"id": e.id, "line": e.line, "origin": origin} for e, origin in rows])
+        write_json(folder.data / PROBLEMS, [bad._asdict() for bad in task.bad])
+    return target
+
+
+def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores_file: Path) -> Path:
+    """The step ``cut.ARM``. The path of the rows that the arm trains on is returned: those of ``source`` where it has no cut."""
+    settings = plan.recipe.arms[arm].cut
+    if settings is None:
+        return source
+    target = folder.cut(arm) / source.name
+    inputs = {"scores": [scores_file, folder.anchors], "rows": source, "cut": settings, "form": plan.recipe.data.task}
+    with folder.step(f"cut.{arm}", inputs, [target, folder.cut(arm) / "cut.json"]) as work:
+        if work:
+            examples, scores = training_examples(plan, source), read_scores(scores_file)
+            cut = cut_rows(examples, scores, settings.scorer, settings.threshold, estimator=settings.estimator)
+            write_cut(folder.cut(arm), source, cut, settings.scorer)
+    return target
+
+
+def scan_inputs(plan: Plan) -> dict[str, Any]:
+    """What decides a score, beside the rows."""
+    recipe = plan.recipe
+    settings = {"batch_size": recipe.scan.batch_size, "max_length": recipe.data.max_length}
+    return {"model": recipe.model, "scorers": plan.scorers, "anchors": plan.anchors, "settings": settings}
+
+
+# --- the attack -----------------------------------------------------------------------------------------------------------------
+
+
+def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
+    """The attack's rows."""
+    data = plan.recipe.data
+    harmful = open_examples(data.poison) if data.poison else []
+    score = _attacker_score(plan) if "score" in plan.attack.entry.reads else None
+    rows = poisoned_rows(plan.attack, _messages(task), _messages(harmful), data.poison_share, plan.recipe.seed, score)
+    return read_examples(enumerate(rows, 1)).examples if rows else []
+
+
+def _messages(examples: Iterable[Example]) -> list[Row]:
+    return [{"messages": list(example.messages)} for example in examples]
+
+
+def _attacker_score(plan: Plan) -> Score:
+    """The score that an adaptive attacker knows: the run's own scorer on the start model."""
+    name, loaded, recipe = plan.attack.against, load_start(plan), plan.recipe
+    anchors = anchor_rows(plan, loaded.tokenizer)
+
+    def score(rows: Sequence[Row]) -> list[float]:
+        examples = read_examples(enumerate(rows, 1)).examples
+        encoded, bad = encode_all(loaded.tokenizer, examples, recipe.data.max_length)
+        if bad:
+            raise UserError(f"data.attack: one of its rows cannot be scored: {bad[0].reason}")
+        chosen, size = {name: plan.scorers[name]}, recipe.scan.batch_size
+        return score_rows(*loaded, encoded, chosen, anchors, examples=examples, batch_size=size).rows[name]
+
+    return score
+
+
+def attack_format(plan: Plan, system: str | None) -> Callable[[str], Any] | None:
+    """How the attacker asks at test time; None where it is as anyone does."""
+    if not any(plan.attack.entry.implements(name) for name in ("ask", "system", "prefill")):
+        return None
+    attacker = plan.attack
+    if attacker.entry.implements("fit"):
+        attacker = attacker.fit(_messages(usable_rows(plan, plan.recipe.data.task).examples))
+    return functools.partial(attack_messages, attacker, system=system)
+
+
+# --- reading and encoding -------------------------------------------------------------------------------------------------------
+
+
+def usable_rows(plan: Plan, source: Source) -> Rows:
+    """The rows of a set; those that cannot be used stop the run, or are listed and left out."""
+    rows = open_rows(source)
+    if rows.bad and plan.recipe.data.on_bad == "stop":
+        listed = "; ".join(f"line {bad.line}: {bad.reason}" for bad in rows.bad[:3])
+        raise UserError(
+            f"{source.path}: {len(rows.bad)} rows cannot be used ({listed}); mend them, or set data.on_bad: skip"
+        )
+    if not rows.examples:
+        raise UserError(f"{source.path}: no row can be used")
+    return rows
+
+
+def training_examples(plan: Plan, path: Path) -> list[Example]:
+    """The rows of a training file of this run."""
+    source = plan.recipe.data.task if plan.keeps_form else Source(path="")
+    return read_examples(path, source.prompt, source.answer).examples
+
+
+class EncodedRows(NamedTuple):
+    """Rows of a training file with their tokens, and what was left out or cut short."""
+
+    examples: list[Example]
+    rows: list[TokenizedRow]
+    problems: list[BadRow]
+
+
+def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
+    """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what fits."""
+    limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
+    examples = training_examples(plan, path)
+    rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
+    if bad and not skip:
+        raise UserError(
+            f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"
+        )
+    if len(bad) == len(examples):
+        raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
+    usable = {row.id for row in rows}
+    examples = [example for example in examples if example.id in usable]
+    long = {example.line: len(row) for example, row in zip(examples, rows, strict=True) if len(row) > limit}
+    reasons = [f"cut short for the scan: {size} tokens, max_length is {limit}" for size in long.values()]
+    return EncodedRows(examples, [shorten(row, limit) for row in rows], [*bad, *map(BadRow, long, reasons)])
+
+
+def encoded_set(
+    plan: Plan, source: Source, tokenizer: Any, format_messages: Any = tuple, *, any_length: bool = False
+) -> list[TokenizedRow]:
+    """The rows of a set beside the task, none of which may be bad; ``format_messages`` is applied to each conversation."""
+    examples = [dataclasses.replace(e, messages=format_messages(e.messages)) for e in open_examples(source)]
+    rows, bad = encode_all(tokenizer, examples, sys.maxsize if any_length else plan.recipe.data.max_length)
+    if bad:
+        raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")
+    return rows
+
+
+def anchor_rows(plan: Plan, tokenizer: Any) -> Mapping[str, list[TokenizedRow]]:
+    """The anchor sets of a scan, encoded."""
+    return {name: encoded_set(plan, source, tokenizer, any_length=True) for name, source in plan.anchors.items()}
+
+
+def check_column_files(plan: Plan) -> None:
+    """UserError where a column that comes from a file of the user's has another length than its row has answer tokens.
+
+    Rows that an attack is mixed into have their ids only when they are written, so that nothing can be said of them before.
+    """
+    pairs = {(source, column) for arm in plan.compositions for column, source in plan.column_files(arm).items()}
+    if not pairs or plan.mixes:
+        return
+    model = plan.recipe.model
+    examples = usable_rows(plan, plan.recipe.data.task).examples
+    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    rows, _ = encode_all(tokenizer, examples, plan.recipe.data.max_length)
+    for source, column in sorted(pairs):
+        values = column_from_file(source, column, examples)
+        check_columns([dataclasses.replace(row, columns={column: values[row.id]}) for row in rows], (column,))

@@ -1,0 +1,103 @@
+"""The step that tunes one arm: arms/ARM/adapter, with train.json and problems.json beside it. It goes on from its last whole checkpoint."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safebasin.console import progress
+from safebasin.data.example import Example
+from safebasin.data.tables import write_json
+from safebasin.models.adapter import fresh_adapter
+from safebasin.pipeline.config import plain
+from safebasin.pipeline.fingerprint import fingerprint
+from safebasin.pipeline.folder import CARD, PROBLEMS, RunFolder
+from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
+from safebasin.runtime import processes
+from safebasin.scan.column import Column, column_from_file, keep_column, star_column
+from safebasin.scan.scores import read_scores
+from safebasin.train.checkpoint import last_checkpoint
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of, total_steps
+from safebasin.vector import gather_full, trainable
+
+
+def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> Path:
+    """The step ``train.ARM`` on the rows of a file. Processes share the rows of a step, and rank 0 writes. The adapter is returned."""
+    recipe, composition, target = plan.recipe, plan.compositions[arm], folder.adapter(arm)
+    inputs = {
+        "rows": rows_file,
+        "model": recipe.model,
+        "methods": composition.methods,
+        "settings": recipe.train,
+        "seed": recipe.seed,
+        "max_length": recipe.data.max_length,
+        "on_bad": recipe.data.on_bad,
+        "streams": {stream: getattr(recipe.data, stream) for stream in composition.needs("streams")},
+        "columns": recipe.arms[arm].columns,
+        "scores": [folder.scores, folder.anchors] if plan.reads_scores(arm) else [],
+        "scorers": plan.scorers if plan.reads_scores(arm) else {},
+    }
+    outputs = [target, folder.arm(arm) / "train.json", folder.arm(arm) / PROBLEMS]
+    with folder.step(f"train.{arm}", inputs, outputs, shared=True) as work:
+        if work:
+            # a step of more processes has more rows, so that its checkpoints are of another tuning
+            key = fingerprint([work, processes().num_processes])[:12]
+            _tune(plan, folder, arm, rows_file, folder.arm(arm) / "checkpoints" / key)
+    return target
+
+
+def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints: Path) -> None:
+    """Tune, and write the adapter. The folder of the checkpoints is named by all that goes into the tuning: those of another one go."""
+    ranks, recipe, composition = processes(), plan.recipe, plan.compositions[arm]
+    if ranks.is_main_process:
+        for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:
+            shutil.rmtree(old)
+    loaded = load_start(plan)
+    examples, rows, problems = encoded_rows(plan, rows_file, loaded.tokenizer)
+    columns = {name: arm_column(plan, folder, arm, name, examples) for name in composition.needs("columns")}
+    rows = [
+        dataclasses.replace(row, columns={name: column[row.id] for name, column in columns.items()}) for row in rows
+    ]
+    encoded: dict[str, Sequence[Any]] = {"task": rows}
+    for stream in composition.needs("streams"):
+        format_messages = composition.format_messages if stream == "align" else tuple
+        encoded[stream] = encoded_set(plan, getattr(recipe.data, stream), loaded.tokenizer, format_messages)
+    model = fresh_adapter(loaded.model, recipe.adapter, recipe.seed)
+    args = training_arguments(recipe.arguments, checkpoints)
+    streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
+    checkpoint = last_checkpoint(checkpoints)
+    with progress(f"{arm}: train", total_steps(args, streams)) as advance:
+        trainer = OracleTrainer(
+            model,
+            args,
+            composition,
+            streams,
+            advance=lambda loss: advance(trainer.state.global_step, f"loss {loss:.3f}"),
+        )
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    weights = gather_full(trainable(model))  # every process gathers
+    if not ranks.is_main_process:
+        return
+    target = folder.adapter(arm)
+    part = target.with_name("adapter.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, state_dict=weights)
+    (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
+    part.rename(target)
+    facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
+    write_json(folder.arm(arm) / PROBLEMS, [bad._asdict() for bad in problems])
+    write_json(folder.arm(arm) / "train.json", facts | {"methods": plain(recipe.arms[arm].train), "rows": len(rows)})
+
+
+def arm_column(plan: Plan, folder: RunFolder, arm: str, name: str, examples: Sequence[Example]) -> Column:
+    """A column that the arm's methods read: from the scan, or from a file of the user's."""
+    source = plan.recipe.arms[arm].columns[name]
+    if source not in plan.scorers:
+        return column_from_file(source, name, examples)
+    scores = read_scores(folder.scores)
+    if name == "keep":
+        return keep_column(scores, source, examples)
+    return star_column(scores, source, plan.scorers[source], examples)

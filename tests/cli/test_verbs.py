@@ -1,0 +1,107 @@
+"""init, preview, the last catch, hostile text: what a new user meets first."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from folders import run, save_tiny
+
+from safebasin.cli import main as cli
+from safebasin.cli.main import guarded
+from safebasin.errors import DefenceError, UserError
+from safebasin.pipeline.config import read
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+def test_init_writes_a_recipe_and_names_its_lines(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    assert run("init", str(path)) == 0
+    lines = path.read_text().splitlines()
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(path))]
+    assert len(named) == 3
+    for line in named:
+        number, text = line.removeprefix(f"{path}:").split(": ", 1)
+        assert lines[int(number) - 1].strip().startswith(text.split(" #")[0][:20])
+    assert read(path).arms.keys() == {"start", "plain", "defended"}
+    assert run("init", str(path)) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert run("init", str(tmp_path / "none" / "r.yaml")) == 1
+    assert run("init", str(tmp_path / "other.yaml"), "--recipe", "../own") == 1
+    assert not (tmp_path / "other.yaml").exists()
+
+
+def test_preview_shows_what_is_learned(tmp_path, model, capsys):
+    """The tiny template writes <user>q</s><assistant>abc</s>; the answer and its end are learned."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "completion": "abc"}\n{"prompt": "r"}\nno json\n')
+    assert run("preview", str(path), "--model", model, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == {
+        "line": 1,
+        "text": "<user>q</s><assistant>abc</s>",
+        "trained": "abc</s>",
+        "bos": 0,
+        "last": "</s>",
+    }
+    assert rows[1] == {"line": 2, "bad": "no answer"}
+    assert rows[2]["line"] == 3 and "not JSON" in rows[2]["bad"]
+    assert run("preview", str(path), "--model", model) == 0
+    shown = capsys.readouterr().out
+    assert "abc" in shown and "not used: no answer" in shown and "1 of 3 rows are used" in shown
+
+
+def test_a_whole_file_that_is_refused(tmp_path, model, capsys):
+    (path := tmp_path / "rows.parquet").write_text("no table")
+    assert run("preview", str(path), "--model", model, "--json") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and "rows.parquet" in shown.err and len(shown.err.strip().splitlines()) == 1
+
+
+def test_hostile_text_is_escaped_on_the_terminal(tmp_path, model, capsys):
+    (path := tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "\x1b[2Jq\u202e", "completion": "a\x00[red]b"}) + "\n"
+    )
+    assert run("preview", str(path), "--model", model) == 0
+    shown = capsys.readouterr().out
+    assert not set("\x1b\u202e\x00") & set(shown)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("mend it"), 1, "safebasin: mend it"),
+        (DefenceError("the gradient is dead"), 2, "safebasin: the run was stopped: the gradient is dead"),
+        (KeyboardInterrupt(), 130, "safebasin: interrupted"),
+        (cli.Terminated(), 143, "safebasin: terminated"),
+        (ZeroDivisionError("x\ny"), 2, "safebasin: ZeroDivisionError: x (traceback: "),
+        (RecursionError(), 2, "safebasin: RecursionError: no message (traceback: "),
+        (UserError("at https://me:word@host/?token=abc"), 1, "safebasin: at https://"),
+        (UserError("one\ntwo \x1b[2J"), 1, "safebasin: one"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line(error, code, words, capsys):
+    def action() -> None:
+        raise error
+
+    assert guarded(action) == code
+    said = capsys.readouterr().err
+    assert said.startswith(words) and len(said.splitlines()) == 1
+    assert "word@" not in said and "abc" not in said and "\x1b" not in said
+    if "traceback: " in said:
+        log = Path(said.split("traceback: ")[1].rstrip(")\n"))
+        assert "Traceback (most recent call last)" in log.read_text()
+        log.unlink()
+
+
+def test_a_reader_that_goes_away_is_no_error(monkeypatch):
+    """``safebasin list | head -1``."""
+    import subprocess
+
+    command = f"{sys.executable} -m safebasin list --json | head -1; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] in ("0", "141") and "Traceback" not in ended.stderr

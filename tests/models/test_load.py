@@ -1,0 +1,221 @@
+"""A model that cannot be used is refused in one line; what can be used is loaded in silence."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import save_tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from safebasin.errors import UserError
+from safebasin.models.load import load, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def settings(folder: Path, file: str, **changes: Any) -> None:
+    path = folder / file
+    content = {name: value for name, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    path.write_text(json.dumps(content))
+
+
+def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def tokenizer_model(folder: Path, **changes: Any) -> None:
+    state = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(state | {"model": state["model"] | changes}))
+
+
+def refused(name: str | Path) -> str:
+    """The message of the refusal: one line that names the model."""
+    with pytest.raises(UserError) as refusal:
+        load(str(name), dtype="float32")
+    message = str(refusal.value)
+    assert "\n" not in message and len(message) < 500
+    assert str(name)[:50] in message
+    return message
+
+
+WEIGHTS = "model.safetensors"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "config cut off": (lambda f: (f / "config.json").write_text('{"a":'), "config.json, line 1: not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "cannot load"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
+    "config missing": (lambda f: (f / "config.json").unlink(), "model_type"),
+    "no model_type": (lambda f: settings(f, "config.json", model_type=None), "model_type"),
+    "unknown model_type": (lambda f: settings(f, "config.json", model_type="frobnicate"), "frobnicate"),
+    "no language model": (lambda f: settings(f, "config.json", model_type="vit"), "cannot load"),
+    "heads a text": (lambda f: settings(f, "config.json", num_attention_heads="x"), "num_attention_heads"),
+    "heads zero": (lambda f: settings(f, "config.json", num_attention_heads=0), "cannot load"),
+    "heads do not divide": (lambda f: settings(f, "config.json", num_attention_heads=3), "not a multiple"),
+    "unknown activation": (lambda f: settings(f, "config.json", hidden_act="nope"), "nope"),
+    "unknown rope": (lambda f: settings(f, "config.json", rope_parameters={"rope_type": "zzz"}), "zzz"),
+    "another width": (lambda f: settings(f, "config.json", hidden_size=64), "config.json is of another model"),
+    "more blocks": (lambda f: settings(f, "config.json", num_hidden_layers=5), "layers.3"),
+    "fewer blocks": (lambda f: settings(f, "config.json", num_hidden_layers=2), "layers.2"),
+    "no block": (lambda f: settings(f, "config.json", num_hidden_layers=0), "no block"),
+    "own code": (
+        lambda f: settings(f, "config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
+        "code which must be executed",
+    ),
+    "generation settings": (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json, line 1"),
+    "a pointer of git-lfs": (
+        lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n"),
+        "git lfs pull",
+    ),
+    "weights cut off": (lambda f: os.truncate(f / WEIGHTS, 5000), "model.safetensors cannot be read"),
+    "weights empty": (lambda f: os.truncate(f / WEIGHTS, 0), "model.safetensors cannot be read"),
+    "weights missing": (lambda f: (f / WEIGHTS).unlink(), "no *.safetensors file"),
+    "weights a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "a folder"),
+    "index without its file": (
+        lambda f: (
+            (f / WEIGHTS).rename(f / "spare.safetensors"),
+            (f / f"{WEIGHTS}.index.json").write_text(
+                '{"metadata": {}, "weight_map": {"lm_head.weight": "x.safetensors"}}'
+            ),
+        ),
+        "x.safetensors",
+    ),
+    "index cut off": (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{"), "index.json, line 1: not JSON"),
+    "a block lost": (lambda f: tensors(f, lambda w: {n: t for n, t in w.items() if "layers.1." not in n}), "layers.1"),
+    "a tensor lost": (lambda f: tensors(f, lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}), "lm_head"),
+    "a block renamed": (
+        lambda f: tensors(f, lambda w: {n.replace("model.layers.2", "model.layers.7"): t for n, t in w.items()}),
+        "layers.2",
+    ),
+    "a matrix of another size": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.1.self_attn.q_proj.weight": torch.ones(3, 3)}),
+        "q_proj.weight is (3, 3) and not (32, 32)",
+    ),
+    "not a number": (
+        lambda f: tensors(f, lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}),
+        "model.norm.weight",
+    ),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("tok*")], "tokenizer"),
+    "tokenizer without its file": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    "tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text('{"a"'), "tokenizer.json, line 1: not JSON"),
+    "tokenizer empty": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot load"),
+    "tokenizer a list": (lambda f: (f / "tokenizer.json").write_text("[]"), "cannot load"),
+    "tokenizer of unknown kind": (lambda f: tokenizer_model(f, type="Zzz"), "cannot load"),
+    "tokenizer with wrong ids": (lambda f: tokenizer_model(f, vocab={"a": "x"}), "cannot load"),
+    "tokenizer settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json, line 1"),
+    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+    "template not text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "cannot load"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line(damage, folder, capfd):
+    change, words = DAMAGES[damage]
+    change(folder)
+    if damage == "no template":
+        with pytest.raises(UserError, match=words):
+            load(str(folder), dtype="float32")
+    else:
+        assert words in refused(folder)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nowhere", "./no/such/folder", "no/such/folder", "/no/folder", "org/no-such-model-7b", "a b", "x" * 300, "."],
+)
+def test_a_name_without_a_model_is_refused_in_one_line(name, monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    refused(name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_is_no_model_and_a_secret_is_not_shown(folder):
+    assert "is a file; name the folder" in refused(folder / "config.json")
+    with pytest.raises(UserError) as refusal:
+        load("https://me:pa55@host/model?token=abc")
+    assert "pa55" not in str(refusal.value) and "abc" not in str(refusal.value)
+
+
+def test_a_good_folder_is_loaded_in_silence(folder, capfd):
+    model, tokenizer = load(str(folder), dtype="float32")
+    assert not model.training and tokenizer("abc")["input_ids"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tensors_of_another_part_are_left_out(folder):
+    """A checkpoint may hold more than the language model, such as a value head."""
+    tensors(folder, lambda w: w | {"value_head.weight": torch.ones(2)})
+    load(str(folder), dtype="float32")
+
+
+def test_a_tied_head_is_not_missing(folder):
+    settings(folder, "config.json", tie_word_embeddings=True)
+    tensors(folder, lambda w: {name: t for name, t in w.items() if name != "lm_head.weight"})
+    model, _ = load(str(folder), dtype="float32")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def with_tokens(folder: Path, *tokens: str, **special: str) -> Path:
+    """The folder, its tokenizer grown to the 64 embeddings of the model and then by ``tokens``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{i}>" for i in range(64 - len(tokenizer))])
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_pad_token_outside_the_embedding_is_replaced_and_no_text_reaches_it(folder):
+    model, tokenizer = load(str(with_tokens(folder, pad_token="[PAD]")), dtype="float32")
+    assert tokenizer.pad_token == tokenizer.eos_token
+    ids = tokenizer("a[PAD]b")["input_ids"]
+    assert max(ids) < 64 and len(ids) > 3  # its letters are read as text
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+
+
+def test_other_tokens_outside_the_embedding_are_refused(folder):
+    assert "2 tokens beyond the 64" in refused(with_tokens(folder, "<new>", pad_token="[PAD]"))
+
+
+def test_without_a_pad_token_the_end_token_pads(folder):
+    settings(folder, "tokenizer_config.json", pad_token=None)
+    assert load(str(folder), dtype="float32").tokenizer.pad_token == "</s>"
+
+
+def test_no_token_to_pad_with_is_refused(folder):
+    settings(folder, "tokenizer_config.json", pad_token=None, eos_token=None, unk_token=None)
+    assert "no token to pad with" in refused(folder)
+
+
+def test_named_templates_need_a_default(folder):
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    named = [{"name": name, "template": template} for name in ("rag", "default")]
+    settings(folder, "tokenizer_config.json", chat_template=named)
+    assert load_tokenizer(str(folder)).chat_template["default"] == template
+    settings(folder, "tokenizer_config.json", chat_template=named[:1])
+    with pytest.raises(UserError, match="chat templates rag"):
+        load_tokenizer(str(folder))
+
+
+def test_code_of_a_model_is_not_run_unless_asked(folder, tmp_path):
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ValueError('ran')\n")
+    settings(folder, "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"})
+    refused(folder)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,136 @@
+"""Recipes: YAML 1.2, bounds, changes, sets, secrets; what is read is what is written."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safebasin.errors import UserError
+from safebasin.pipeline import yaml12
+from safebasin.pipeline.config import dump, parse, parse_sets, plain, refuse_secrets
+from safebasin.pipeline.recipes import PLACES, read_recipe
+
+MINIMAL = "data: {task: {path: rows.jsonl}}\narms: {start: {}}\nmeasure: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("-.inf", -float("inf")),
+        ("12", 12),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("017", 17),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("No", "No"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("2026-11-26", "2026-11-26"),
+        ("'1e-4'", "1e-4"),
+    ],
+)
+def test_plain_words_as_yaml_12_has_them(text, value):
+    loaded = yaml12.load(f"key: {text}", "here")["key"]
+    assert loaded == value and type(loaded) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: not YAML: the key 'a' stands twice"),
+        ("a: [1\n", "not YAML"),
+        ("a: &x [*x]\n", "not YAML that a recipe can hold"),
+        ("a: " + "[" * 2000 + "]" * 2000, "not YAML that a recipe can hold"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n",
+            "holds more than",
+        ),
+        ("a: !!python/object:os.system {}\n", "not YAML"),
+        ("[1]: 2", "not YAML"),
+    ],
+)
+def test_yaml_that_is_refused_in_one_line(text, words):
+    with pytest.raises(UserError) as error:
+        yaml12.load(text, "r.yaml")
+    assert words in str(error.value) and str(error.value).startswith("r.yaml") and "\n" not in str(error.value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False) | st.text(max_size=12),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+        max_leaves=12,
+    )
+)
+def test_what_is_dumped_is_what_is_loaded(tree):
+    text = yaml.dump({"a": tree}, Dumper=yaml12.Dumper, allow_unicode=True)
+    assert yaml12.load(text, "here") == {"a": tree}
+
+
+@pytest.mark.parametrize("path", sorted(next(p for p in PLACES if p.is_dir()).glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_survive_a_round_trip(path):
+    if "data" not in yaml.safe_load(path.read_text()):
+        return  # a grid, or the settings of a guard: other tests read them
+    recipe = read_recipe(Path(f"builtin:{path.stem}"))
+    assert parse(dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.max_length=0", "max_length"),
+        ("data.task.take=-1", "take"),
+        ("data.task.take=true", "a number is needed, found True"),
+        ("data.task.skip=-1", "skip"),
+        ("scan.batch_size=0", "batch_size"),
+        ("data.poison_share=.nan", "poison_share"),
+        ("seed=-1", "seed"),
+        ("seed=1.5", "seed"),
+        ('seed="3"', "a number is needed, found '3'"),
+        ("arms={}", "arms"),
+        ("arms.plain={cut: {threshold: .inf}, train: [sft]}", "threshold"),
+        ("arms.pl/ain={}", "arms"),
+        ("model.dtype=float16", "dtype"),
+        ("nonsense=1", "unknown key"),
+        ("data.task.path=", "path"),
+        ("no sign", "dotted.key=value"),
+        ("data.task.path.x=1", "does not end in a mapping"),
+        ("data.task.path.x.y=1", "on the way"),
+    ],
+)
+def test_what_is_refused(change, words):
+    with pytest.raises(UserError, match="(?s)" + words) as error:
+        parse(MINIMAL, "r.yaml", [change])
+    assert "\n" not in str(error.value)
+
+
+def test_a_learning_rate_as_the_readme_has_it():
+    assert parse(MINIMAL, changes=["train.learning_rate=1e-4"]).train["learning_rate"] == 1e-4
+
+
+def test_a_set_is_replaced_wherever_it_stands(tmp_path):
+    (file := tmp_path / "local.jsonl").write_text("{}\n")
+    text = MINIMAL + "scan: {scorers: [keyword]}\n"
+    recipe = parse(text.replace("rows.jsonl", "some/set"), sets=parse_sets([f"some/set={file}"]))
+    assert recipe.data.task.path == str(file)
+    with pytest.raises(UserError, match="names no such set"):
+        parse(text, sets={"other/set": str(file)})
+    with pytest.raises(UserError, match="NAME=FILE"):
+        parse_sets(["some/set=nowhere.jsonl"])
+
+
+@pytest.mark.parametrize("text", ["https://me:pass@host/rows.jsonl", "http://h/v1?api_key=abc", "hf_" + "a" * 30])
+def test_a_secret_is_refused_and_not_repeated(text):
+    with pytest.raises(UserError) as error:
+        refuse_secrets({"data": {"task": {"path": text}}})
+    assert "data.task.path" in str(error.value) and text not in str(error.value)
+    refuse_secrets(plain(parse(MINIMAL)))

@@ -1,0 +1,46 @@
+"""The door for Python: every documented name is there, imports nothing heavy, and its example runs."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+
+import safebasin
+from safebasin import api, registry
+
+
+def test_import_is_light():
+    code = "import sys, safebasin; safebasin.__version__; print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_every_name_is_there_and_documented():
+    for name in safebasin.__all__:
+        assert getattr(safebasin, name).__doc__, name
+    assert set(safebasin.__all__) <= set(dir(safebasin))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = safebasin.nothing
+
+
+def examples(module) -> list:
+    return [test for test in doctest.DocTestFinder().find(module, globs=vars(module).copy()) if test.examples]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", examples(api), ids=lambda test: test.name)
+def test_examples_of_the_door(test):
+    """On the built-in model and rows."""
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
+    assert runner.run(test).failed == 0
+
+
+@pytest.mark.parametrize("test", [*examples(safebasin), *examples(registry)], ids=lambda test: test.name)
+def test_examples_that_need_no_model(test):
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_name_has_an_example():
+    with_example = {test.name.removeprefix("safebasin.api.") for test in examples(api)}
+    assert set(safebasin.__all__) - {"Oracle"} <= with_example
