@@ -30,7 +30,7 @@ from benchmarks import recipe
 from benchmarks.harness import Bench, bootstrap, experiment, ratios, seconds, take_turns
 from benchmarks.scan import ghost
 from safebasin.batch import by_length, collate
-from safebasin.console import steps
+from safebasin.console import progress
 from safebasin.data.builtin import OPENERS, rows_of
 from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import draw, read_table
@@ -245,7 +245,7 @@ def detection(bench: Bench, data: Path, count: int, model: str, label: str, prob
     def score(name: str) -> dict[str, Any]:
         begun, scorers = time.perf_counter(), {"it": scorer.make(SCORERS[name])}
         own = {"probe": anchors["probe"]} if name == "keyword" else anchors
-        with steps(name, len(rows)) as advance:
+        with progress(name, len(rows)) as advance:
             values = score_rows(
                 *loaded,
                 rows,
