@@ -96,7 +96,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
 
 
 def _seconds(manifest: Manifest, steps: Sequence[str]) -> float:
-    return sum(manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps)
+    return sum((manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps), 0.0)
 
 
 def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest]) -> Iterator[Record]:
