@@ -2,10 +2,10 @@
 
 A linear layer Y = X W^T with D = dL/dY has, for one row, grad_W L = sum_t D_t X_t^T, hence
 
-    <grad_W L, V> = sum_t D_t . (V X_t)                                     X: [tokens, in], D: [tokens, out], V: [out, in]
+    <grad_W L, V> = sum_t D_t . (V X_t)                                 X: [tokens, in], D: [tokens, out], V: [out, in]
 
-L is the sum of the rows' losses, and no row sees another, so D holds every row's own gradient: no per-row gradient is formed.
-The cost over a forward is one backward to the activations and one product V X a layer; no weight gradient is computed.
+L is the sum of the rows' losses, and no row attends to another, so D holds the gradient of every row: no per-row weight
+gradient is formed. The cost over a forward is one backward to the activations and one product V X a layer.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from safebasin.vector import Vector
 
 def answer_nll(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token, in float32 or wider."""
-    told = answer_logits(model, batch)[batch.mask]  # the vocabulary is the widest axis: answer tokens only
-    losses = functional.cross_entropy(told.to(_wide(told)), batch.labels[batch.mask], reduction="none")
+    logits = answer_logits(model, batch)[batch.mask]  # the vocabulary is the widest axis: answer tokens only
+    losses = functional.cross_entropy(logits.to(_wide(logits)), batch.labels[batch.mask], reduction="none")
     return torch.zeros(batch.mask.shape, dtype=losses.dtype, device=losses.device).masked_scatter(batch.mask, losses)
 
 
@@ -58,11 +58,13 @@ def ghost_product(
 ) -> Float[Tensor, " batch"]:
     """<grad_W L_row, V> summed over the weights that ``direction`` names.
 
-    ``reduction``: L_row is the sum or the mean of the row's answer tokens. The model stands in eval mode (dropout would make a
-    score random). Products are accumulated in float32 or wider; V X itself is taken in the layer's own dtype, as the forward is.
+    ``reduction``: L_row is the sum or the mean of the row's answer tokens. The model must be in eval mode (dropout
+    would make a score random). Products are accumulated in float32 or wider; V X itself is computed in the layer's own
+    dtype, as the forward is.
 
     Raises:
-        DefenceError: a layer mixes rows (its input has no batch axis), or no gradient reaches it: both would read as low scores.
+        DefenceError: a layer mixes rows (its input has no batch axis), or no gradient reaches it: both would give low
+        scores.
     """
     rows = batch.mask.shape[0]
     total: list[Tensor] = []

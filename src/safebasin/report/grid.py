@@ -225,6 +225,14 @@ def write(
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``; the ranking. ``plain``: the defence that is plain tuning."""
     found = list(records(cells))
     against(found, plain)
+    write_json(out / "grid.json", found)
+    return write_page(out, found, cells, published, gate)
+
+
+def write_page(
+    out: Path, found: Sequence[Record], cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate
+) -> list[Rank]:
+    """``grid.md`` and ``grid.html`` from the records of ``grid.json`` alone; the folders of the cells are not read."""
     ranks = ranking(found, cells, published, gate)
     reasons: dict[tuple[str, int, str, str], list[str]] = {}
     for cell in cells:
@@ -250,5 +258,4 @@ def write(
         (r["quantity"], r["suite"], r["judge"], r["attack"], r["defence"]): r for r in found if "suite" in r
     }
     page.write(out, "grid", facts)
-    write_json(out / "grid.json", found)
     return ranks

@@ -1,0 +1,1 @@
+"""Measurements of safebasin: ``python -m benchmarks --list``."""

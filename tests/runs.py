@@ -1,0 +1,84 @@
+"""The command line in processes of its own: a tiny aligned model and rows on disk, a scan, a scan that is killed."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from aligned import BAD, GOOD, aligned_model
+
+from safebasin.data.tables import file_digest, write_table
+
+JOURNAL = Path("scan") / "journal.jsonl"
+KEY = 33  # bytes of the journal's first line, which holds the key and no row
+
+
+def prepare(folder: Path, count: int) -> tuple[Path, Path, Path]:
+    """A model, ``count`` rows and probes on disk."""
+    model, tokenizer = aligned_model()
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    chance = random.Random(0)
+    words = ["a", "now", "the", "make", "help"]
+    rows = [
+        {
+            "prompt": " ".join(["make a", chance.choice(BAD + GOOD), *chance.choices(words, k=chance.randint(0, 20))]),
+            "completion": "Sure here " + " ".join(chance.choices(words, k=chance.randint(1, 9))),
+        }
+        for _ in range(count)
+    ]
+    write_table(folder / "rows.jsonl", rows)
+    write_table(folder / "probe.jsonl", [{"prompt": f"make a {word}", "completion": "I cannot help"} for word in BAD])
+    return folder / "model", folder / "rows.jsonl", folder / "probe.jsonl"
+
+
+def start(model: Path, rows: Path, probe: Path, out: Path) -> subprocess.Popen[bytes]:
+    """A scan that runs."""
+    words = ["scan", str(rows), "--model", str(model), "--probe", str(probe), "--out", str(out), "--batch-size", "32"]
+    command = [sys.executable, "-m", "safebasin", *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait(running: subprocess.Popen[bytes], journal: Path) -> None:
+    """Until it has written new rows to its journal, or has ended."""
+    before = journal.stat().st_size if journal.is_file() else 0
+    while running.poll() is None and (not journal.is_file() or journal.stat().st_size <= max(before, KEY)):
+        time.sleep(0.005)
+
+
+def end(running: subprocess.Popen[bytes]) -> None:
+    """Let it end; AssertionError with its last words where it fails."""
+    error = running.communicate()[1]
+    assert running.returncode == 0, error.decode()[-2000:]
+
+
+def trial(folder: Path, count: int, kills: int, seed: int = 0) -> dict[str, int]:
+    """Kill a scan ``kills`` times at random points of its work, then let it end.
+
+    Raises:
+        AssertionError: its files are not those of an undisturbed scan.
+    """
+    files = prepare(folder, count)
+    undisturbed = start(*files, folder / "undisturbed")
+    wait(undisturbed, folder / "undisturbed" / JOURNAL)
+    began = time.monotonic()
+    end(undisturbed)
+    seconds, chance, killed, journal = time.monotonic() - began, random.Random(seed), 0, folder / "killed" / JOURNAL
+    lines = 0
+    while killed < kills:
+        running = start(*files, folder / "killed")
+        wait(running, journal)
+        time.sleep(chance.uniform(0, seconds / (kills + 2)))
+        if running.poll() is None:
+            running.kill()
+            killed += 1
+        running.communicate()
+        if not journal.is_file():
+            break  # it ended before the next kill: there are fewer, as the returned number shows
+        lines = journal.read_bytes().count(b"\n")
+    end(start(*files, folder / "killed"))
+    for name in ("scores.parquet", "anchors.json"):
+        pair = [file_digest(folder / run / "scan" / name) for run in ("undisturbed", "killed")]
+        assert pair[0] == pair[1], f"{name} differs after {killed} kills"
+    return {"rows": count, "kills": killed, "journal_lines_at_last_kill": lines}
