@@ -41,7 +41,7 @@ from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.measure.landscape import moved
-from safebasin.measure.mechanics import asked, compare
+from safebasin.measure.mechanics import compare, prompt_rows
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.train import method
@@ -169,7 +169,9 @@ def shares(
 
 def opened(start: ModelAndTokenizer, tuned: ModelAndTokenizer, tests: Mapping[str, Sequence[Task]]) -> dict[str, float]:
     """Mechanics of safety tuning, means over the blocks; refusals at W_start + alpha dW of the first MLP matrices."""
-    safe, unsafe = (asked(tuned, [task.answered.messages[:1] for task in tests[kind]]) for kind in ("safe", "unsafe"))
+    safe, unsafe = (
+        prompt_rows(tuned, [task.answered.messages[:1] for task in tests[kind]]) for kind in ("safe", "unsafe")
+    )
     blocks, values = list(compare(start, tuned, safe, unsafe, k=1)), {}
     margins = {"start": [b.start_margins for b in blocks], "tuned": [b.tuned_margins for b in blocks]}
     for what, state in (("separation_start", "start"), ("separation", "tuned")):

@@ -40,7 +40,7 @@ from scipy.stats import rankdata
 from benchmarks import recipe
 from benchmarks.harness import Bench, experiment
 from safebasin.encode import TokenizedRow
-from safebasin.measure.judge import make_judges
+from safebasin.measure.judging import make_judges
 from safebasin.measure.methods.asr import Asr
 from safebasin.measure.subject import Subject
 from safebasin.models.adapter import fresh_adapter
