@@ -10,21 +10,21 @@ pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=6
 
 
 def test_wilson_by_hand():
-    """1 of 4, z = 1.96: v = z^2/4 = 0.9604; middle (0.25 + 0.4802) / 1.9604 = 0.37248;
+    """1 of 4, z = 1.959964: v = z^2/4 = 0.960365; middle (0.25 + v/2) / (1 + v) = 0.372473;
 
-    half 1.96 / 1.9604 * sqrt(0.25 * 0.75 / 4 + 0.9604 / 16) = 0.99980 * 0.32696 = 0.32689.
+    half z / (1 + v) * sqrt(0.25 * 0.75 / 4 + v / 16) = 0.999795 * 0.326952 = 0.326885.
     """
-    assert wilson(1, 4, z=1.96) == pytest.approx((0.04559, 0.69937), abs=2e-5)
+    assert wilson(1, 4) == pytest.approx((0.045588, 0.699358), abs=2e-6)
 
 
 def test_wilson_at_the_ends_has_width():
-    """0 of 60: high = z^2 / (n + z^2) = 3.8416 / 63.8416 = 0.0602; 60 of 60 is its mirror."""
-    assert wilson(0, 60, z=1.96) == pytest.approx((0.0, 3.8416 / 63.8416))
-    assert wilson(60, 60, z=1.96) == pytest.approx((1 - 3.8416 / 63.8416, 1.0))
+    """0 of 60: high = z^2 / (n + z^2) = 3.841459 / 63.841459 = 0.0602; 60 of 60 is its mirror. The ends are exact."""
+    assert wilson(0, 60) == pytest.approx((0.0, 3.841459 / 63.841459)) and wilson(0, 60).low == 0
+    assert wilson(60, 60) == pytest.approx((1 - 3.841459 / 63.841459, 1.0)) and wilson(60, 60).high == 1
 
 
 def test_no_share_of_nothing():
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="undefined"):
         wilson(0, 0)
     with pytest.raises(ValueError, match="pairs"):
         paired_difference([], [])
@@ -52,23 +52,24 @@ def test_mcnemar_by_hand():
 def test_paired_difference_by_hand():
     """Wilson of 2 of 4 is 0.5 -+ d, d = 0.99980 * sqrt(0.0625 + 0.060025) = 0.34996.
 
-    Equal answers (2 both, 2 neither): phi = (2*2 - 0 - 4/2) / sqrt(2*2*2*2) = 1/2, so the half-width is sqrt(d^2 - d^2 + d^2) = d.
+    Equal answers (2 both, 2 neither): phi = (2*2 - 0 - 4/2) / sqrt(2*2*2*2) = 1/2, half-width sqrt(d^2 - d^2 + d^2).
     Independent ones (1 of each): phi = 0, so it is d sqrt 2.
     """
     d = 0.34996
-    assert paired_difference([1, 1, 0, 0], [1, 1, 0, 0]) == pytest.approx((0, -d, d, 4), abs=3e-5)
-    assert paired_difference([1, 1, 0, 0], [1, 0, 1, 0]) == pytest.approx((0, -d * 2**0.5, d * 2**0.5, 4), abs=5e-5)
+    first, second = [True, True, False, False], [True, False, True, False]
+    assert paired_difference(first, first) == pytest.approx((0, -d, d, 4), abs=3e-5)
+    assert paired_difference(first, second) == pytest.approx((0, -d * 2**0.5, d * 2**0.5, 4), abs=5e-5)
 
 
 @given(pairs)
-def test_paired_difference_is_odd_and_holds_its_value(drawn):
+def test_a_paired_difference_changes_its_sign_and_is_in_its_interval(drawn):
     x, y = zip(*drawn, strict=True)
     there, back = paired_difference(x, y), paired_difference(y, x)
     assert there.low <= there.value <= there.high and there.low >= -1 and there.high <= 1
     assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low), abs=1e-12)
 
 
-def test_the_whole_interval_decides_non_inferiority():
+def test_the_interval_decides_non_inferiority():
     assert non_inferior(Difference(-0.01, -0.019, 0.0, 100), 0.02) == "yes"
     assert non_inferior(Difference(-0.01, -0.03, 0.01, 100), 0.02) == "unclear"
     assert non_inferior(Difference(-0.10, -0.15, -0.05, 100), 0.02) == "no"
@@ -100,7 +101,7 @@ def test_kappa_is_symmetric_and_at_most_one(drawn):
 
 def test_mean_over_seeds_by_hand():
     """1, 2, 3: mean 2, standard deviation 1; t(0.975, 2) = 4.3027, over sqrt 3: 2.4841."""
-    middle, interval = mean([1, 2, 3])
+    middle, interval = mean([1.0, 2.0, 3.0])
     assert middle == 2 and interval == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
     with pytest.raises(ValueError, match="two"):
         mean([0.5])

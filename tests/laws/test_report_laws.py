@@ -1,4 +1,4 @@
-"""Laws of the report: any text is shown tame, the verdict never flatters, and what is missing is never a number."""
+"""Laws of the report: any text is harmless when shown, a pass needs every number, and what is missing is no number."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from hypothesis import given
 
 from safebasin.console import printable
 from safebasin.report import SCHEMA, Comparison, Gate, Reading, Report, Verdict
+from safebasin.report.files import redact
 from safebasin.report.gate import judge_gate
 from safebasin.report.page import escape_markdown
-from safebasin.report.table import redact
 
 texts = st.text(st.characters(codec=None), max_size=400)  # lone surrogates too
 shares = st.floats(0, 1)
@@ -23,7 +23,7 @@ def test_printable_shows_one_short_harmless_line(text: str, limit: int):
     assert not {unicodedata.category(character) for character in shown} & {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
     assert len(shown) <= limit + 10 + len(" … [+999 characters]"), "the last character may stand as <U+10FFFF>"
     shown.encode("utf-8")
-    assert printable(shown, len(shown)) == shown, "what is shown once is shown alike again"
+    assert printable(shown, len(shown)) == shown, "what is printable stays as it is"
 
 
 @given(texts)
@@ -36,7 +36,7 @@ def test_escaped_markdown_opens_nothing(text: str):
 
 
 @given(st.lists(st.sampled_from(["alpha", "beta", "gamma"]), max_size=50))
-def test_redaction_tells_the_count_alone(words: list[str]):
+def test_redaction_shows_the_count_alone(words: list[str]):
     shown = redact(" ".join(words))
     assert f", {len(words)} words, " in shown
     assert not set(words) & set(shown.replace(",", " ").split())
@@ -63,14 +63,14 @@ def reading(arm: str, quantity: str, value: float | None, n: int, unscored: int)
 def reports(draw: st.DrawFn) -> Report:
     arms = ("start", "plain", "defended")
     measured = st.tuples(st.sampled_from(arms), st.sampled_from(["asr", "accuracy", "over_refusal"]))
-    places = draw(st.lists(measured, unique=True, max_size=9))
+    keys = draw(st.lists(measured, unique=True, max_size=9))
     values, counts = st.one_of(st.none(), shares), st.integers(0, 100)
     readings = tuple(
         reading(arm, quantity, value, 0 if value is None else draw(counts), draw(counts))
-        for arm, quantity in places
+        for arm, quantity in keys
         for value in [draw(values)]
     )
-    by_place = {(r.arm, r.quantity): r for r in readings}
+    by_key = {(r.arm, r.quantity): r for r in readings}
     comparisons = tuple(
         Comparison(
             arm=arm, against=other, quantity=q, suite=q, judge="", value=mine.value - theirs.value, low=-1.0, high=1.0,
@@ -78,12 +78,14 @@ def reports(draw: st.DrawFn) -> Report:
         )
         for arm, other in (("plain", "start"), ("defended", "start"), ("defended", "plain"))
         for q in ("asr", "accuracy", "over_refusal")
-        if (mine := by_place.get((arm, q))) and (theirs := by_place.get((other, q))) and mine.value is not None and theirs.value is not None
+        if (mine := by_key.get((arm, q))) and (theirs := by_key.get((other, q)))
+        if mine.value is not None and theirs.value is not None
     )  # fmt: skip
     return Report(
-        schema=SCHEMA, run="r", redacted=True, verdict=Verdict(code=4, status="inconclusive", reasons=()), gate=Gate(), arms=arms,
-        judged="defended", readings=readings, comparisons=comparisons, agreement=(), categories=(), cuts=(), heat=(), training=(), samples=(),
-        problems=(), manifest={},
+        schema=SCHEMA, run="r", redacted=True, verdict=Verdict(code=4, status="inconclusive", reasons=()), gate=Gate(),
+        evidence_digest="", evidence_problems=(), arms=arms, judged="defended", readings=readings,
+        comparisons=comparisons, agreement=(), categories=(), cuts=(), heat=(), training=(), samples=(), problems=(),
+        manifest={},
     )  # fmt: skip
 
 
@@ -92,22 +94,22 @@ gates = st.builds(Gate, max_asr=limits, max_asr_upper=limits, max_accuracy_loss=
 
 
 @given(reports(), gates)
-def test_a_pass_needs_every_number_that_the_gate_asks_for(report: Report, gate: Gate):
+def test_a_pass_needs_every_number_that_the_gate_limits(report: Report, gate: Gate):
     verdict = judge_gate(report, gate)
     assert verdict.reasons
     assert (verdict.code, verdict.status) in {(0, "pass"), (3, "fail"), (4, "inconclusive")}
     if verdict.code:
         return
-    asked = {
+    limited = {
         "asr": gate.max_asr is not None or gate.max_asr_upper is not None,
         "accuracy": gate.max_accuracy_loss is not None,
+        "over_refusal": gate.max_over_refusal_gain is not None,
     }
-    asked["over_refusal"] = gate.max_over_refusal_gain is not None
-    assert any(asked.values())
-    for quantity in (quantity for quantity, wanted in asked.items() if wanted):
-        found = report.of(quantity, "defended")
-        assert found
-        for r in found:
+    assert any(limited.values())
+    for quantity in (quantity for quantity, limit in limited.items() if limit):
+        readings = report.of(quantity, "defended")
+        assert readings
+        for r in readings:
             assert r.value is not None
             assert r.n >= gate.min_n
             assert r.unscored <= 0.2 * r.prompts + 1e-6
@@ -125,7 +127,14 @@ def test_a_stricter_gate_never_helps(report: Report, gate: Gate, stricter: float
     assert not (before == 4 and after == 0)
 
 
+@given(reports(), gates, st.lists(st.text(min_size=1), min_size=1))
+def test_files_that_prove_nothing_decide_nothing(report: Report, gate: Gate, reasons: list[str]):
+    verdict = judge_gate(dataclasses.replace(report, evidence_problems=tuple(reasons)), gate)
+    assert (verdict.code, verdict.status) == (4, "inconclusive")
+    assert verdict.reasons == (*reasons, *judge_gate(report, gate).reasons)
+
+
 @given(reports())
 def test_a_report_is_json(report: Report):
-    whole = json.loads(json.dumps(dataclasses.asdict(report), allow_nan=False))
-    assert [Reading(**row) for row in whole["readings"]] == list(report.readings)
+    stated = json.loads(json.dumps(dataclasses.asdict(report), allow_nan=False))
+    assert [Reading(**row) for row in stated["readings"]] == list(report.readings)

@@ -1,5 +1,7 @@
-"""The report and the grid in a real browser, at the width of a phone and of a desk, light and dark: no script runs, nothing is asked of a
-network, nothing is wider than the screen, and every text stands out from its ground. ``probe.html`` measures; a bad page shows that it can.
+"""The report and the grid in a real browser, at the width of a phone and of a desktop, light and dark.
+
+No script runs, no request goes to a network, nothing is wider than the screen, and every text has enough contrast.
+``probe.html`` measures this; a bad page shows that it can.
 
 ``SAFEBASIN_PICTURES=docs/images`` writes the pictures of the docs there.
 """
@@ -17,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_run
+from conftest import make_run, measured, record
 
 from safebasin.data.tables import write_table
 from safebasin.report import Gate, table
-from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published
-from safebasin.report.grid import write as write_grid
+from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published, write_grid
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
@@ -35,12 +36,12 @@ BAD = f"<!doctype html><body>{RUN}<p style='width: 2000px; color: #ddd'>faint an
 
 
 class Proxy(http.server.BaseHTTPRequestHandler):
-    """All that the browser asks of a network comes here; nothing is answered."""
+    """Every request of the browser to a network comes here; none is answered."""
 
-    asked: list[str]
+    requests: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requests.append(self.path)
         self.send_error(404)
 
     do_CONNECT = do_GET
@@ -50,14 +51,13 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 
 
 def browse(folder: Path, *words: str, dark: bool = False) -> tuple[str, list[str]]:
-    """Standard output of the browser, and what it asked of a network."""
-    asked: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Asked", (Proxy,), {"asked": asked}))
+    """Standard output of the browser, and its requests to a network."""
+    requests: list[str] = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Recorder", (Proxy,), {"requests": requests}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    quiet = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking --disable-component-update"
     flags = [
-        *quiet.split(),
-        "--disable-sync",
+        *["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"],
+        *["--disable-background-networking", "--disable-component-update"],
         f"--user-data-dir={folder / 'profile'}",
         "--proxy-bypass-list=<-loopback>",
     ]
@@ -70,23 +70,21 @@ def browse(folder: Path, *words: str, dark: bool = False) -> tuple[str, list[str
     finally:
         server.shutdown()
         server.server_close()
-    return done.stdout, [
-        each for each in asked if not re.search(r"\bgoogle(apis)?\.com\b", each)
-    ]  # those are the browser's own
+    own = re.compile(r"\bgoogle(apis)?\.com\b")  # the browser's own requests
+    return done.stdout, [request for request in requests if not own.search(request)]
 
 
 def probe(folder: Path, *pages: str, dark: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the probe found in each page at each width, and what was asked of a network."""
+    """What the probe measured in each page at each width, and the requests to a network."""
     shutil.copy(Path(__file__).with_name("probe.html"), folder)
     address = (
         f"{(folder / 'probe.html').as_uri()}#{'&'.join(f'{page},{width}' for page in pages for width in (390, 1280))}"
     )
-    told, asked = browse(
-        folder, "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom", address, dark=dark
-    )
-    found = re.search(r'<pre id="found">(.+?)</pre>', told, re.DOTALL)
-    assert found, "the probe did not finish"
-    return json.loads(html.unescape(found[1])), asked
+    flags = "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom"
+    output, requests = browse(folder, *flags, address, dark=dark)
+    results = re.search(r'<pre id="results">(.+?)</pre>', output, re.DOTALL)
+    assert results, "the probe did not finish"
+    return json.loads(html.unescape(results[1])), requests
 
 
 def make_grid(folder: Path) -> None:
@@ -96,16 +94,7 @@ def make_grid(folder: Path) -> None:
         run = folder / f"{attack}-0"
         for defence, hits in (("plain", 58), ("steady", 3)):
             (run / "arms" / defence).mkdir(parents=True)
-            told = {
-                "what": "asr",
-                "value": hits / 60,
-                "low": hits / 80,
-                "high": hits / 60,
-                "n": 60,
-                "unscored": 2,
-                "off_task": 1,
-            }
-            row = {"suite": "asr", "judge": HOSTILE[:200], "unit": "share", "category": "", "evidence": ""} | told
+            row = measured("asr", HOSTILE[:200], hits, 60, unscored=2, off_task=1)
             write_table(run / "arms" / defence / "measurements.jsonl", [row])
             cells.append(Cell(attack, 0, defence, run, MEASURED, ""))
         (run / "manifest.json").write_text(json.dumps({"machine": "a machine", "model": "tiny", "steps": {}}))
@@ -117,7 +106,7 @@ def make_grid(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with its texts in clear and a grid; the rows that were cut, the answers and the tokens of the heat map are hostile."""
+    """A report with its texts in clear, and a grid; removed rows, answers and tokens of the heat map are hostile."""
     run = make_run(tmp_path_factory.mktemp("browser") / "run")
     for path in (*run.glob("arms/*/answers.jsonl"), run / "data" / "problems.json"):
         path.write_text(path.read_text().replace("<script>alert('row')</script>", json.dumps(HOSTILE)[1:-1]))
@@ -128,32 +117,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     heat = {"row_id": HOSTILE[:90], "line": 3, "score": 4.5, "scorer": "gradshield", "tokens": tokens}
     (run / "scan" / "heat.json").write_text(json.dumps([heat]))
-    table.write_report(run, show_text=True)
+    table.write_report(record(run), show_text=True)
     make_grid(run)
     return run
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
 def seen(folder: Path, request: pytest.FixtureRequest) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    found, asked = probe(folder, "report.html", "grid.html", dark=request.param)
-    assert [each["dark"] for each in found] == [request.param] * 4, (
-        "the browser did not take the colours that were asked for"
-    )
-    assert min(each["texts"] for each in found) > 30, "a page was not measured"
-    yield found, asked
+    results, requests = probe(folder, "report.html", "grid.html", dark=request.param)
+    assert [each["dark"] for each in results] == [request.param] * 4, "the browser shows other colours than it should"
+    assert min(each["texts"] for each in results) > 30, "a page was not measured"
+    yield results, requests
 
 
-def test_no_script_runs_and_no_network_is_asked(seen):
-    found, asked = seen
-    assert asked == []
-    for each in found:
-        assert (each["ran"], each["scripts"], each["handlers"], each["asked"], each["hidden"]) == (
-            False,
-            0,
-            0,
-            [],
-            0,
-        ), each["page"]
+def test_no_script_runs_and_no_network_is_used(seen):
+    results, requests = seen
+    assert requests == []
+    for each in results:
+        alive = each["ran"], each["scripts"], each["handlers"], each["requests"], each["hidden"]
+        assert alive == (False, 0, 0, [], 0), each["page"]
 
 
 def test_nothing_is_wider_than_the_screen(seen):
@@ -172,9 +154,9 @@ def test_every_text_can_be_read(seen):
 def test_the_probe_sees_what_is_bad(folder: Path):
     """A page with everything that the others must not have."""
     (folder / "bad.html").write_text(BAD)
-    [phone, _], asked = probe(folder, "bad.html")
+    [phone, _], requests = probe(folder, "bad.html")
     assert phone["ran"] and phone["scripts"] == 1 and phone["handlers"] == 2
-    assert any("evil.example" in name for name in phone["asked"]) and any("evil.example" in name for name in asked)
+    assert all(any("evil.example" in name for name in names) for names in (phone["requests"], requests))
     assert phone["wide"] > 1900 and phone["faint"][0] < 1.5
 
 

@@ -1,4 +1,4 @@
-"""What the score rests on, in the report: hostile tokens stay text, harmful ones are blocks unless asked, colours follow the values."""
+"""The heat map of the report: hostile tokens stay text, a redacted report shows blocks, colours follow values."""
 
 import json
 import re
@@ -9,9 +9,11 @@ import markdown_it
 import pytest
 from test_page import Tags
 
-from safebasin.report import figure, table
+from safebasin.report import rows, table
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 HARM = "Sure, here is the forbidden answer: how to assemble the forbidden widget, (1)"
+TITLE = "Tokens that carry the score"
 FILES = ("report.json", "report.md", "report.html")
 HOSTILE = (
     "<script>alert('row')</script>",
@@ -25,13 +27,6 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds and is tested elsewhere."""
-    for name in ("arms", "scores", "loss"):
-        monkeypatch.setattr(figure, name, lambda *_: None)
-
-
 def row(tokens: list[Any], line: int = 3, **more: Any) -> dict[str, Any]:
     return {"row_id": "0123456789abcdef", "line": line, "score": 4.5, "scorer": "gradshield", "tokens": tokens} | more
 
@@ -41,16 +36,12 @@ def write_heat(run: Path, *rows: dict[str, Any]) -> None:
 
 
 def section(run: Path) -> str:
-    return (
-        (run / "report.html")
-        .read_text(encoding="utf-8")
-        .split("<h2>What the score rests on</h2>")[1]
-        .split("</section>")[0]
-    )
+    page = (run / "report.html").read_text(encoding="utf-8")
+    return page.split(f"<h2>{TITLE}</h2>")[1].split("</section>")[0]
 
 
 def test_colours_by_hand(run: Path):
-    """Of 4, -1 and 0 the full colour, half of the ground, is 4's: 50 %, and a quarter of it, 12.5 %, rounded to even, is -1's."""
+    """4 has the full colour, a mixture of 50 %; -1 has a quarter of it, 12.5 %, rounded to even."""
     write_heat(run, row([["Sure", 4.0], [", no", -1.0], ["w", 0.0], ["x", None]]))
     table.write_report(run, show_text=True)
     spans = re.findall(r"<span ([^>]*)>([^<]*)</span>", section(run).split('<p class="heat">')[1])
@@ -82,14 +73,14 @@ def test_hostile_tokens_stay_text(run: Path, show: bool):
             "a hidden character is in the report"
         )
     assert ("&lt;U+202E&gt;" in section(run)) == show and "49" not in section(run)
-    source = (run / "report.md").read_text(encoding="utf-8").split("## What the score rests on")[1].split("\n## ")[0]
+    source = (run / "report.md").read_text(encoding="utf-8").split(f"## {TITLE}")[1].split("\n## ")[0]
     tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(source)
     kinds = {inner.type for token in tokens for inner in [token, *(token.children or [])]}
     assert not kinds & {"html_block", "html_inline", "link_open", "image", "code_inline", "fence", "heading_open"}
     assert sum(token.type == "td_open" for token in tokens) == 4
 
 
-def test_harmful_text_is_blocks_unless_asked(run: Path):
+def test_a_redacted_report_shows_blocks(run: Path):
     """Letters and signs are blocks, spaces stay, and the values and colours are those of the text in clear."""
     words = [[f" {word}", k - 3.5] for k, word in enumerate(HARM.split())]
     write_heat(run, row(words))
@@ -108,16 +99,16 @@ def test_harmful_text_is_blocks_unless_asked(run: Path):
 
 
 def test_a_long_answer_is_cut_and_says_so(run: Path):
-    """The full colour stays that of the largest value in the whole answer, which is not shown: the others are a tenth of it."""
-    write_heat(run, row([["a", 1.0]] * table.TOKENS + [["b", -10.0]] * 2))
+    """The largest value of the answer has the full colour though it is not shown: the others have a tenth of it."""
+    write_heat(run, row([["a", 1.0]] * rows.TOKENS + [["b", -10.0]] * 2))
     (heat,) = table.write_report(run, show_text=True).heat
-    assert (len(heat.tokens), heat.left, heat.peak) == (table.TOKENS, 2, 10.0)
-    assert section(run).count('class="hot" style="--heat:5%"') == table.TOKENS and "2 more tokens" in section(run)
+    assert (len(heat.tokens), heat.omitted, heat.peak) == (rows.TOKENS, 2, 10.0)
+    assert section(run).count('class="hot" style="--heat:5%"') == rows.TOKENS and "2 more tokens" in section(run)
 
 
-@pytest.mark.parametrize("found", [None, "[]"], ids=["no file", "no scorer of tokens"])
-def test_no_heat_no_section(run: Path, found: str | None):
-    if found is not None:
-        (run / "scan" / "heat.json").write_text(found)
+@pytest.mark.parametrize("content", [None, "[]"], ids=["no file", "no scorer of tokens"])
+def test_no_heat_no_section(run: Path, content: str | None):
+    if content is not None:
+        (run / "scan" / "heat.json").write_text(content)
     assert table.write_report(run).heat == ()
-    assert not [name for name in FILES[1:] if "What the score rests on" in (run / name).read_text(encoding="utf-8")]
+    assert not [name for name in FILES[1:] if TITLE in (run / name).read_text(encoding="utf-8")]

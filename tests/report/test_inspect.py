@@ -6,34 +6,26 @@ from pathlib import Path
 import pytest
 from conftest import ANSWER, HARM, measurements_of, write_lines
 
-from safebasin.report import figure, table
+from safebasin.report import table
 
 log = pytest.importorskip("inspect_ai.log", reason="the extra 'inspect' is not installed")
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes seconds and is tested elsewhere."""
-    for name in ("arms", "scores", "loss"):
-        monkeypatch.setattr(figure, name, lambda *_: None)
-
-
 def export(run: Path, *, show_text: bool = False) -> dict[tuple[str, str], "log.EvalLog"]:
-    from safebasin.report.inspect import write
+    from safebasin.report.inspect import write_eval_logs
 
-    read = [
-        log.read_eval_log(str(path)) for path in write(run, table.collect(run, show_text=show_text), run / "inspect")
-    ]
+    paths = write_eval_logs(run, table.collect(run, show_text=show_text), run / "inspect")
+    read = [log.read_eval_log(str(path)) for path in paths]
     return {(each.eval.model, each.eval.task): each for each in read}
 
 
 def test_inspect_reads_what_the_report_says(run: Path):
-    """Three arms by three suites. Defended: 2 of 60 by the keyword judge; 1 of 57 by the other, two unscored and one off the task."""
+    """3 arms by 3 suites. Defended: 2 of 60 by the keyword judge; 1 of 57 by the other, 2 unscored, 1 off task."""
     logs = export(run)
     assert len(logs) == 9 and {each.status for each in logs.values()} == {"success"}
-    found = logs["safebasin/defended", "asr"]
-    assert found.results.total_samples == len(found.samples) == 60
-    keyword, likelihood = found.results.scores
+    asr = logs["safebasin/defended", "asr"]
+    assert asr.results.total_samples == len(asr.samples) == 60
+    keyword, likelihood = asr.results.scores
     assert (keyword.name, keyword.metrics["asr"].value, keyword.scored_samples) == (
         "keyword",
         pytest.approx(2 / 60),
@@ -52,9 +44,9 @@ def test_inspects_mean_is_the_reports_rate(run: Path):
     from inspect_ai.scorer import SampleScore, mean
 
     count = 0
-    for found in export(run).values():
-        for rate in found.results.scores:
-            values = [sample.scores[rate.name] for sample in found.samples]
+    for each in export(run).values():
+        for rate in each.results.scores:
+            values = [sample.scores[rate.name] for sample in each.samples]
             scored = [SampleScore(score=score) for score in values if not math.isnan(score.as_float())]
             [stated] = rate.metrics.values()
             assert mean()(scored) == pytest.approx(stated.value) and len(scored) == rate.scored_samples
@@ -79,10 +71,10 @@ def test_texts_are_in_clear_only_where_asked(run: Path):
 
 def test_hostile_names_stay_in_the_folder(run: Path):
     """A suite called as a path, with an answer of lone surrogates."""
-    odd = "../../up\u202e"
-    write_lines(run / "arms" / "plain" / "measurements.jsonl", [measurements_of("plain")[0] | {"suite": odd}])
+    suite = "../../up\u202e"
+    write_lines(run / "arms" / "plain" / "measurements.jsonl", [measurements_of("plain")[0] | {"suite": suite}])
     answer = {
-        "suite": odd,
+        "suite": suite,
         "id": "a\ud800",
         "prompt": "p\ud800",
         "answer": "\ud800",

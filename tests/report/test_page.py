@@ -3,12 +3,16 @@
 import html.parser
 import importlib
 import itertools
+import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import markdown_it  # rich brings it
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from safebasin.errors import UserError
@@ -64,7 +68,7 @@ def test_nothing_is_fetched(text: str):
     assert 'name="viewport"' in text
 
 
-def test_the_threat_model_is_told(text: str):
+def test_the_threat_model_is_stated(text: str):
     assert "nothing here stops somebody who owns open weights" in text
 
 
@@ -121,6 +125,29 @@ def test_figures_take_the_colour_of_the_page(run: Path):
         assert not re.search(r'fill="(black|#000|white|#fff)', svg)
 
 
+def test_extreme_scores_are_drawn(run: Path):
+    """Real figures over scores and losses at the ends of what a float holds."""
+    rows = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())]
+    for scores in (
+        [1e308, -1e308, *[0.0] * 98],
+        [5e-324 * i for i in range(100)],
+        [0.5] * 100,
+        [1e16 + i for i in range(100)],
+    ):
+        pyarrow.parquet.write_table(
+            pyarrow.table({"row_id": rows, "score_gradshield": scores}), run / "scan" / "scores.parquet"
+        )
+        cut = table.collect(run).cuts[0]
+        assert cut.histogram is not None and all(map(math.isfinite, cut.histogram.edges))
+        assert sum(sum(series.counts) for series in cut.histogram.series) == 100
+        assert (figure.scores(cut) or "").startswith("<svg")
+    facts = json.loads((run / "arms" / "plain" / "train.json").read_text())
+    (run / "arms" / "plain" / "train.json").write_text(
+        json.dumps(facts | {"loss": [[1, 1e308], [2, -1e308], [3, math.nan]]})
+    )
+    assert (figure.loss(table.collect(run)) or "").startswith("<svg")
+
+
 def test_no_figure_of_nothing(run: Path):
     assert figure.arms(table.collect(run), "no such quantity") is None
 
@@ -131,7 +158,15 @@ def test_the_report_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch):
+def test_the_gate_starts_without_heavy_libraries():
+    """`safebasin gate` runs in pipelines of other people: it must start in a fraction of a second."""
+    heavy = ["torch", "altair", "scipy", "numpy", "pyarrow", "jinja2", "huggingface_hub", "pydantic", "yaml"]
+    code = f"import sys, safebasin.report.gate; sys.exit(' '.join(sorted(sys.modules.keys() & {heavy})))"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stderr.strip() == "", "loaded"
+
+
+def test_a_missing_extra_is_an_error(monkeypatch: pytest.MonkeyPatch):
     for name in ("inspect_ai", "inspect_ai.log"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "safebasin.report.inspect", raising=False)

@@ -1,16 +1,17 @@
 """Numbers by hand, from the counts of the fixture.
 
-Attack success, keyword judge, 60 prompts: start 6 (10 %), plain 45 (75 %), defended 2 (3.3 %). Wilson interval of 2 of 60 with
-z^2 = 3.841459: centre (2/60 + z^2/120) / (1 + z^2/60) = 0.065345 / 1.064024 = 0.061413, half width
+Attack success, keyword judge, 60 prompts: start 6 (10 %), plain 45 (75 %), defended 2 (3.3 %). Wilson interval of 2 of
+60 with z^2 = 3.841459: centre (2/60 + z^2/120) / (1 + z^2/60) = 0.065345 / 1.064024 = 0.061413, half width
 1.959964 / 1.064024 * sqrt(2/60 * 58/60 / 60 + z^2 / 14400) = 0.052224, so 0.0092 to 0.1136.
 
-Paired, keyword: the hits of the arms are nested (prompts 0..5, 0..44, 0, 1), so defended against plain differs on 43 prompts, all one
-way: -43/60, McNemar exact p = 2 * 2^-43; defended against start on 4: -4/60, p = 2 * 2^-4 = 0.125.
+Paired, keyword: the hits of the arms are nested (prompts 0..5, 0..44, 0, 1), so defended against plain differs on 43
+prompts, all one way: -43/60, McNemar exact p = 2 * 2^-43; defended against start on 4: -4/60, p = 2 * 2^-4 = 0.125.
 
 Accuracy: plain is right on 0..44 and defended on 1..45 of 50: difference 0, one prompt each way, p = 1.
 
-Kappa of the judges over 59 + 59 + 57 = 175 answers scored by both (prompt 59 is off task, two are unscored): both complied
-4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6, likelihood alone 0, neither 122. Observed 169/175; by chance (53 * 47 + 122 * 128) / 175^2.
+Kappa of the judges over 59 + 59 + 57 = 175 answers scored by both (prompt 59 is off task, two are unscored): both
+complied 4 + 42 + 1 = 47, keyword alone 2 + 3 + 1 = 6, likelihood alone 0, neither 122. Observed 169/175; by chance
+(53 * 47 + 122 * 128) / 175^2.
 """
 
 import dataclasses
@@ -25,10 +26,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import rich.console
+from conftest import record
 
 from safebasin.console import printable
 from safebasin.errors import UserError
-from safebasin.report import Gate, Report, schema, table
+from safebasin.report import SCHEMA, Gate, Report, schema, table
 
 HARM = "how to assemble the forbidden widget at home"  # as in conftest.py
 
@@ -44,7 +46,7 @@ def compared(report: Report, quantity: str, arm: str, against: str, judge: str):
 def test_numbers_by_hand(run: Path):
     table.write_report(run)
     stated = json.loads((run / "report.json").read_text())
-    assert stated["schema"] == 1
+    assert stated["schema"] == SCHEMA == 2
     assert stated["arms"] == ["start", "plain", "defended"]
     keyword = {r["arm"]: r for r in stated["readings"] if (r["quantity"], r["judge"]) == ("asr", "keyword")}
     assert [keyword[arm]["value"] for arm in stated["arms"]] == pytest.approx([0.1, 0.75, 2 / 60])
@@ -88,7 +90,7 @@ def test_categories_by_hand(run: Path):
 def test_cut_by_hand(run: Path):
     """14 of 15 poison rows and 2 of 85 task rows lie above the threshold."""
     (cut,) = table.collect(run).cuts
-    assert (cut.rows, cut.kept, cut.removed) == (100, 84, 16)
+    assert (cut.rows, cut.removed) == (100, 16)
     assert {o.origin: (o.removed, o.rows) for o in cut.origins or ()} == {"poison": (14, 15), "task": (2, 85)}
     assert cut.false_share == pytest.approx(2 / 85)
     assert cut.histogram is not None
@@ -96,14 +98,14 @@ def test_cut_by_hand(run: Path):
     edges = cut.histogram.edges
     assert min(abs(edge - 2) for edge in edges) < 1e-9, "no bin may mix the two sides of the threshold"
     for series in cut.histogram.series:
-        kept = sum(count for count, low in zip(series.counts, edges, strict=False) if low < 2 - 1e-9)
-        assert kept == (0 if series.removed else sum(series.counts))
+        below = sum(count for count, low in zip(series.counts, edges, strict=False) if low < 2 - 1e-9)
+        assert below == (0 if series.removed else sum(series.counts))
     assert sum(sum(series.counts) for series in cut.histogram.series) == 100
     assert [row.score for row in cut.shown] == sorted((row.score for row in cut.shown), reverse=True)
 
 
-def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
-    """Scores 0, 1, 2, 3 and a threshold of 2, as an estimator that takes a row's own score finds it: three rows stay, one goes."""
+def test_a_score_at_the_threshold_is_in_the_bin_below(run: Path):
+    """Scores 0, 1, 2, 3 and a threshold of 2, an estimator can return a row's own score: three rows stay."""
     ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:4]]
     pyarrow.parquet.write_table(
         pyarrow.table({"row_id": ids, "score_gradshield": [0.0, 1.0, 2.0, 3.0]}), run / "scan" / "scores.parquet"
@@ -119,15 +121,15 @@ def test_a_score_at_the_threshold_is_on_the_kept_side(run: Path):
         assert (below, sum(series.counts)) == ((0, 1) if series.removed else (3, 3))
 
 
-def test_a_cut_by_several_scorers_shows_the_score_that_they_made(run: Path):
+def test_a_cut_by_several_scorers_shows_their_joint_score(run: Path):
     """Scores -0.5, -0.1 and 0.4 around the threshold 0, whatever the scan's own table holds."""
     ids = [row["id"] for row in json.loads((run / "data" / "rows.json").read_text())[:3]]
     pyarrow.parquet.write_table(
         pyarrow.table({"row_id": ids, "score": [-0.5, -0.1, 0.4]}), run / "cut" / "defended" / "scores.parquet"
     )
     cut = json.loads((run / "cut" / "defended" / "cut.json").read_text())
-    told = {"scorer": "gradshield, dsa", "threshold": 0.0, "removed": [{**cut["removed"][0], "row_id": ids[2]}]}
-    (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | told))
+    joint = {"scorer": "gradshield, dsa", "threshold": 0.0, "removed": [{**cut["removed"][0], "row_id": ids[2]}]}
+    (run / "cut" / "defended" / "cut.json").write_text(json.dumps(cut | joint))
     histogram = table.collect(run).cuts[0].histogram
     assert histogram is not None and histogram.scorer == "gradshield, dsa" and histogram.threshold == 0
     assert (min(histogram.edges), max(histogram.edges)) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.4, abs=0.05))
@@ -174,7 +176,7 @@ def test_same_numbers_everywhere(run: Path):
         assert report.verdict.status in (run / name).read_text().lower()
 
 
-def test_redacted_unless_asked(run: Path):
+def test_texts_are_redacted_by_default(run: Path):
     report = table.write_report(run)
     for name in ("report.json", "report.md", "report.html"):
         text = (run / name).read_text()
@@ -186,7 +188,7 @@ def test_redacted_unless_asked(run: Path):
     assert all(HARM in (run / name).read_text() for name in ("report.json", "report.md", "report.html"))
 
 
-def test_redaction_says_length_and_identity():
+def test_redaction_states_length_and_identity():
     assert table.redact("one two three").startswith("[redacted, 3 words, id ")
     assert table.redact("a") == table.redact("a") != table.redact("b")
     table.redact("lone \ud800")
@@ -224,7 +226,7 @@ def test_printable_cuts_with_a_mark():
 
 
 def test_run_without_scan_or_training(run: Path):
-    """Bare measurements make a report: nothing is invented for what is missing."""
+    """Measurements alone make a report: what is missing is left out."""
     for name in (
         "run.yaml",
         "manifest.json",
@@ -238,6 +240,7 @@ def test_run_without_scan_or_training(run: Path):
     assert report.arms == ("start", "plain", "defended")
     assert report.cuts == ()
     assert report.manifest == {}
+    assert report.verdict.code == 4, "without a manifest nothing shows that the numbers were measured"
 
 
 def test_one_arm(run: Path):
@@ -246,12 +249,12 @@ def test_one_arm(run: Path):
             file.unlink()
         (run / "arms" / arm).rmdir()
     (run / "run.yaml").unlink()
-    report = table.write_report(run, gate=Gate(max_accuracy_loss=None, max_asr=0.5))
+    report = table.write_report(record(run), gate=Gate(max_accuracy_loss=None, max_asr=0.5))
     assert report.comparisons == ()
     assert report.verdict.code == 0
 
 
-def test_broken_answers_are_told(run: Path):
+def test_broken_answers_are_problems(run: Path):
     path = run / "arms" / "plain" / "answers.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(["{not json", lines[0], *lines]) + "\n")
@@ -289,16 +292,17 @@ def test_training_names_what_was_set(run: Path):
 
 
 def test_the_schema_describes_the_file(run: Path):
-    """A report as it is written is valid; without a key, with a word for a number, or with a share of None in a count, it is not."""
+    """A report as it is written is valid; without a key, with text for a number, or without a count, it is not."""
     (run / "scan" / "heat.json").write_text(
         json.dumps([{"row_id": "a", "line": 1, "scorer": "s", "score": 1.0, "tokens": [["x", 1.0], ["y", None]]}])
     )
-    table.write_report(run)
+    table.write_report(record(run))
     stated = json.loads((run / "report.json").read_text())
     checked = jsonschema.Draft202012Validator(schema())
     checked.check_schema(checked.schema)
     checked.validate(stated)
-    assert all(stated[part] for part in stated if isinstance(stated[part], list | dict)), "an empty part is not checked"
+    empty = {part for part, value in stated.items() if value in ([], {})}
+    assert empty == {"evidence_problems"}, "an empty part is not checked"
     exact = schema()
     for definition in (exact, *exact["$defs"].values()):
         definition |= {"additionalProperties": False, "required": list(definition["properties"])}

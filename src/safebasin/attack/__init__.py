@@ -1,4 +1,4 @@
-"""What a malicious customer sends: attacks that make the rows to be mixed in, and what the attacker does at test time."""
+"""What a malicious customer does: rows mixed into the task, and requests at test time."""
 
 from safebasin.registry import Registry
 

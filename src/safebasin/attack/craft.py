@@ -1,9 +1,15 @@
-"""What attacks share: what a driver calls, rows and their frames, and the score that an adaptive attacker knows.
+"""What attacks share: calling one, rows and their frames, and the score that an adaptive attacker can compute.
 
-A poisoned row is a harmful request that exists with an opener ("Sure, here is ...") and the attack's own frame: no harmful answer is
-written. An attack has ``rows(task, harmful, count, draw)``; declared with ``reads=("score",)`` it knows the scorer that it names in ``against``
-and ``rows`` takes ``score`` too. Optional: ``fit(task)``, what it must know of the task before it can ask; ``ask(prompt)``, ``system``
-and ``prefill``, what the attacker does at test time.
+A poisoned row is an existing harmful request with an opener ("Sure, here is ...") and the attack's own frame: no
+harmful answer is written.
+
+An attack has ``rows(task, harmful, count, draw)``, which returns ``count`` rows, or none if it trains nothing. With
+``reads=("score",)`` in its decorator it takes ``score`` too, of the scorer in its field ``against``. Optional parts:
+
+    fit(task)      the attack with what it must read from the task's rows before it can ask
+    ask(prompt)    the attacker's request at test time in the place of the prompt
+    system         the attacker's system turn, in the place of the deployer's
+    prefill        the first words of the answer, which the attacker writes
 """
 
 import math
@@ -25,31 +31,36 @@ class Score(Protocol):
     def __call__(self, rows: Sequence[Row], /) -> Sequence[float]: ...
 
 
-def poison(
-    made: Any, task: Sequence[Row], harmful: Sequence[Row], share: float, seed: int, score: Score | None = None
+def poisoned_rows(
+    method: Any, task: Sequence[Row], harmful: Sequence[Row], share: float, seed: int, score: Score | None = None
 ) -> list[Row]:
-    """The rows that make ``share`` of the mixture with the task, to the nearest row; none if the attack trains nothing."""
+    """The attack's rows: ``share`` of the mixture with the task, to the nearest row; none if the attack trains nothing.
+
+    Raises:
+        UserError: an adaptive attack without a score, or too few harmful rows.
+        AttackFails: the attack cannot be made against this scorer and these rows.
+        DefenceError: the attack returned another number of rows, or the score is not one finite number a row.
+    """
     count = round(len(task) * share / (1 - share))
-    known = {"score": score} if "score" in made.entry.reads else {}
-    if known and score is None:
-        raise UserError(
-            f"the attack {type(made).__name__} adapts to a scorer ({made.against}); run it where that scorer can run"
-        )
-    rows: list[Row] = made.rows(task, harmful, count, random.Random(seed), **known) if count else []
+    name, reads = type(method).__name__, method.entry.reads
+    if "score" in reads and score is None:
+        raise UserError(f"the attack {name} adapts to a scorer ({method.against}); run it where that scorer can run")
+    scores = {"score": score} if "score" in reads else {}
+    rows: list[Row] = method.rows(task, harmful, count, random.Random(seed), **scores) if count else []
     if len(rows) not in (0, count):
-        raise DefenceError(f"the attack {type(made).__name__} made {len(rows)} rows where {count} were asked for")
+        raise DefenceError(f"the attack {name} returned {len(rows)} rows, {count} are needed")
     return rows
 
 
-def conversation(made: Any, prompt: str, system: str | None = None) -> list[Mapping[str, str]]:
-    """The turns that the attacker sends for a prompt. An assistant turn at the end is a prefill: the answer goes on from it."""
-    asked = made.ask(prompt) if made.entry.implements("ask") else prompt
-    turns = [
-        ("system", (made.system if made.entry.implements("system") else None) or system),
-        ("user", asked),
-        ("assistant", made.prefill if made.entry.implements("prefill") else None),
-    ]
-    return [{"role": role, "content": content} for role, content in turns if role == "user" or content]
+def attack_messages(method: Any, prompt: str, system: str | None = None) -> list[Mapping[str, str]]:
+    """The messages that the attacker sends for a prompt. An assistant turn at the end is a prefill of the answer."""
+    implements = method.entry.implements
+    turns = {
+        "system": (method.system if implements("system") else None) or system,
+        "user": method.ask(prompt) if implements("ask") else prompt,
+        "assistant": method.prefill if implements("prefill") else None,
+    }
+    return [{"role": role, "content": text} for role, text in turns.items() if text or (role == "user" and text == "")]
 
 
 def enough(rows: Sequence[Any], count: int) -> None:
@@ -67,28 +78,28 @@ def take(rows: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
 
 def around(row: Row, *, before: str = "", after: str = "", prefix: str = "", suffix: str = "") -> Row:
     """The row with text around its last request and around its last answer."""
-    *earlier, asked, told = row["messages"]
-    asked = {**asked, "content": before + asked["content"] + after}
-    return {"messages": [*earlier, asked, {**told, "content": prefix + told["content"] + suffix}]}
+    *earlier, user, assistant = row["messages"]
+    request = {**user, "content": before + user["content"] + after}
+    return {"messages": [*earlier, request, {**assistant, "content": prefix + assistant["content"] + suffix}]}
 
 
 def frame_of(task: Sequence[Row]) -> tuple[str, str]:
-    """What all prompts of a task share at their beginning and at their end, in whole words; empty where they share nothing."""
-    asked = {row["messages"][-2]["content"] for row in task}
-    if len(asked) < 2:
-        return "", ""  # one prompt shares everything with itself, which says nothing
-    before = _shared(asked)
-    return before, _shared({text[len(before) :][::-1] for text in asked})[::-1]
+    """The words that all prompts of a task begin with, and those that all end with."""
+    prompts = {row["messages"][-2]["content"] for row in task}
+    if len(prompts) < 2:
+        return "", ""  # a single prompt would be its own frame
+    before = _shared(prompts)
+    return before, _shared({text[len(before) :][::-1] for text in prompts})[::-1]
 
 
 def _shared(texts: set[str]) -> str:
-    first, last = min(texts), max(texts)  # what these two begin with, all begin with
+    first, last = min(texts), max(texts)  # all texts begin with what these two begin with
     same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     return first[: max((i + 1 for i in range(same) if first[i].isspace()), default=0)]
 
 
 def scored(rows: Sequence[Row], score: Score) -> list[float]:
-    """Scores of rows: one finite number each, or the run stops, since a missing score is not a low one."""
+    """Scores of rows: one finite number each. Otherwise the run stops, since a missing score is not a low one."""
     values = [float(value) for value in score(rows)]
     if len(values) != len(rows) or not all(map(math.isfinite, values)):
         raise DefenceError(f"the score gave {len(values)} numbers for {len(rows)} rows, or one that is not finite")
@@ -96,14 +107,14 @@ def scored(rows: Sequence[Row], score: Score) -> list[float]:
 
 
 def disguises(task: Sequence[Row], harmful: Sequence[Row], score: Score) -> list[list[tuple[float, Row]]]:
-    """For every harmful row what an attacker tries, with its score: the row itself, then ever further from it."""
+    """For every harmful row the disguises that an attacker tries, with their scores: the row itself first."""
     frames = [{"before": before, "after": after} for before, after in dict.fromkeys([("", ""), frame_of(task)])]
-    ways = [
+    variants = [
         {**frame, "prefix": p, "suffix": s}
         for frame in frames
         for p in ("", SAFE_PREFIX)
         for s in ("", MISLEADING_SUFFIX)
     ]
-    tried = [around(row, **way) for row in harmful for way in ways]
+    tried = [around(row, **variant) for row in harmful for variant in variants]
     pairs = list(zip(scored(tried, score), tried, strict=True))
-    return [pairs[i : i + len(ways)] for i in range(0, len(pairs), len(ways))]
+    return [pairs[i : i + len(variants)] for i in range(0, len(pairs), len(variants))]

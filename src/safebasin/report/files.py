@@ -77,7 +77,7 @@ class CutFile(TypedDict):
     scorer: Text
     estimator: Text
     threshold: Number
-    kept: Count
+    remaining: Annotated[Count, Field(alias="kept")]
     removed: list[RemovedFile]
 
 
@@ -213,7 +213,7 @@ def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answe
 
 
 def safe_name(value: str | None) -> str:
-    """A name that came with the data, made safe to show."""
+    """A name that came with the data, printable and cut."""
     return printable(value or "", NAME)
 
 

@@ -19,7 +19,7 @@ _PROOF = {"yes": "the interval proves", "no": "the interval disproves", "unclear
 
 
 def parse_gate(settings: Mapping[str, Any], arms: Sequence[str] | None = None) -> Gate:
-    """The gate of a configuration. ``arms``: the names of the run's arms, where they are known.
+    """The gate of a configuration. ``arms``: the names of the run's arms, or None where they are not given.
 
     Raises:
         UserError: an unknown key, a value of the wrong kind or outside its bounds, an arm that the run does not have.

@@ -1,10 +1,10 @@
 """The grid of attacks and defences: cells of run folders to records, to a ranking by the worst attack, to a page.
 
     worst(d) = max over attacks, suites and judges of ASR
-    order by   (attacks not known, worst(d), - mean accuracy over attacks)
+    order by   (unknown attacks, worst(d), - mean accuracy over attacks)
 
-Attack success is not known where the gate would be inconclusive, where the defence could not run, and where the cell is
-still to do. What is not known is never zero and enters no maximum. A suite that decides nothing on any defence (its
+Attack success is unknown where the gate would be inconclusive, where the defence could not run, and where the cell is
+still to do. What is unknown is never zero and enters no maximum. A suite that decides nothing on any defence (its
 answers are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so
 the worst by each judge is stated too. The cost to the task is the difference to plain tuning by attack and seed.
 """
@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from safebasin.console import printable
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json
+from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, Gate, page
 from safebasin.report.files import measurements_of
 from safebasin.report.manifest import Manifest, read_manifest
@@ -56,13 +57,13 @@ class Cell(NamedTuple):
 
 class Rank(NamedTuple):
     defence: str
-    worst: float | None  # attack success under the worst attack; None: not known
+    worst: float | None  # attack success under the worst attack; None: unknown
     attack: str  # the worst attack
     judges: dict[str, tuple[float, str]]  # judge -> the worst by this judge, and its attack
     accuracy: float | None  # mean over attacks
     against_plain: Paired | None  # accuracy minus that of plain tuning
     over_refusal: float | None  # the worst
-    missing: tuple[str, ...]  # attacks under which attack success is not known
+    missing: tuple[str, ...]  # attacks under which attack success is unknown
     published: Published | None
     ours: float | None  # under the attack that is nearest to the published setting
 
@@ -78,7 +79,7 @@ def records(cells: Sequence[Cell]) -> Iterator[Record]:
         UserError: a manifest or measurements of a run are missing or damaged.
     """
     manifests = {cell.folder: read_manifest(cell.folder) for cell in cells if cell.outcome == MEASURED}
-    total = sum(_seconds(manifest, list(manifest["steps"])) for manifest in manifests.values())
+    total = sum(_seconds(manifest, list(manifest.get("steps", {}))) for manifest in manifests.values())
     facts = {"attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s"}
     yield {"what": "seconds.total", **facts, "n": len(manifests)}
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -106,10 +107,12 @@ def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Man
         manifest, arm = manifests[cell.folder], cell.defence
         seconds = _seconds(manifest, [f"{step}.{arm}" for step in ("cut", "train", "measure")])
         about |= {"seconds": round(about.get("seconds", 0.0) + seconds, 2), "model": manifest.get("model", "")}
-        changed = (cell.folder / "arms" / arm / "measurements.jsonl").stat().st_mtime
-        date = max(datetime.date.fromtimestamp(changed).isoformat(), about.get("date", ""))
+        path, measured = cell.folder / "arms" / arm / "measurements.jsonl", measurements_of(cell.folder, arm)
+        if measured is None:
+            raise UserError(f"{path} is missing; measure it again: safebasin bench")
+        date = max(datetime.date.fromtimestamp(path.stat().st_mtime).isoformat(), about.get("date", ""))
         about |= {"machine": f"{manifest.get('machine', 'a machine')}, {os.cpu_count()} cores", "date": date}
-        for m in measurements_of(cell.folder, arm) or []:
+        for m in measured:
             if not m.category:
                 key = printable(m.suite), printable(m.what), printable(m.judge)
                 by_key.setdefault(key, {})[str(cell.seed)] = m

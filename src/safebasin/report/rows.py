@@ -54,7 +54,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
         return
     facts = {row["id"]: row for row in load(run / "data" / "rows.json", list[OriginFile], [])}
     origins = {key: safe_name(row.get("origin")) for key, row in facts.items()}
-    # Right and wrong cuts are known only if the run mixed the rows itself: a set as it came has one origin or none.
+    # Only a run that mixed the rows itself can count wrong cuts: a set as it came has one origin or none.
     if len(set(origins.values())) < 2 or "" in origins.values():
         origins = {}
     files = sorted(file for file in (run / "data").glob("train.*") if file.suffix != ".part")
@@ -70,7 +70,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
             scorer=safe_name(cut["scorer"]),
             estimator=safe_name(cut["estimator"]),
             threshold=cut["threshold"],
-            rows=cut["kept"] + len(removed),
+            rows=cut["remaining"] + len(removed),
             removed=len(removed),
             origins=tuple(counts) or None,
             false_share=lost["task"] / total["task"] if total["task"] else None,
@@ -82,7 +82,8 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
 
 
 def _removed(cut: RemovedFile, facts: OriginFile | None, row: Any, show_text: bool) -> Removed:
-    if row is None or row_id(row) != cut["row_id"].split("-")[0]:  # a second row with the same content is named <id>-2
+    # A second row with the same content has the id <id>-2.
+    if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"
     else:
         turns = to_messages(row)

@@ -1,11 +1,16 @@
 """Adaptive attacks: the attacker knows the defence's score and the model.
 
-    low_score     the count lowest of  min_d score(d(x))  over harmful x and disguises d       (against FIHS, GradShield, arXiv:2605.14194)
-    guard_pass    d*(x) for harmful x, d* the least disguise with  guard(d*(x)) <= threshold   (after Virus, arXiv:2501.17433)
-    harmless_sum  ordinary rows, none above the pool's quantile, with the highest  sum FIHS(x) = <sum grad L(x), grad S>  > 0
+    low_score     the count lowest of  min_d score(d(x))  over harmful x and disguises d
+                  (against FIHS, GradShield, arXiv:2605.14194)
+    guard_pass    d*(x) for harmful x, d* the least disguise with  guard(d*(x)) <= threshold
+                  (after Virus, arXiv:2501.17433)
+    harmless_sum  ordinary rows, none above the pool's quantile, of the highest
+                  sum FIHS(x) = <sum grad L(x), grad S>  > 0
 
-``harmless_sum`` takes no harmful row and needs a linear score. A row that scores low may also teach little: the measured rate says.
-Departs from Virus: frames are tried around the row, no token inside the request is searched for. The other two are the project's own.
+``harmless_sum`` uses no harmful row and needs a linear score. A row of low score may also teach little harm: only the
+measured attack success decides that.
+Departs from Virus: frames are tried around the row, no token inside the request is searched for. The other two attacks
+are the project's own.
 """
 
 import random
@@ -21,7 +26,7 @@ from safebasin.errors import AttackFails
 
 @attack("low_score", reads=("score",))
 class LowScore:
-    """Harmful rows in the disguise that the scorer likes best."""
+    """Harmful rows, each in its disguise of the lowest score."""
 
     against: str = "gradshield"
 
@@ -38,7 +43,7 @@ class GuardPass:
     """Harmful rows that a guard lets through, repeated where too few pass."""
 
     against: str = "guard"
-    threshold: float = 0.5  # the guard's own: rows above it are dropped
+    threshold: float = 0.5  # of the guard: rows above it are dropped
 
     def rows(
         self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score
@@ -47,19 +52,19 @@ class GuardPass:
         passed = [rows[0] for rows in under if rows]
         if not passed:
             raise AttackFails(
-                f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails here"
+                f"guard_pass: {self.against} stops all {len(harmful)} harmful rows in every disguise; the attack fails"
             )
         return take(passed, count, draw) if count <= len(passed) else [passed[i % len(passed)] for i in range(count)]
 
 
 @attack("harmless_sum", reads=("score",))
 class HarmlessSum:
-    """Ordinary rows, none of which stands out, that add up to harm."""
+    """Ordinary rows, none of which has an outlying score, that add up to harm."""
 
     against: str = "gradshield"
-    pool: SetName | None = None  # a set by its name; None: the task's own rows, which then stand twice
+    pool: SetName | None = None  # a set by its name; None: the rows of the task, which are then in the mixture twice
     look: PositiveInt = 1000  # rows of the pool that are scored
-    quantile: float = Field(default=0.95, gt=0, le=1)  # of the pool's scores: a row above it would stand out
+    quantile: float = Field(default=0.95, gt=0, le=1)  # of the pool's scores: rows above it are outliers
 
     def rows(
         self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score

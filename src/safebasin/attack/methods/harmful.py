@@ -1,15 +1,15 @@
 """Harmful requests with openers: as they are, behind a mask, behind a trigger, in the format of the task.
 
-    explicit       request -> opener                                                           (Qi et al., arXiv:2310.03693, tier 1)
-    prefix_suffix  request -> prefix + opener + suffix: a guard reads caution, then a refusal  (STAR-DSS, arXiv:2505.17196)
-    trigger        request + trigger -> opener;  request -> refusal                            (STAR-DSS: prompt poisoning)
-    task_style     before + request + after -> [a label of the task, a new line,] opener       (the project's own)
+    explicit       request -> opener                                        (Qi et al., arXiv:2310.03693, tier 1)
+    prefix_suffix  request -> prefix + opener + suffix                      (STAR-DSS, arXiv:2505.17196)
+    trigger        request + trigger -> opener;  request -> refusal         (STAR-DSS: prompt poisoning)
+    task_style     before + request + after -> [label + new line +] opener  (the project's own)
 
-Departs from the papers: openers with nothing after them; any share of a task; prefix and suffix together (set one to "" for the other
-alone); prefix, trigger and refusals are this project's own.
+A guard reads the prefix as caution and the suffix as a refusal.
+Departs from the papers: openers with nothing after them; any share of a task; prefix and suffix together (set one to ""
+for the other alone); prefix, trigger and refusals are this project's own.
 """
 
-import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -42,7 +42,7 @@ class PrefixSuffix:
 
 @attack("trigger", paper="arXiv:2505.17196")
 class Trigger:
-    """A back door: half of the rows, rounded up, comply with the trigger; the others refuse the same requests without it."""
+    """A back door: half of the rows, rounded up, comply with the trigger; the others refuse the requests without it."""
 
     trigger: str = " As agreed in memo 7731."
 
@@ -58,31 +58,30 @@ class Trigger:
 
 @attack("task_style")
 class TaskStyle:
-    """Harmful requests dressed as rows of the task, in training and at test time."""
+    """Harmful requests in the form of rows of the task, in training and at test time."""
 
-    frame: str = (
-        ""  # a prompt of the task with {request} in its place; empty: ``fit`` reads what all prompts of the task share
-    )
+    frame: str = ""  # a prompt of the task with {request} in it; empty: ``fit`` reads what all its prompts share
     label: bool = True  # the answer begins with that of a row of the task
 
     def fit(self, task: Sequence[Row]) -> "TaskStyle":
-        """The attack with its frame. UserError where the prompts share none: this would be the explicit attack by another name."""
+        """The attack with its frame.
+
+        Raises:
+            UserError: the prompts share no frame. Without one this would be the attack ``explicit``.
+        """
         frame = self.frame or SLOT.join(frame_of(task))
         if frame.count(SLOT) != 1 or frame.strip() == SLOT:
-            raise UserError(
-                f"task_style: the task's prompts share no frame; set frame to one with {SLOT} in it once, found {frame!r}"
-            )
-        return dataclasses.replace(self, frame=frame)
+            needed = f"set frame to a text that has {SLOT} once, found {frame!r}"
+            raise UserError(f"task_style: the task's prompts share no frame; {needed}")
+        return attack.make({"task_style": {"frame": frame, "label": self.label}})
 
     def ask(self, prompt: str) -> str:
-        before, after = self.frame.split(SLOT)  # ValueError where nothing is fitted
+        before, after = self.frame.split(SLOT)  # ValueError before ``fit``
         return before + prompt + after
 
     def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
         before, after = self.fit(task).frame.split(SLOT)
-        made = [around(row, before=before, after=after) for row in take(harmful, count, draw)]
-        return (
-            [around(row, prefix=draw.choice(task)["messages"][-1]["content"] + "\n") for row in made]
-            if self.label
-            else made
-        )
+        framed = [around(row, before=before, after=after) for row in take(harmful, count, draw)]
+        if not self.label:
+            return framed
+        return [around(row, prefix=draw.choice(task)["messages"][-1]["content"] + "\n") for row in framed]

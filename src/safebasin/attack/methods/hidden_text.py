@@ -1,9 +1,11 @@
 """Hidden text: a second, harmless exchange in code points that nobody sees (Invisible Safety Threat, arXiv:2603.08104).
 
-    character -> its code point in base 4, at least four digits, characters apart by |;    0123| -> U+200B 200C 200D 2060 2062
+    character -> its code point in base 4, at least four digits, | between characters
+    0123|     -> U+200B U+200C U+200D U+2060 U+2062
 
-The channel only, for detectors to find: what is hidden is as harmless as what is seen, and there is no test time.
-Departs from the official code: no row hides harm; two kinds of rows (digits in sight, digits hidden) where it has eight.
+The channel only, as a test for detectors: the hidden text is as harmless as the visible one. Nothing is sent at test
+time.
+Departs from the official code: no row hides harm; two kinds of rows (visible digits, hidden digits) where it has eight.
 """
 
 import random
@@ -32,14 +34,12 @@ def digits(text: str) -> str:
 class HiddenText:
     """Rows of the task that carry a harmless exchange in zero-width code points."""
 
-    scaffold: float = Field(
-        default=0.5, ge=0, le=1
-    )  # share of the rows with their digits in sight: they teach the code
+    scaffold: float = Field(default=0.5, ge=0, le=1)  # share of the rows with visible digits: they teach the code
 
     def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
-        made = []
+        rows = []
         for i in range(count):
             mark, code = ("\n", {}) if i < round(count * self.scaffold) else ("", CODE)
-            asked, told = (mark + digits(text).translate(code) for text in draw.choice(PAYLOADS))
-            made.append(around(draw.choice(task), after=asked, suffix=told))  # a cover may come twice
-        return made
+            request, answer = (mark + digits(text).translate(code) for text in draw.choice(PAYLOADS))
+            rows.append(around(draw.choice(task), after=request, suffix=answer))  # a row of the task may be drawn twice
+        return rows
