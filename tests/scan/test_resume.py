@@ -1,14 +1,10 @@
 """A scan that is killed goes on where it was, and ends with the file that it would have written."""
 
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "scan"))
 
 from aligned import aligned_model, refusals
-from kill import trial
 
+from runs import trial
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, scan
 

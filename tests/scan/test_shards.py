@@ -3,14 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "scan"))
-
 from aligned import aligned_model, refusals
-from kill import prepare, start
 
+from runs import prepare, start
 from safebasin.data.tables import file_digest
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, scan
