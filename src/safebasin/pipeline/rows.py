@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safebasin.attack.craft import Row, Score
-from safebasin.attack.craft import conversation as attack_messages
-from safebasin.attack.craft import poison as poisoned_rows
+from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.source import Source, open_examples, open_rows
 from safebasin.data.tables import BadRow, write_json, write_table
