@@ -1,4 +1,4 @@
-"""The code of docs/own_trainer.md runs as it stands, on the tiny model, and goes where a plain loop and a plain Trainer go."""
+"""The code of docs/own_trainer.md runs as it is, on the tiny model, and equals a plain loop and a plain Trainer."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,9 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def items(rows) -> list[dict]:
-    labels = [[token if is_answer else -100 for token, is_answer in zip(row.ids, row.answer, strict=True)] for row in rows]
+    labels = [
+        [token if is_answer else -100 for token, is_answer in zip(row.ids, row.answer, strict=True)] for row in rows
+    ]
     return [
         {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": labels_of_row}
         for row, labels_of_row in zip(rows, labels, strict=True)

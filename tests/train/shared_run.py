@@ -1,5 +1,6 @@
-"""A run that processes share: ``torchrun shared_run.py recipe.yaml folder`` runs the recipe as it is (DDP), and again sharded (FSDP2)."""
+"""A run that processes share: ``torchrun shared_run.py RECIPE FOLDER`` runs a recipe by DDP, and again by FSDP2."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,9 +18,8 @@ if __name__ == "__main__":
     report = Pipeline(read(recipe), folder / "ddp").run()
     assert (report is not None) == processes().is_main_process
     shard_on_cpu()
-    layers = ",".join(LAYERS["transformer_layer_cls_to_wrap"])
-    wrap = f'train.fsdp_config={{"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["{layers}"]}}'
-    sharded = Pipeline(read(recipe, ["train.fsdp=true", wrap]), folder / "fsdp2")
+    changes = ["train.fsdp=true", f"train.fsdp_config={json.dumps(LAYERS)}"]
+    sharded = Pipeline(read(recipe, changes), folder / "fsdp2")
     sharded.prepare()
     sharded.scan()
     sharded.train("defended")

@@ -43,9 +43,7 @@ def test_within_the_bound_the_task_is_untouched(loss):
 def test_for_a_linear_loss_a_step_of_sgd_lands_on_the_bound(x, y, loss):
     """l(w) = loss + <g, w>, u = 0, lr = 1: w = -direction, and l(w) = tau, the projection that the paper writes."""
     assume(x * x + y * y > 0.01)
-    d = Spard(eta=1e9).direction(
-        Plane({"task": constant(0.0, 0.0), "align": constant(x, y)}, losses={"align": loss})
-    )
+    d = Spard(eta=1e9).direction(Plane({"task": constant(0.0, 0.0), "align": constant(x, y)}, losses={"align": loss}))
     assert loss - float(torch.tensor([x, y]) @ d["w"]) == pytest.approx(0.2, abs=1e-3)
 
 
