@@ -234,6 +234,7 @@ def cli_page() -> str:
     text = re.sub(r"## Table of Contents\n.*?(?=\*\*Commands\*\*)", "", text, flags=re.DOTALL)
     text = re.sub(r", --empty-[\w-]+`", "`", text)
     text = re.sub(r"`([A-Z_]+), --[\w-]+`", r"`\1`", text)
+    text = re.sub(r" \*\[default: (False|\"\"|\(\))\]\*", "", text)
     return re.sub(r"^# safebasin$", "# Command line", text, count=1, flags=re.MULTILINE)
 
 
