@@ -114,7 +114,7 @@ def test_a_left_out_row_leaves_the_order_of_the_others():
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 8), st.integers(0, 99))
 def test_groups_part_the_rows(harmless, harmful, count, seed):
-    """Every row in one random group and in one quarter; sizes differ by one at most; quarters do not overlap in score."""
+    """Every row in one random group and in one quarter; sizes differ by one at most; quarters do not overlap."""
     good, bad = [f"g{i}" for i in range(harmless)], [f"b{i}" for i in range(harmful)]
     scores = {row: (i * 37) % 101 / 7 for i, row in enumerate(good + bad)}
     groups = truth.groups(good, bad, scores, count, seed)
@@ -143,9 +143,9 @@ def test_rank_correlation_is_spearmans(pairs):
 def test_records_by_hand(tmp_path):
     """Scores 1, 2, 5 harmless and 3, 9 harmful. Predicted: a 1 + 2 = 3, b 3 + 9 = 12, c 5.
 
-    S rises by 1, 5, 2 and the rate falls by 0.1, 0.5, and is not scored without c: the order of S is right, 1; of the two
-    scored rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5 against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) = 0.866. The
-    harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it.
+    S rises by 1, 5, 2 and the rate falls by 0.1, 0.5, and is not scored without c: the order of S is right, 1; of the
+    two scored rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5 against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) = 0.866.
+    The harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it.
     """
     scores = {"it": {"w": 1.0, "x": 2.0, "y": 5.0, "u": 3.0, "v": 9.0}}
     outcomes = {
