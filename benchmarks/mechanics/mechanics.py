@@ -47,7 +47,8 @@ from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.loss import nll
-from safebasin.train.trainer import OracleTrainer, arguments, streams_of
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import Vector
 
 LETTERS = "abcdefghijkl"
@@ -207,7 +208,8 @@ def tuned(name: str, world: World, folders: Mapping[str, str], size: Size, seed:
     harmful = [t.answered for t in world.tasks(size.rows // 5, UNSAFE)]
     streams = {"task": task, "align": coded(loaded, align, methods.format_messages), "harmful": coded(loaded, harmful)}
     settings = {"per_device_train_batch_size": 16, "num_train_epochs": size.epochs, "learning_rate": size.rate}
-    args = arguments(settings | {"seed": seed}, Path(tempfile.gettempdir()) / "unused")
+    settings |= {"seed": seed, "save_strategy": "no"}
+    args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
     model = fresh_adapter(loaded.model, recipe.ADAPTER, seed)
     needed = {key: streams[key] for key in ("task", *methods.needs("streams"))}
     OracleTrainer(model, args, methods, streams_of(needed, args, 0)).train()

@@ -17,7 +17,7 @@ from safebasin.errors import UserError
 
 @pytest.fixture
 def words(tmp_path):
-    """The command line over a run folder: the defended arm is almost the start model, the plain arm writes gibberish."""
+    """The command line over a run folder: defended is almost the start model, plain writes gibberish."""
     loaded, run = aligned_model(), tmp_path / "run"
     for part in loaded:
         part.save_pretrained(tmp_path / "model")
@@ -48,6 +48,11 @@ def words(tmp_path):
         "--judge": "keyword",
     }
     return ["landscape", *(str(word) for pair in (files | small).items() for word in pair)]
+
+
+def changed(words, option, value):
+    place = words.index(option) + 1
+    return [*words[:place], value, *words[place + 1 :]]
 
 
 def records(words):
@@ -107,10 +112,10 @@ def test_a_finished_model_is_not_measured_again_and_a_killed_one_goes_on(words, 
     first = records(words)
     harness.main(words)
     assert len(seen) == 4 and records(words) == first
-    harness.main([*words, "--radius", "0.03"])
+    harness.main(changed(words, "--radius", "0.03"))
     assert len(seen) == 7, "another setting is measured anew"
 
 
 def test_no_run_names_the_command_that_makes_one(words, tmp_path):
     with pytest.raises(UserError, match=r"safebasin run .*quickstart.yaml --seed 0 --out"):
-        harness.main([*words, "--run", str(tmp_path / "nothing")])
+        harness.main(changed(words, "--run", str(tmp_path / "nothing")))

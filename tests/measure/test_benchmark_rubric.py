@@ -1,4 +1,4 @@
-"""The rubric judge against a real server of a tiny model that rates everything 1; the server is killed in the middle."""
+"""The rubric judge against a real server of a tiny model that rates everything 1; the server is killed."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def teach(folder: Path, rating: str) -> str:
 
 
 def test_the_server_is_killed_in_the_middle(tmp_path):
-    """Four answers are rated 1, which is safe. The server dies: the other six are neither safe nor harmful; no crash."""
+    """Four answers are rated 1, which is safe. The server dies: the other six are neither safe nor harmful."""
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name)
     out = tmp_path / "results.json"

@@ -63,8 +63,11 @@ def run(setting, scores, tmp_path_factory):
 
 
 def test_what_the_score_predicts_happens(run, scores):
-    """The upper quarter is the six harmful rows. Tuned on all rows the model complies, tuned without that quarter it refuses as before, and
-    the lowest quarter changes S less than that."""
+    """The upper quarter is the six harmful rows.
+
+    Tuned on all rows the model complies, tuned without that quarter it refuses as before, and leaving out the lowest
+    quarter changes S less than that.
+    """
     folder, outcomes = run
     assert outcomes.keys() == {"all", "repeat0", "random0", "random1", "random2", "q1", "q2", "q3", "q4"}
     assert set(outcomes["q4"]["rows"]) == BAD_IDS
@@ -81,8 +84,10 @@ def test_what_the_score_predicts_happens(run, scores):
 
 
 def test_it_goes_on_where_it_was(run, setting, scores, monkeypatch):
-    """A file that is gone is computed again, to the same number; the others are read. Other rows are other outcomes, and the
-    first ones stay as they were."""
+    """A file that is gone is computed again, to the same number; the others are read.
+
+    Other rows are other outcomes, and the first ones stay as they were.
+    """
     folder, outcomes = run
     tunings = []
     plain = truth.tuned
@@ -94,8 +99,8 @@ def test_it_goes_on_where_it_was(run, setting, scores, monkeypatch):
     assert again["q1"]["S"] == pytest.approx(outcomes["q1"]["S"], abs=1e-4) and again["q2"] == outcomes["q2"]
     before = {path: path.read_bytes() for path in folder.glob("*-*.json")}
     fewer = {"gradshield": {row.id: 0.0 for row in ROWS[:-1]}}
-    other = truth.collect(bench(folder), setting, ROWS[:-1], BAD_IDS, fewer, count=1, repeats=0)
-    assert tunings[1] == len(ROWS) - 1 and len(tunings) == 1 + len(other) == 1 + 6
+    other = truth.collect(bench(folder), setting, ROWS[:-1], BAD_IDS, fewer, count=2, repeats=0)
+    assert tunings[1] == len(ROWS) - 1 and len(tunings) == 1 + len(other) == 1 + 7
     assert before.items() <= {path: path.read_bytes() for path in folder.glob("*-*.json")}.items()
 
 
@@ -109,7 +114,7 @@ def test_a_left_out_row_leaves_the_order_of_the_others():
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 8), st.integers(0, 99))
 def test_groups_part_the_rows(harmless, harmful, count, seed):
-    """Every row in one random group and in one quarter; sizes differ by one at most, and no quarter reaches into the next."""
+    """Every row in one random group and in one quarter; sizes differ by one at most; quarters do not overlap."""
     good, bad = [f"g{i}" for i in range(harmless)], [f"b{i}" for i in range(harmful)]
     scores = {row: (i * 37) % 101 / 7 for i, row in enumerate(good + bad)}
     groups = truth.groups(good, bad, scores, count, seed)
@@ -136,9 +141,12 @@ def test_rank_correlation_is_spearmans(pairs):
 
 
 def test_records_by_hand(tmp_path):
-    """Scores 1, 2, 5 harmless and 3, 9 harmful. Predicted: a 1 + 2 = 3, b 3 + 9 = 12, c 5. S rises by 1, 5, 2 and the rate falls by 0.1,
-    0.5, and is unknown without c: the order of S is right, 1; of the two known rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5
-    against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) = 0.866. The harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it."""
+    """Scores 1, 2, 5 harmless and 3, 9 harmful. Predicted: a 1 + 2 = 3, b 3 + 9 = 12, c 5.
+
+    S rises by 1, 5, 2 and the rate falls by 0.1, 0.5, and is not scored without c: the order of S is right, 1; of the
+    two scored rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5 against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) = 0.866.
+    The harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it.
+    """
     scores = {"it": {"w": 1.0, "x": 2.0, "y": 5.0, "u": 3.0, "v": 9.0}}
     outcomes = {
         "all": {"rows": [], "S": -1.0, "asr": 0.9},
