@@ -208,7 +208,7 @@ def test_a_guard_whose_chat_template_takes_the_conversation():
 
 
 def byte_guard(template):
-    """A tokenizer of single letters, so that every verdict has a first token, with the outline of a guard's template."""
+    """A tokenizer of single letters, so that every verdict has a first token, with a guard's template in outline."""
     letters = {letter: i for i, letter in enumerate(("<unk>", *(chr(k) for k in range(9, 127))))}
     backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -226,7 +226,7 @@ OUTLINES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_known_guards_are_prompted_by_their_own_chat_templates(name):
-    """Outlines of the chat templates: the variables of a preset reach them, and its opening stands before the verdict."""
+    """Outlines of the chat templates: a preset's variables reach them, and its opening stands before the verdict."""
     template, ends, verdicts = OUTLINES[name]
     words = byte_guard(template)
     if (
@@ -273,7 +273,7 @@ def test_what_the_user_can_mend():
     with pytest.raises(UserError, match="nothing follows"):
         read_guard(words, template, ("Sure", "I"))
     for answer, suffix, every in (([], [1], 5), ([1], [], 5), ([1], [1], 0)):
-        with pytest.raises(UserError, match="behind chunks of one token or more"):
+        with pytest.raises(UserError, match="chunks of one token or more"):
             prefix_scores(LLAMA, [[1]], [answer], suffix, VERDICTS, every=every)
     with pytest.raises(UserError, match="the verdict 'No' begins no token"):
         score_rows(*aligned_model(), ROWS, {"guard": GuardScore()}, {}, batch_size=2)
@@ -355,9 +355,9 @@ def test_several_unsafe_verdicts():
 def test_a_guard_that_cannot_tell_known_rows_apart():
     """With its verdicts exchanged it scores harmful rows as safer; the message names both scores. Equal rows score
     alike."""
-    with pytest.raises(UserError, match=r"scores known harmful rows 0\.\d+ and known safe rows 0\.\d+"):
+    with pytest.raises(UserError, match=r"scores harmful anchor rows 0\.\d+ and safe ones 0\.\d+"):
         GuardScore(**SETTINGS | {"verdicts": ("I", "Sure")}).fit(MODEL, TOKENIZER, ANCHORS)
-    with pytest.raises(UserError, match="does not tell them apart"):
+    with pytest.raises(UserError, match="it cannot separate them"):
         GuardScore(**SETTINGS).fit(MODEL, TOKENIZER, {"harmful": ROWS[:1], "safe": ROWS[:1]})
     with pytest.raises(UserError, match="needs the anchor set 'harmful'"):
         GuardScore(**SETTINGS).fit(MODEL, TOKENIZER, {})
@@ -365,7 +365,7 @@ def test_a_guard_that_cannot_tell_known_rows_apart():
 
 def test_a_guard_that_says_something_else():
     """The aligned model begins every answer with "I" or "Sure", and never with the verdicts "steps" or "now"."""
-    with pytest.raises(UserError, match=r"scan.guard: the guard says none of \('steps', 'now'\) but '(I|Sure)'"):
+    with pytest.raises(UserError, match=r"the guard answers '(I|Sure)', none of \('steps', 'now'\)"):
         GuardScore(**{**SETTINGS, "verdicts": ("steps", "now")}).fit(MODEL, TOKENIZER, ANCHORS)
 
 

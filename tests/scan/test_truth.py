@@ -14,7 +14,7 @@ from benchmarks.scan import truth
 from safebasin.data.tables import write_table
 from safebasin.measure.methods.asr import Asr
 from safebasin.scan import scorer
-from safebasin.scan.scan import scan
+from safebasin.scan.scan import score_rows
 
 MODEL, TOKENIZER = aligned_model()
 PROBES = refusals(TOKENIZER)
@@ -42,7 +42,7 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scores():
     scorers = {"gradshield": scorer.make({"gradshield": {"depth": 1.0}}), "refusal_loss": scorer.make("refusal_loss")}
-    columns = scan(MODEL, TOKENIZER, ROWS, scorers, {"probe": PROBES}, batch_size=8).rows
+    columns = score_rows(MODEL, TOKENIZER, ROWS, scorers, {"probe": PROBES}, batch_size=8).rows
     return {name: dict(zip([row.id for row in ROWS], values, strict=True)) for name, values in columns.items()}
 
 
@@ -144,8 +144,8 @@ def test_records_by_hand(tmp_path):
     """Scores 1, 2, 5 harmless and 3, 9 harmful. Predicted: a 1 + 2 = 3, b 3 + 9 = 12, c 5.
 
     S rises by 1, 5, 2 and the rate falls by 0.1, 0.5, and is not scored without c: the order of S is right, 1; of the
-    two scored rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5 against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) = 0.866.
-    The harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it.
+    two scored rates too. By labels a and c tie at 0: ranks 1.5, 3, 1.5 against 1, 3, 2 give 1.5 / sqrt(1.5 * 2) =
+    0.866. The harmful range begins at 3 + 5 % of 6 = 3.3, and one harmless row of three is in it.
     """
     scores = {"it": {"w": 1.0, "x": 2.0, "y": 5.0, "u": 3.0, "v": 9.0}}
     outcomes = {
