@@ -1,7 +1,6 @@
 """Progress of a long step, and printing of hostile text: no markup in it is interpreted, hidden characters show."""
 
 import contextlib
-import re
 import sys
 import time
 import unicodedata
@@ -71,21 +70,3 @@ def printable(text: str, limit: int = 300) -> str:
         hidden = character in _EMPTY or unicodedata.category(character) in _HIDDEN
         shown += _SPACES.get(character) or (f"<U+{ord(character):04X}>" if hidden else character)
     return shown
-
-
-_SECRET = re.compile(
-    r"(://)[^/\s@]+(?=@)"  # user:password@ of a URL
-    r"|\b((?:[\w-]*(?:token|secret|password|passwd|signature|credential)|(?:\w+[-_]?)?key|sig|auth)=)[^&;#\s]+"
-    r"|\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}"
-    r"|\b(Bearer )\S+",
-    re.IGNORECASE,
-)
-
-
-def mask_secrets(text: str) -> str:
-    """The text with passwords, tokens and keys replaced by ``***``.
-
-    >>> mask_secrets("https://me:pass@host/rows.jsonl?token=abc")
-    'https://***@host/rows.jsonl?token=***'
-    """
-    return _SECRET.sub(lambda match: f"{next(filter(None, match.groups()))}***", text)

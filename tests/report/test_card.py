@@ -25,7 +25,6 @@ HOSTILE = (
     "<script>alert(1)</script>",
     "bidi\u202e\u2028 | bar",
     "null",
-    "lone \ud800",
 )
 
 

@@ -70,17 +70,17 @@ def test_texts_are_in_clear_only_where_asked(run: Path):
 
 
 def test_hostile_names_stay_in_the_folder(run: Path):
-    """A suite called as a path, with an answer of lone surrogates."""
+    """A suite called as a path, with an answer that is invisible."""
     suite = "../../up\u202e"
     write_lines(run / "arms" / "plain" / "measurements.jsonl", [measurements_of("plain")[0] | {"suite": suite}])
     answer = {
         "suite": suite,
-        "id": "a\ud800",
-        "prompt": "p\ud800",
-        "answer": "\ud800",
+        "id": "a\u200b",
+        "prompt": "p\u200b",
+        "answer": "\u200b",
         "verdicts": {"keyword": "complied"},
     }
     write_lines(run / "arms" / "plain" / "answers.jsonl", [answer])
     [sample] = export(run, show_text=True)["safebasin/plain", "../../up<U+202E>"].samples
-    assert sample.id == "a<U+D800>" and sample.scores["keyword"].as_float() == 1.0
+    assert sample.id == "a<U+200B>" and sample.scores["keyword"].as_float() == 1.0
     assert {path.parent for path in run.parent.rglob("*.eval")} == {run / "inspect"}

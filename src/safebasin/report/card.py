@@ -23,7 +23,7 @@ def write(run: Path, report: Report) -> None:
         path = run / "arms" / arm / "adapter" / "README.md"
         if path.parent.is_dir():
             text = page.render("card.md", {"report": report, "arm": arm})
-            page.replace(path, f"---\n{_filled(report, arm, _front_matter(path)).to_yaml()}\n---\n{text}")
+            page.write_text(path, f"---\n{_filled(report, arm, _front_matter(path)).to_yaml()}\n---\n{text}")
 
 
 def _front_matter(path: Path) -> ModelCardData:

@@ -1,31 +1,24 @@
-"""The files of a run folder as the report reads them. A file of another shape is a UserError with its path."""
+"""The files of a run folder as the report reads them. One that is not as a run writes it is a UserError."""
 
 import functools
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import yaml
-from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from safebasin.console import printable
-from safebasin.data.records import Measurement
-from safebasin.data.tables import read_table
+from safebasin.data.records import AnswerRecord, Measurement
+from safebasin.data.tables import cause, read_table, read_text, shown
 from safebasin.errors import UserError
 from safebasin.report import Problem
-from safebasin.report.manifest import read_json
+from safebasin.report.manifest import load_json
 
 NAME = 60  # characters of a name that came with the data: category, origin, id
-
-
-def _text(value: Any) -> str:
-    """Any string, lone surrogates too, which pydantic's own ``str`` refuses."""
-    if not isinstance(value, str):
-        raise ValueError("text is needed")
-    return value
 
 
 def number(value: Any) -> float | None:
@@ -34,12 +27,11 @@ def number(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("a number is needed")
-    return (
-        float(value) if abs(value) <= sys.float_info.max else None
-    )  # false for NaN, and for integers that no float holds
+    finite = abs(value) <= sys.float_info.max  # false for NaN, and for integers that no float holds
+    return float(value) if finite else None
 
 
-Text = Annotated[str, PlainValidator(_text)]
+Finite = Annotated[float | None, Field(allow_inf_nan=False, strict=True)]
 Number = Annotated[float | None, BeforeValidator(number)]
 Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
 # What PyYAML's constructors raise beside its own errors, as for "!!int ''" or "!!timestamp x".
@@ -49,81 +41,68 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 class RunFile(TypedDict):
     """run.yaml; its other keys are for the pipeline."""
 
-    arms: NotRequired[dict[Text, Any] | list[Text] | None]
-    gate: NotRequired[dict[Text, Any] | None]
+    arms: NotRequired[dict[str, Any] | list[str] | None]
+    gate: NotRequired[dict[str, Any] | None]
 
 
 class ProblemFile(TypedDict):
     line: Count
-    reason: Text
+    reason: str
 
 
 class OriginFile(TypedDict):
     """A row of data/rows.json."""
 
-    id: Text
-    origin: NotRequired[Text | None]
-    category: NotRequired[Text | None]
+    id: str
+    origin: NotRequired[str | None]
+    category: NotRequired[str | None]
 
 
 class RemovedFile(TypedDict):
-    row_id: Text
+    row_id: str
     line: Count | None
     score: Number
-    reason: Text
+    reason: str
 
 
 class CutFile(TypedDict):
-    scorer: Text
-    estimator: Text
+    scorer: str
+    estimator: str
     threshold: Number
     remaining: Annotated[Count, Field(alias="kept")]
     removed: list[RemovedFile]
 
 
 class HeatFile(TypedDict):
-    row_id: Text
+    row_id: str
     line: Count
-    scorer: Text
+    scorer: str
     score: Number
-    tokens: list[tuple[Text, Number]]
+    tokens: list[tuple[str, Number]]
 
 
 class TrainFile(TypedDict):
     steps: NotRequired[Count | None]
     seconds: NotRequired[Number]
     loss: NotRequired[list[tuple[Count, Number]] | None]
-    methods: NotRequired[list[Text | dict[Text, dict[Text, Any] | None]] | None]
-
-
-class AnswerFile(TypedDict):
-    """A line of answers.jsonl."""
-
-    suite: Text
-    id: Text
-    prompt: Text
-    answer: Text
-    verdicts: dict[Text, Text]
-    category: NotRequired[Text | None]
-    expected: NotRequired[Text | None]
-    correct: NotRequired[Annotated[bool, Field(strict=True)] | None]
+    methods: NotRequired[list[str | dict[str, dict[str, Any] | None]] | None]
 
 
 class MeasurementFile(TypedDict):
     """A line of measurements.jsonl."""
 
-    suite: Text
-    what: Text
-    value: Number
-    low: Number
-    high: Number
+    suite: str
+    what: str
+    value: Finite
+    low: Finite
+    high: Finite
     n: Count
     unscored: NotRequired[Count]
     off_task: NotRequired[Count]
-    unit: NotRequired[Text]
-    judge: NotRequired[Text]
-    category: NotRequired[Text]
-    evidence: NotRequired[Text]
+    unit: NotRequired[str]
+    judge: NotRequired[str]
+    category: NotRequired[str]
+    evidence: NotRequired[str]
 
 
 @functools.cache
@@ -137,12 +116,13 @@ def _checked(shape: Any, value: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} has another shape ({printable(key, NAME)}: {first['msg']}); run again") from None
+        reason = f"{printable(key, NAME)}: {first['msg']}" if key else first["msg"]
+        raise UserError(f"{where} is not as a run writes it ({reason}); run again") from None
 
 
 def load(path: Path, shape: Any, missing: Any = None) -> Any:
     """What a JSON file holds, checked against a shape; ``missing`` if there is no such file."""
-    return _checked(shape, read_json(path), str(path)) if path.exists() else missing
+    return _checked(shape, load_json(path), str(path)) if path.exists() else missing
 
 
 def load_run(path: Path) -> RunFile:
@@ -150,21 +130,22 @@ def load_run(path: Path) -> RunFile:
     if not path.is_file():
         return {}
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *_YAML_ERRORS) as error:
-        raise UserError(f"{path} cannot be read as YAML ({printable(str(error), 120)}); run again") from None
+        value = yaml.safe_load(read_text(path))
+    except _YAML_ERRORS as error:
+        raise UserError(f"{shown(path)} is not YAML: {cause(error)}; run again") from None
     return _checked(RunFile, value or {}, str(path))
 
 
 def load_scores(path: Path, column: str) -> dict[str, float]:
-    """Row id -> score of one column of a table of scores, where it has one."""
-    rows = [row for _, row in read_table(path)] if path.is_file() else []
-    try:
-        scores = {_text(row.get("row_id")): number(row.get(column)) for row in rows}
-    except ValueError as error:
-        raise UserError(
-            f"{path} is no table of scores: {error} in the columns row_id and {printable(column)}"
-        ) from None
+    """Row id -> score of one column of a table of scores; rows without a score are left out."""
+    scores: dict[str, float | None] = {}
+    for line, row in read_table(path) if path.is_file() else []:
+        try:
+            scores[_adapter(str).validate_python(row["row_id"])] = number(row.get(column))
+        except (ValueError, LookupError, TypeError):
+            raise UserError(
+                f"{path}, row {line}: a row_id and a number in {printable(column, NAME)} are needed"
+            ) from None
     return {row_id: score for row_id, score in scores.items() if score is not None}
 
 
@@ -189,7 +170,7 @@ def measurements_of(run: Path, arm: str) -> list[Measurement] | None:
     return taken
 
 
-Answers = dict[tuple[str, str, str], Mapping[str, Any]]  # arm, suite, prompt id -> row of answers.jsonl
+Answers = dict[tuple[str, str, str], AnswerRecord]  # arm, suite, prompt id -> record
 
 
 def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answers:
@@ -200,13 +181,13 @@ def answers_of(run: Path, arms: Sequence[str], problems: list[Problem]) -> Answe
         for line, row in read_table(path) if path.is_file() else []:
             place = f"arm {arm}, answers.jsonl line {line}"
             try:
-                answer = _adapter(AnswerFile).validate_python(row)
-            except ValidationError:
+                answer = AnswerRecord.from_row(row)
+            except ValueError:
                 problems.append(Problem(place=place, reason="not an answer; it counts in no comparison"))
                 continue
-            key = arm, safe_name(answer["suite"]), answer["id"]
+            key = arm, safe_name(answer.suite), answer.id
             if key in answers:
-                reason = f"a second answer to prompt {safe_name(answer['id'])}; the first one counts"
+                reason = f"a second answer to prompt {safe_name(answer.id)}; the first one counts"
                 problems.append(Problem(place=place, reason=reason))
             answers.setdefault(key, answer)
     return answers

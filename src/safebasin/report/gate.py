@@ -9,7 +9,7 @@ from typing import Any
 from safebasin.console import printable
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, SCHEMA, Gate, Reading, Report, Verdict
-from safebasin.report.manifest import evidence_digest, evidence_problems, read_json, read_manifest
+from safebasin.report.manifest import evidence_digest, evidence_problems, load_json, read_manifest
 from safebasin.report.words import points, share
 
 FAIL, INCONCLUSIVE, PASS = "fail", "inconclusive", "pass"
@@ -74,7 +74,7 @@ def read_verdict(run: Path) -> Verdict:
     path = run / "report.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; make it with: safebasin report {run}")
-    report = read_json(path)
+    report = load_json(path)
     verdict = _stated(report)
     if verdict is None:
         raise UserError(f"{path} is not a report of this version of safebasin; make it again: safebasin report {run}")

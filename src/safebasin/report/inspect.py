@@ -6,9 +6,9 @@ A hit is 1 and a miss is 0, so that Inspect's mean is the report's rate. What wa
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safebasin.console import printable
+from safebasin.data.records import AnswerRecord
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, Reading, Report
 from safebasin.report.compare import Hits, hits_of
@@ -66,12 +66,12 @@ def write_eval_logs(run: Path, report: Report, folder: Path) -> list[Path]:
 
 
 def _sample(
-    prompt: str, row: Mapping[str, Any], arm: str, scorers: Mapping[str, Reading], hits: Hits, redacted: bool
+    prompt: str, row: AnswerRecord, arm: str, scorers: Mapping[str, Reading], hits: Hits, redacted: bool
 ) -> EvalSample:
-    request, answer = (redact(row[key]) if redacted else printable(row[key], 100_000) for key in ("prompt", "answer"))
+    request, answer = (redact(text) if redacted else printable(text, 100_000) for text in (row.prompt, row.answer))
     scores = {}
     for name, reading in scorers.items():
-        hit, word = hits[arm, reading.key].get(prompt), printable(row["verdicts"].get(reading.judge, ""))
+        hit, word = hits[arm, reading.key].get(prompt), printable(row.verdicts.get(reading.judge, ""))
         if hit is None:
             scores[name] = Score.unscored(reason=word, answer=answer)
         else:
@@ -80,10 +80,10 @@ def _sample(
         id=printable(prompt),
         epoch=1,
         input=request,
-        target=printable(row.get("expected") or ""),
+        target=printable(row.expected or ""),
         output=ModelOutput.from_content(arm, answer),
         scores=scores,
-        metadata={"category": printable(row.get("category") or "")},
+        metadata={"category": printable(row.category)},
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.tables import file_digest
+from safebasin.data.tables import file_digest, flaw, read_json
 from safebasin.errors import UserError
 
 # "steps": name -> {"digest", "inputs", "outputs", "versions", "seconds"}; and "model", "seed", "versions", "machine".
@@ -22,26 +22,16 @@ EVIDENCE = {
 }
 
 
-def read_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        UserError: the file cannot be read, is not JSON, or is nested too deeply.
+        UserError: the file cannot be read, is not JSON, or holds what no file of ours does (see ``flaw``).
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        _limit_depth(value, 50)
-        return value
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {printable(str(error), 120)}; delete it and make it again") from None
-
-
-def _limit_depth(value: Any, depth: int) -> None:
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise ValueError("nested too deeply")
-        for inner in value.values() if isinstance(value, dict) else value:
-            _limit_depth(inner, depth - 1)
+    value = read_json(path)
+    if reason := flaw(value):
+        raise UserError(f"{path} is damaged: {reason}")
+    return value
 
 
 def read_manifest(run: Path) -> Manifest:
@@ -51,7 +41,7 @@ def read_manifest(run: Path) -> Manifest:
         UserError: the file cannot be read, is not JSON, or has another shape.
     """
     path = run / "manifest.json"
-    manifest = read_json(path) if path.exists() else {}
+    manifest = load_json(path) if path.exists() else {}
     steps = manifest.get("steps", {}) if isinstance(manifest, dict) else None
     if not isinstance(steps, dict) or not all(map(_is_step, steps.values())):
         raise UserError(f"{path} is not the manifest of a run; run again, into another folder")

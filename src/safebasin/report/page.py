@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from safebasin.console import printable
+from safebasin.data.tables import atomic_write
 from safebasin.report import QUANTITIES, Report, figure, words
 
 HERE = Path(__file__).parent
@@ -44,14 +45,12 @@ def write(folder: Path, name: str, values: Mapping[str, Any]) -> None:
     """``name.md`` and ``name.html`` from the templates of that name; both are rendered before the first is written."""
     texts = {kind: render(f"{name}.{kind}", values) for kind in ("md", "html")}
     for kind, text in texts.items():
-        replace(folder / f"{name}.{kind}", text)
+        write_text(folder / f"{name}.{kind}", text)
 
 
-def replace(path: Path, text: str) -> None:
-    """A reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def render(name: str, values: Mapping[str, Any]) -> str:

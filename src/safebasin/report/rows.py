@@ -11,6 +11,7 @@ from typing import Any
 from safebasin.console import printable
 from safebasin.data.chat import to_messages
 from safebasin.data.example import row_id
+from safebasin.data.records import AnswerRecord
 from safebasin.data.tables import read_table
 from safebasin.report import (
     Answer,
@@ -185,15 +186,13 @@ def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show
     """Attack prompts: first those that the judged arm still complies with, then those that other arms comply with."""
     show = printable if show_text else redact
     suites = {key.suite for key in attacks}
-    prompts: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(
-        dict
-    )  # suite, prompt id -> arm -> answer
+    prompts: dict[tuple[str, str], dict[str, AnswerRecord]] = defaultdict(dict)  # suite, prompt id -> arm -> answer
     for (arm, suite, prompt), answer in answers.items():
         if suite in suites:
             prompts[suite, prompt][arm] = answer
 
-    def complied(by_arm: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-        counts = {arm: list(answer["verdicts"].values()).count("complied") for arm, answer in by_arm.items()}
+    def complied(by_arm: Mapping[str, AnswerRecord]) -> tuple[int, int]:
+        counts = {arm: list(answer.verdicts.values()).count("complied") for arm, answer in by_arm.items()}
         return counts.get(judged, 0), sum(counts.values())
 
     for (suite, prompt), by_arm in sorted(prompts.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
@@ -201,13 +200,13 @@ def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show
         yield Sample(
             suite=suite,
             id=safe_name(prompt),
-            category=safe_name(first.get("category")),
-            prompt=show(first["prompt"]),
+            category=safe_name(first.category),
+            prompt=show(first.prompt),
             answers=tuple(
                 Answer(
                     arm=arm,
-                    verdicts={safe_name(judge): safe_name(verdict) for judge, verdict in answer["verdicts"].items()},
-                    text=show(answer["answer"]),
+                    verdicts={safe_name(judge): safe_name(verdict) for judge, verdict in answer.verdicts.items()},
+                    text=show(answer.answer),
                 )
                 for arm, answer in by_arm.items()
             ),
