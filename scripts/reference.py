@@ -63,6 +63,20 @@ METHODS = {  # keys of a recipe that name methods: they are explained on another
     "Measure.judges": "mapping of [judges](judges.md) to their settings",
 }
 THEIRS = {"train": "`transformers.TrainingArguments`", "adapter": "`peft.LoraConfig`"}
+COMMON = {  # fields that mean the same in every method, where the method says nothing of its own
+    "against": "the scorer whose scores the attacker knows",
+    "batch_size": "rows a forward pass",
+    "column": "the column that holds the prompt",
+    "data": "held-out rows of the task",
+    "dtype": "of the weights",
+    "judges": "their names",
+    "max_new_tokens": "tokens of an answer",
+    "modules": "the linear layers, by the ends of their names",
+    "name": "of the suite, if a run has several of one kind",
+    "prompts": "a file, a built-in set or a Hub id",
+    "seed": "of the drawing",
+    "take": "draw so many; null: all",
+}
 NEEDS = {
     "streams": "rows beside the task",
     "roles": "other weights or models",
@@ -102,7 +116,15 @@ def markdown(doc: str) -> str:
 
 
 def comments(kind: type) -> dict[str, str]:
-    """The comment of each field of a class: beside the field, or on the lines above it."""
+    """The comment of each field of a class and of the classes that it extends: beside the field, or above it."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if each.__module__.startswith("safebasin."):
+            found |= _comments(each)
+    return found
+
+
+def _comments(kind: type) -> dict[str, str]:
     source = inspect.cleandoc("if 1:\n" + inspect.getsource(kind)) if inspect.getsource(kind)[0] == " " else ""
     lines = (source or inspect.getsource(kind)).split("\n")
     notes, alone = {}, {}
@@ -154,7 +176,10 @@ def fields_table(schema: dict[str, Any], notes: dict[str, str], section: str = "
         if "default" in inner:
             text = json.dumps(inner["default"], ensure_ascii=False)
             default = "its defaults" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"
-        kind, note = METHODS.get(f"{section}.{name}") or type_of(inner), inner.get("description") or notes.get(name, "")
+        kind, note = (
+            METHODS.get(f"{section}.{name}") or type_of(inner),
+            inner.get("description") or notes.get(name) or COMMON.get(name, ""),
+        )
         if section and "properties" in inner and f"{section}.{name}" not in METHODS:
             kind, note = f"[{name}](#{name})", ""
         note = prose(" ".join(note.split("\n\n")[0].split()))
