@@ -55,11 +55,27 @@ STAGES = {  # page -> title, registry, where a recipe names such a method, what 
         "It is for experiments: your own rows need none.",
     ),
 }
-METHODS = {  # keys of a recipe that name methods, or are explained on another page
-    "attack": "an [attack](attack.md)",
-    "scorers": "list of [scorers](scan.md)",
-    "suites": "list of [suites](measure.md)",
-    "judges": "mapping of [judges](judges.md) to their settings",
+METHODS = {  # keys of a recipe that name methods: they are explained on another page
+    "Arm.train": "list of [training methods](train.md), or null",
+    "Data.attack": "an [attack](attack.md)",
+    "Scan.scorers": "list of [scorers](scan.md)",
+    "Measure.suites": "list of [suites](measure.md)",
+    "Measure.judges": "mapping of [judges](judges.md) to their settings",
+}
+THEIRS = {"train": "`transformers.TrainingArguments`", "adapter": "`peft.LoraConfig`"}
+COMMON = {  # fields that mean the same in every method, where the method says nothing of its own
+    "against": "the scorer whose scores the attacker knows",
+    "batch_size": "rows a forward pass",
+    "column": "the column that holds the prompt",
+    "data": "held-out rows of the task",
+    "dtype": "of the weights",
+    "judges": "their names",
+    "max_new_tokens": "tokens of an answer",
+    "modules": "the linear layers, by the ends of their names",
+    "name": "of the suite, if a run has several of one kind",
+    "prompts": "a file, a built-in set or a Hub id",
+    "seed": "of the drawing",
+    "take": "draw so many; null: all",
 }
 NEEDS = {
     "streams": "rows beside the task",
@@ -100,7 +116,15 @@ def markdown(doc: str) -> str:
 
 
 def comments(kind: type) -> dict[str, str]:
-    """The comment of each field of a class: beside the field, or on the lines above it."""
+    """The comment of each field of a class and of the classes that it extends: beside the field, or above it."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        if each.__module__.startswith("safebasin."):
+            found |= _comments(each)
+    return found
+
+
+def _comments(kind: type) -> dict[str, str]:
     source = inspect.cleandoc("if 1:\n" + inspect.getsource(kind)) if inspect.getsource(kind)[0] == " " else ""
     lines = (source or inspect.getsource(kind)).split("\n")
     notes, alone = {}, {}
@@ -122,19 +146,13 @@ def comments(kind: type) -> dict[str, str]:
     return found
 
 
-def type_of(schema: dict[str, Any], name: str = "") -> str:
-    """A JSON schema in words, with its bounds. ``name``: of the key, where it names methods or holds a mapping."""
-    if name in METHODS:
-        return METHODS[name]
-    if "properties" in schema and name:
-        return f"[mapping](#{name.lower()})"
+def type_of(schema: dict[str, Any]) -> str:
+    """A JSON schema in words, with its bounds."""
     if "$ref" in schema:
         name = schema["$ref"].split("/")[-1]
-        return f"[{name}](recipe.md#{name.lower()})"
-    if "enum" in schema:
-        return " or ".join(f"`{each}`" for each in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
+        return "anything" if name == "JsonValue" else f"[{name}](recipe.md#{name.lower()})"
+    if values := schema.get("enum", [schema["const"]] if "const" in schema else []):
+        return " or ".join(f"`{each if isinstance(each, str) else json.dumps(each)}`" for each in values)
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(dict.fromkeys(type_of(each) for each in schema[key]))
@@ -144,13 +162,13 @@ def type_of(schema: dict[str, Any], name: str = "") -> str:
             return f"list of {len(schema['prefixItems'])}: " + ", ".join(map(type_of, schema["prefixItems"]))
         return f"list of {type_of(schema.get('items', {}))}" + (" (not empty)" if schema.get("minItems") else "")
     if kind == "object":
-        inner = schema.get("additionalProperties")
+        inner = schema.get("additionalProperties") or next(iter(schema.get("patternProperties", {}).values()), None)
         return f"mapping to {type_of(inner)}" if isinstance(inner, dict) else "mapping"
     return TYPES.get(kind, kind) + "".join(f", {sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema)
 
 
-def fields_table(schema: dict[str, Any], notes: dict[str, str], *, recipe: bool = False) -> str:
-    """The fields of a mapping in their order, with type, bounds, default and comment."""
+def fields_table(schema: dict[str, Any], notes: dict[str, str], section: str = "") -> str:
+    """The fields of a mapping in their order, with type, bounds, default and comment. ``section``: of a recipe."""
     rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
     order = [*notes, *schema.get("properties", {})]
     for name, inner in sorted(schema.get("properties", {}).items(), key=lambda item: order.index(item[0])):
@@ -158,8 +176,13 @@ def fields_table(schema: dict[str, Any], notes: dict[str, str], *, recipe: bool 
         if "default" in inner:
             text = json.dumps(inner["default"], ensure_ascii=False)
             default = "its defaults" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"
-        kind = type_of(inner, name if recipe else "")
-        note = prose(inner.get("description") or notes.get(name, ""))
+        kind, note = (
+            METHODS.get(f"{section}.{name}") or type_of(inner),
+            inner.get("description") or notes.get(name) or COMMON.get(name, ""),
+        )
+        if section and "properties" in inner and f"{section}.{name}" not in METHODS:
+            kind, note = f"[{name}](#{name})", ""
+        note = prose(" ".join(note.split("\n\n")[0].split()))
         rows.append(f"| `{name}` | {kind} | {default.replace('|', chr(92) + '|')} | {note} |")
     return "\n".join(rows) if len(rows) > 2 else "No fields."
 
@@ -199,15 +222,14 @@ def sections(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     """A mapping of the recipe, then the mappings that stand inside it without a name of their own."""
     yield name, schema
     for key, inner in schema.get("properties", {}).items():
-        if "properties" in inner and key != "judges":
-            yield key, inner
+        if "properties" in inner and f"{name}.{key}" not in METHODS:
+            yield from sections(key, inner)
 
 
 def recipe_page() -> str:
-    from safebasin.pipeline.schema import schema
-
     from safebasin.data.source import Source
     from safebasin.pipeline import config
+    from safebasin.pipeline.schema import schema
     from safebasin.report import Gate
 
     tree = schema()
@@ -223,7 +245,9 @@ def recipe_page() -> str:
         kind = getattr(config, name, None) or {"gate": Gate, "Source": Source}.get(name)
         parts.append(f"## {name} {{ #{name.lower()} }}")
         parts += [prose(part["description"])] if part.get("description") else []
-        parts.append(fields_table(part, comments(kind) if inspect.isclass(kind) else {}, recipe=True))
+        if name in THEIRS:
+            parts.append(f"A key without a default here has that of {THEIRS[name]}.")
+        parts.append(fields_table(part, comments(kind) if inspect.isclass(kind) else {}, name))
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,21 +259,39 @@ def cli_page() -> str:
     text = re.sub(r"## Table of Contents\n.*?(?=\*\*Commands\*\*)", "", text, flags=re.DOTALL)
     text = re.sub(r", --empty-[\w-]+`", "`", text)
     text = re.sub(r"`([A-Z_]+), --[\w-]+`", r"`\1`", text)
+    text = re.sub(r" \*\[default: (False|\"\"|\(\))\]\*", "", text)
     return re.sub(r"^# safebasin$", "# Command line", text, count=1, flags=re.MULTILINE)
 
 
+def signature(value: Callable[..., Any]) -> str:
+    """Of a function or class, with the names of types alone."""
+    text = inspect.signature(value, eval_str=False)
+    parts = []
+    for parameter in text.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        note = (
+            parameter.annotation
+            if isinstance(parameter.annotation, str)
+            else inspect.formatannotation(parameter.annotation)
+        )
+        default = parameter.default
+        shown = getattr(default, "__name__", None) or repr(default)
+        parts.append(f"{parameter.name}: {note}" + ("" if default is parameter.empty else f" = {shown}"))
+    back = "" if text.return_annotation is text.empty else f" -> {text.return_annotation}"
+    body = "".join(f"    {part},\n" for part in parts)
+    return re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", f"(\n{body}){back}" if parts else f"(){back}")
+
+
 def python_page() -> str:
-    """The names of ``safebasin.__all__`` with their docstrings."""
+    """The names of ``safebasin.__all__`` with their docstrings: functions first."""
     import safebasin
 
     parts = ["# Python", markdown(safebasin.__doc__ or "")]
-    for name in getattr(safebasin, "__all__", ()):
+    for name in sorted(safebasin.__all__, key=lambda name: name[0].isupper()):
         value = getattr(safebasin, name)
-        if not callable(value):
-            parts.append(f"## {name} {{ #{name} }}\n\n`{value!r}`" if isinstance(value, str) else f"## {name}")
-            continue
-        signature = re.sub(r"'([\w.\[\], |]+)'", r"\1", str(inspect.signature(value)))
-        parts.append(f"## {name} {{ #{name} }}\n\n```python\n{name}{signature}\n```\n\n{markdown(value.__doc__ or '')}")
+        doc = markdown(value.__doc__ or "")
+        parts.append(f"## {name} {{ #{name} }}\n\n```python\n{name}{signature(value)}\n```\n\n{doc}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,21 +1,165 @@
-"""The benchmark of training steps, on a tiny model: its floors, its turns on one model, its records."""
+"""The harness of the benchmarks, its registry and its pages; and the benchmark of training steps on a tiny model."""
 
-import argparse
-import importlib.util
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from aligned import aligned_model
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_model
 
+from benchmarks import harness
+from benchmarks.harness import Bench
+from benchmarks.train import train as bench
 from safebasin.batch import Batch
+from safebasin.errors import UserError
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "train" / "run.py"
-spec = importlib.util.spec_from_file_location("benchmark_train", FILE)
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+ROOT = Path(__file__).parents[1]
+NAMES = {"train", "scan", "truth", "hidden_text", "kill", "search", "guard", "dsa", "landscape", "mechanics", "rubric"}
+NAMES |= {"quickstart", "grid", "methods"}
+
+
+def results(path):
+    return {row["what"]: row for row in json.loads(path.read_text())}
+
+
+# --- the harness --------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_declares_itself(capsys):
+    harness.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == NAMES == set(harness.EXPERIMENTS)
+    assert all(len(line.split()) > 3 for line in lines), "a name and its question"
+    for name, entry in harness.EXPERIMENTS.items():
+        options = entry.function.__kwdefaults__ or {}
+        assert entry.quick.keys() <= options.keys(), f"{name}: --quick names options that it has"
+        assert (ROOT / "benchmarks" / entry.results).is_dir(), name
+
+
+def test_there_is_one_entry_point():
+    mains = [
+        p
+        for p in (ROOT / "benchmarks").rglob("*.py")
+        if "ArgumentParser" in (text := p.read_text()) or "__name__ ==" in text
+    ]
+    assert not mains
+    words = [sys.executable, "-m", "benchmarks", "mechanics", "--seeds", "1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 1 and done.stderr.splitlines()[-1] == "benchmarks: an interval over seeds needs two or more"
+    )
+
+
+def test_quick_never_writes_over_history(tmp_path):
+    """Its records go to the folder of its parts; naming the file of measured numbers is refused."""
+    history = ROOT / "benchmarks" / "scan" / "results.json"
+    before = history.read_bytes()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Say it", "input": "", "output": "It is said."}) + "\n")
+    words = ["hidden_text", "--files", str(rows), "--quick", "--keep", str(tmp_path / "keep")]
+    harness.main(words)
+    assert results(tmp_path / "keep" / "results.json")["hidden_text.miss"]["value"] == 0
+    with pytest.raises(UserError, match="holds measured numbers"):
+        harness.main([*words, "--out", str(history)])
+    assert history.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*/results.json")), ids=lambda path: path.parent.name
+)
+def test_history_can_be_read(path):
+    """Early records lack a field or two; they are read as None, and every record that was measured has its number."""
+    rows = harness.read_results(path)
+    assert len(rows) == len(json.loads(path.read_text())) > 0
+    for row in rows:
+        assert set(harness.FIELDS) <= row.keys() and row["what"] and row["date"]
+        assert row["value"] is None or isinstance(row["value"], int | float)
+        assert harness.line(row).startswith(row["what"])
+
+
+def test_a_record_takes_the_place_of_its_like(tmp_path):
+    """By the fields that the experiment names; a file of an experiment that names none is written anew."""
+    path = tmp_path / "results.json"
+    for threads, value in ((1, 2.0), (2, 3.0), (1, 1.23456789)):
+        session = Bench(path, tmp_path, replaces=("what", "threads"), goals={"x": "<= 9"})
+        session.facts["threads"] = threads
+        session.record("x", value, (1.0, np.float64(2.5)), n=4, unit="s", more="one")
+    rows = json.loads(path.read_text())
+    assert [(row["threads"], row["value"]) for row in rows] == [(2, 3.0), (1, 1.23457)]
+    assert rows[1]["interval"] == [1.0, 2.5] and (rows[1]["goal"], rows[1]["more"]) == ("<= 9", "one")
+    assert {*harness.FIELDS, "torch"} <= rows[1].keys()
+    assert re.fullmatch(r"\w+, .+, \d+ cores, .+", rows[1]["machine"])
+    fresh = Bench(path, tmp_path)
+    fresh.record("y", None, n=0, unit="share")
+    assert [row["what"] for row in json.loads(path.read_text())] == ["y"]
+    assert "not scored" in harness.line(fresh.records[0])
+
+
+def test_a_finished_part_is_not_done_again(tmp_path):
+    """The same inputs: read. Other inputs: done, and the first outcome stays."""
+    calls = []
+
+    def part(inputs):
+        return Bench(tmp_path / "r.json", tmp_path / "keep").once(
+            "part", inputs, lambda: calls.append(inputs) or {"n": len(calls)}
+        )
+
+    assert [part([1, "a"]), part([1, "a"]), part([2, "a"]), part([1, "a"])] == [{"n": 1}, {"n": 1}, {"n": 2}, {"n": 1}]
+    assert calls == [[1, "a"], [2, "a"]]
+
+
+def test_ways_take_turns():
+    """One round that does not count, then three; every second round in reverse."""
+    order, clock = [], iter(range(100))
+    ways = {name: lambda name=name: order.append(name) or float(next(clock)) for name in "ba"}
+    values = harness.take_turns(ways, 3)
+    assert "".join(order) == "abbaabba"
+    assert values == {"a": [3.0, 4.0, 7.0], "b": [2.0, 5.0, 6.0]}
+    assert harness.ratios(values, "a", "b") == [3 / 2, 4 / 5, 7 / 6]
+
+
+def test_medians_by_hand():
+    """Six values: P(all six on one side of the median) = 2 / 64 < 5 %, so their ends.
+
+    Three: a resampled median is the least of them in 7 of 27 draws, more than 2.5 %, so their ends. Twenty:
+    2 P(Bin(20, 1/2) < 6) = 4.1 %, so the 6th and the 15th.
+    """
+    assert harness.median([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (3.5, (1.0, 6.0))
+    assert harness.median([2.0, 1.0, 9.0]) == (2.0, (1.0, 9.0))
+    assert harness.median(range(1, 21)) == (10.5, (6.0, 15.0))
+    with pytest.raises(UserError, match="two values"):
+        harness.median([1.0])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=12))
+def test_a_median_lies_in_its_interval(values):
+    value, (low, high) = harness.median(values)
+    assert min(values) <= low <= value <= high <= max(values)
+
+
+@pytest.mark.parametrize("name", ["grid", "methods"])
+def test_pages_are_those_of_the_records(name, tmp_path):
+    """The tables in the repository, and pages that are not in it, come from results.json alone."""
+    harness.main([name, "--pages", str(tmp_path)])
+    tables = sorted((ROOT / "benchmarks" / name).glob("*.md"))
+    assert {path.stem for path in tables} == {path.stem for path in tmp_path.glob("*.html")}
+    for path in tables:
+        assert (tmp_path / path.name).read_text() == path.read_text(), (
+            f"write it again: python -m benchmarks {name} --pages"
+        )
+        assert path.read_text().split("|")[1] and "<table" in (tmp_path / f"{path.stem}.html").read_text()
+    tracked = subprocess.run(["git", "ls-files", "benchmarks"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert ".html" not in tracked
+
+
+# --- training steps -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -32,100 +176,89 @@ def folders(tmp_path_factory):
 
 
 def shape(rows: int, width: int, tail: int) -> Batch:
-    return Batch(
-        torch.zeros(rows, width).long(), torch.ones(rows, width).long(), torch.ones(rows, tail, dtype=torch.bool)
-    )
+    ids, seen = torch.zeros(rows, width).long(), torch.ones(rows, width).long()
+    return Batch(ids, seen, torch.ones(rows, tail, dtype=torch.bool))
 
 
 def test_floors_by_hand():
-    """Layers 100, head 50, 320 numbers of AsFT's penalty by 2 columns. The task, 4 rows of 10 tokens and 1 answer: F = 4 (10 * 100 + 2 * 50) = 4400.
+    """Layers 100, head 50, 320 numbers of AsFT's penalty by 2 columns.
 
-    Alignment, 1 row of 18 tokens and 7 answers: 1800 + 8 * 50 = 2200 = F / 2, so w = 1/2. AsFT's penalty: 2 * 320 = 640.
-    The head at answer tokens: 4 * 50 = 200 of the task, 7 * 50 = 350 of alignment. safegrad 1.5 + 350 / 8800, first 1 + 3/2 * 1/2 = 1.75;
-    spard 1.5; star_dss 1 + 200 / 8800, first 1.5; asft 1 + 640 / 8800; composition 1.5 + (200 + 350 + 640) / 8800, first 2.25 + 640 / 8800.
+    The task, 4 rows of 10 tokens and 1 answer: F = 4 (10 * 100 + 2 * 50) = 4400. Alignment, 1 row of 18 tokens and 7
+    answers: 1800 + 8 * 50 = 2200 = F / 2, so w = 1/2. AsFT's penalty: 2 * 320 = 640. The head at answer tokens: 4 * 50
+    = 200 of the task, 7 * 50 = 350 of alignment. safegrad 1.5 + 350 / 8800, first 1 + 3/2 * 1/2 = 1.75; spard 1.5;
+    star_dss 1 + 200 / 8800, first 1.5; asft 1 + 640 / 8800; composition 1.5 + (200 + 350 + 640) / 8800, first 2.25 +
+    640 / 8800.
     """
-    work, chosen = bench.Work(100, 50, 320, 2), bench.ways("base", "aligned")
+    work, chosen = bench.Work(100, 50, 320, 2), bench.methods("base", "aligned")
     floors = {name: work.floor(way, [shape(4, 10, 1)], [shape(1, 18, 7)]) for name, way in chosen.items()}
-    expected = {
-        "sft": 1,
-        "lisa": 1,
-        "safegrad_sft": 1.5,
-        "spard": 1.5,
-        "safe_instr": 1.5,
-        "safegrad_first": 1.75,
-        "star_dss_first": 1.5,
-    }
-    expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800) | dict.fromkeys(
-        ("star_dss", "constrained_sft"), 1 + 200 / 8800
-    )
+    expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5}
+    expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5}
+    expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800)
+    expected |= dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
     expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
     assert floors == pytest.approx(expected)
 
 
-def test_work_and_ratios_by_hand(folders, monkeypatch):
+def test_work_and_ratios_by_hand(folders, monkeypatch, tmp_path):
     """Tiny: 3 layers of q, o 32 x 32, k, v 32 x 16, gate, up, down 32 x 48, all adapted; the head 64 x 32.
 
-    AsFT's penalty: 2 * 32^2 + 2 * 16^2 of q, o, k, v, 2 (2 * 48 * 32 + 32^2) of gate and up, 32^2 of down, three times. Two steps of warm-up are left out; then 3 / 2, 6 / 4 and 5 / 2 seconds: the median is 1.5, the ratio of the medians would be 2.5.
+    AsFT's penalty: 2 * 32^2 + 2 * 16^2 of q, o, k, v, 2 (2 * 48 * 32 + 32^2) of gate and up, 32^2 of down, three times.
+    3 / 2, 6 / 4 and 5 / 2 seconds: the median is 1.5, the ratio of the medians would be 2.5.
     """
     anchor = 3 * (2 * 32 * 32 + 2 * 16 * 16 + 2 * (2 * 48 * 32 + 32 * 32) + 32 * 32)
     layers, shared = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), bench.setting(folders["aligned"])
     assert bench.Work.of(shared.model) == (layers, 64 * 32, anchor, 8)
     monkeypatch.setattr(bench, "turns", lambda *_: {})
-    monkeypatch.setattr(bench, "run", lambda *_: {"sft": [9, 1, 2, 4, 2], "spard": [99, 99, 3, 6, 5]})
-    chosen = {name: way for name, way in bench.ways("", "").items() if name in ("sft", "spard")}
-    seconds, plain, spard = bench.step_ratios(chosen, shared, 3)
+    monkeypatch.setattr(bench, "run", lambda *_: {"sft": [2, 4, 2], "spard": [3, 6, 5]})
+    chosen = {name: way for name, way in bench.methods("", "").items() if name in ("sft", "spard")}
+    session = Bench(tmp_path / "results.json", tmp_path)
+    bench.step_ratios(session, chosen, shared, 3)
+    seconds, plain, spard = session.records
     assert (seconds["value"], plain["value"], spard["value"], spard["n"]) == (2, 1, 1.5, 3)
     assert spard["interval"] == [1.5, 2.5]
 
 
 def test_methods_that_share_a_model_do_not_touch_one_another(folders):
     """Four steps of safegrad by itself and between others, from its adapter to its optimizer: the same to the bit."""
-    chosen, found = bench.ways(folders["base"], folders["aligned"]), []
+    chosen, points = bench.methods(folders["base"], folders["aligned"]), []
     for names in (("safegrad",), ("composition", "safegrad", "sft")):
-        shared = bench.setting(folders["aligned"])
-        made = bench.turns({name: chosen[name] for name in names}, shared)
-        bench.run(made, shared.model, 4)
-        found.append(made["safegrad"].point)
-        assert any(p.any() for name, p in made["safegrad"].point.items() if "lora_B" in name)
-    assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
+        hosts = bench.turns({name: chosen[name] for name in names}, bench.setting(folders["aligned"]))
+        bench.run(hosts, 4)
+        points.append(hosts["safegrad"].point)
+        assert any(p.any() for name, p in points[-1].items() if "lora_B" in name)
+    assert all(torch.equal(p, points[1][name]) for name, p in points[0].items())
 
 
 def test_records_of_three_steps(folders, tmp_path, capsys):
     out = tmp_path / "results.json"
-    words = [
-        "--model",
-        folders["aligned"],
-        "--base",
-        folders["base"],
-        "--steps",
-        "3",
-        "--repetitions",
-        "0",
-        "--out",
-        str(out),
-    ]
-    bench.main(words)
-    records = {record["what"]: record for record in json.loads(out.read_text())}
-    assert set(records) == {"sft.seconds"} | {f"{name}.step_ratio" for name in bench.ways("", "")}
+    words = ["train", "--model", folders["aligned"], "--base", folders["base"], "--steps", "3", "--repetitions", "0"]
+    words += ["--keep", str(tmp_path / "keep"), "--out", str(out)]
+    harness.main(words)
+    records = results(out)
+    assert set(records) == {"sft.seconds"} | {f"{name}.step_ratio" for name in bench.methods("", "")}
     for record in records.values():
-        assert {"value", "interval", "n", "goal", "unit", "machine", "date"} <= record.keys()
+        assert set(harness.FIELDS) <= record.keys()
         assert record["n"] == 3
         assert record["interval"][0] <= record["value"] <= record["interval"][1]
     assert records["sft.step_ratio"]["value"] == 1
-    assert len(capsys.readouterr().out.splitlines()[-16:]) == 16  # a line a method under two of heading
-    bench.main([*words, "--accumulation", "2", "--only", "spard"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step_ratio" in line]
+    assert len(lines) == 14 and all(re.search(r"floor \d\.\d+ \([+-]\d+%\)$", line) for line in lines)
+    harness.main([*words, "--accumulation", "2", "--only", "spard"])
     again = json.loads(out.read_text())
-    assert again[: len(records)] == list(records.values())  # of other batches, and kept
+    assert again[: len(records)] == list(records.values())  # of other batches, so they stay
     assert [(record["what"], record["rows"]) for record in again[len(records) :]] == [
-        (what, 2 * record["rows"]) for what in ("sft.seconds", "sft.step_ratio", "spard.step_ratio")
+        (what, 2 * record["rows"])
+        for what, record in records.items()
+        if what in ("sft.seconds", "sft.step_ratio", "spard.step_ratio")
     ]
 
 
-def test_memory_is_of_a_process_of_its_own(folders, monkeypatch):
-    asked = argparse.Namespace(model=folders["aligned"], base=folders["base"], repetitions=2, accumulation=1)
-    assert bench.peak("star_dss", asked) > 100  # torch alone takes more
-    sizes = iter([100, 150, 110, 200, 260, 200])
-    monkeypatch.setattr(bench, "peak", lambda name, asked: next(sizes))
-    records = {record["what"]: record for record in bench.memory_ratios(asked)}
+def test_memory_is_of_a_process_of_its_own(folders, monkeypatch, tmp_path):
+    assert bench.peak("star_dss", folders["aligned"], folders["base"], 1) > 100  # torch alone takes more
+    sizes = {"sft": iter([100, 200]), "safegrad": iter([150, 260]), "star_dss": iter([110, 200])}
+    monkeypatch.setattr(bench, "peak", lambda name, *_: next(sizes[name]))
+    session = Bench(tmp_path / "results.json", tmp_path)
+    bench.memory_ratios(session, bench.peaks("", "", 1, 2))
+    records = {record["what"]: record for record in session.records}
     assert records["safegrad.memory_ratio"]["value"] == 1.4  # between 150 / 100 and 260 / 200
     assert records["star_dss.memory_ratio"]["value"] == 1.05  # between 110 / 100 and 200 / 200

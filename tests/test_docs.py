@@ -1,4 +1,4 @@
-"""The code of docs/own_trainer.md runs as it stands, on the tiny model, and goes where a plain loop and a plain Trainer go."""
+"""The code of docs/own_trainer.md runs as it is, on the tiny model, and equals a plain loop and a plain Trainer."""
 
 import re
 from pathlib import Path

@@ -33,8 +33,8 @@ from safebasin.data.records import Measurement
 from safebasin.data.tables import file_digest
 from safebasin.errors import UserError
 from safebasin.measure import suite
-from safebasin.measure.answers import Answers
-from safebasin.measure.judge import Judge, make_judges
+from safebasin.measure.answers import AnswerCache
+from safebasin.measure.judging import Judge, make_judges
 from safebasin.measure.subject import Subject
 from safebasin.models.load import ModelAndTokenizer, load
 
@@ -72,13 +72,13 @@ def measured(
     start: ModelAndTokenizer,
     judges: Mapping[str, Judge],
     labels: Sequence[str],
-    cache: Answers,
+    cache: AnswerCache,
 ) -> list[dict[str, Any]]:
     """Records of one arm."""
     began = time.perf_counter()
-    subject, records = Subject(loaded, arm, judges, labels, start=start, kept=cache), []
+    subject, records = Subject(loaded, arm, judges, labels, start=start, cache=cache), []
     for prefix, each in suites(setting, arm):
-        read_before = cache.known
+        read_before = cache.hits
         measurements = list(each.measure(subject))
         stops = [m for m in measurements if m.what == "asr" and (prefix or m.category.startswith("1:"))]
         for m in measurements:
@@ -87,11 +87,11 @@ def measured(
         for m in stops:
             records.append(record(f"{prefix}asr.{arm} at {m.category.split(': ')[1]}", m))
         coherent = [m.unscored <= (m.n + m.unscored + m.off_task) / 2 for m in measurements if m.what == "asr"]
-        read = cache.known - read_before
+        read = cache.hits - read_before
         records.append(number(f"{prefix}stops_coherent.{arm}", sum(coherent), len(coherent), "stops"))
         records.append(number(f"{prefix}generations_read.{arm}", read, len(coherent), "answers kept from before"))
     duration = round(time.perf_counter() - began, 1)
-    return [*records, number(f"seconds.{arm}", duration, cache.asked, "s, and n answers, of the last try")]
+    return [*records, number(f"seconds.{arm}", duration, cache.misses, "s, and n answers, of the last try")]
 
 
 def number(what: str, value: float, n: int, unit: str) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def landscape(
     def work(arm: str, adapter: Path | None) -> list[dict[str, Any]]:
         start, judges = aligned()
         loaded = load(name, dtype=dtype, adapter=adapter) if adapter else start
-        cache = Answers(bench.keep / "answers.db")
+        cache = AnswerCache(bench.keep / "answers.db")
         return measured(setting, arm, loaded, start, judges, config["measure"].get("labels") or (), cache)
 
     times = []

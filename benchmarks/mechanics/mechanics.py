@@ -41,13 +41,14 @@ from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.measure.landscape import moved
-from safebasin.measure.mechanics import asked, compare
+from safebasin.measure.mechanics import compare, prompt_rows
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.loss import nll
-from safebasin.train.trainer import OracleTrainer, arguments, streams_of
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import Vector
 
 LETTERS = "abcdefghijkl"
@@ -169,7 +170,9 @@ def shares(
 
 def opened(start: ModelAndTokenizer, tuned: ModelAndTokenizer, tests: Mapping[str, Sequence[Task]]) -> dict[str, float]:
     """Mechanics of safety tuning, means over the blocks; refusals at W_start + alpha dW of the first MLP matrices."""
-    safe, unsafe = (asked(tuned, [task.answered.messages[:1] for task in tests[kind]]) for kind in ("safe", "unsafe"))
+    safe, unsafe = (
+        prompt_rows(tuned, [task.answered.messages[:1] for task in tests[kind]]) for kind in ("safe", "unsafe")
+    )
     blocks, values = list(compare(start, tuned, safe, unsafe, k=1)), {}
     margins = {"start": [b.start_margins for b in blocks], "tuned": [b.tuned_margins for b in blocks]}
     for what, state in (("separation_start", "start"), ("separation", "tuned")):
@@ -205,7 +208,8 @@ def tuned(name: str, world: World, folders: Mapping[str, str], size: Size, seed:
     harmful = [t.answered for t in world.tasks(size.rows // 5, UNSAFE)]
     streams = {"task": task, "align": coded(loaded, align, methods.format_messages), "harmful": coded(loaded, harmful)}
     settings = {"per_device_train_batch_size": 16, "num_train_epochs": size.epochs, "learning_rate": size.rate}
-    args = arguments(settings | {"seed": seed}, Path(tempfile.gettempdir()) / "unused")
+    settings |= {"seed": seed, "save_strategy": "no"}
+    args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
     model = fresh_adapter(loaded.model, recipe.ADAPTER, seed)
     needed = {key: streams[key] for key in ("task", *methods.needs("streams"))}
     OracleTrainer(model, args, methods, streams_of(needed, args, 0)).train()

@@ -29,8 +29,8 @@ from cyclopts import Parameter
 from benchmarks.harness import Bench, experiment
 from safebasin.data.builtin import OPENERS, rows_of
 from safebasin.errors import UserError
-from safebasin.measure.judge import Verdict, rule
-from safebasin.measure.rubric import Rubric
+from safebasin.measure.judges.rubric import Rubric
+from safebasin.measure.judging import Verdict, judge_answers
 from safebasin.measure.subject import count
 from safebasin.models.bundled import resolve
 
@@ -135,7 +135,8 @@ def rubric(
             url=url, model=folder, settings=settings, timeout=timeout, tries=2, wait=0.1, cache=f"{place}/ratings"
         )
         began = time.perf_counter()
-        verdicts = [ruling.verdict for ruling in rule(Judge(endpoint, kill, process), texts, (), prompts)]
+        judged = judge_answers(Judge(endpoint, kill, process), texts, (), prompts)
+        verdicts = [judgement.verdict for judgement in judged]
         duration = time.perf_counter() - began
     before, after = verdicts[:kill], verdicts[kill:]
     unscored = [sum(v is Verdict.UNSCORED for v in part) for part in (before, after)]

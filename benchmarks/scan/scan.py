@@ -39,10 +39,11 @@ from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan import scorer
 from safebasin.scan.probe import opening, refusal_margin, token_pair
-from safebasin.scan.scan import scan as score_rows
+from safebasin.scan.scan import score_rows
 from safebasin.scan.source import target_weights
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import OracleTrainer, arguments, streams_of
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import Vector
 
 BATCH = 8
@@ -201,10 +202,11 @@ def speed(bench: Bench, data: Path, count: int, repeats: int, sets: Sequence[str
         rows = encoded(loaded, raw[name][: count * 9 // 10] + raw["advbench"][: count // 10], name)
         model = fresh_adapter(load(recipe.MODEL).model, recipe.ADAPTER, 0)
         settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4, "bf16": True}
+        settings |= {"seed": 0, "save_strategy": "no"}
         scores: dict[str, list[float]] = {}
 
         def epoch(rows: list[TokenizedRow] = rows, model: Any = model, settings: dict[str, Any] = settings) -> float:
-            args = arguments(settings | {"seed": 0}, Path(tempfile.gettempdir()) / "unused")
+            args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
             streams = streams_of({"task": rows}, args, loaded.tokenizer.pad_token_id)
             return seconds(OracleTrainer(model, args, Composition.of(["sft"]), streams).train)
 

@@ -40,7 +40,7 @@ from scipy.stats import rankdata
 from benchmarks import recipe
 from benchmarks.harness import Bench, experiment
 from safebasin.encode import TokenizedRow
-from safebasin.measure.judge import make_judges
+from safebasin.measure.judging import make_judges
 from safebasin.measure.methods.asr import Asr
 from safebasin.measure.subject import Subject
 from safebasin.models.adapter import fresh_adapter
@@ -48,11 +48,12 @@ from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan import scorer
 from safebasin.scan.cut import TAIL
 from safebasin.scan.probe import opening, refusal_margin, token_pair
-from safebasin.scan.scan import scan as score_rows
+from safebasin.scan.scan import score_rows
 from safebasin.stats import wilson
 from safebasin.train.compose import Composition
+from safebasin.train.settings import training_arguments
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import OracleTrainer, arguments
+from safebasin.train.trainer import OracleTrainer
 
 SCORERS: dict[str, Any] = {  # the first one gives the quarters
     "gradshield": "gradshield",
@@ -113,7 +114,7 @@ def tuned(setting: Setting, rows: Sequence[TokenizedRow]) -> ModelAndTokenizer:
     model, tokenizer = setting.load()
     model = fresh_adapter(model, setting.adapter, setting.seed)
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(setting.arguments, Path(folder))
+        args = training_arguments({**setting.arguments, "save_strategy": "no"}, Path(folder))
         micro = args.per_device_train_batch_size
         batch = micro * args.gradient_accumulation_steps
         stream = InOrder("task", tuple(rows), batch, micro, args.seed, tokenizer.pad_token_id)

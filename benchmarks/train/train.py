@@ -53,9 +53,10 @@ from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import load
 from safebasin.runtime import keep_memory
 from safebasin.train.compose import Composition
-from safebasin.train.reference import KNOWN, reference_logits
+from safebasin.train.reference import CachedBatch, ReferenceCache, reference_logits
+from safebasin.train.settings import training_arguments
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import OracleTrainer, arguments, streams_of
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import trainable
 
 WARM_UP = 2  # steps that are not counted: first touch of memory, and a KL that is silent at the start
@@ -114,7 +115,7 @@ def setting(name: str, accumulation: int = 1) -> Setting:
     draw = np.random.default_rng(0)
     task = [dataclasses.replace(row, columns={"star": draw.random(sum(row.answer)).tolist()}) for row in mixed]
     align = recipe.rows(loaded.tokenizer, recipe.TREE["data"]["align"])
-    args = arguments(recipe.ARGUMENTS | {"gradient_accumulation_steps": accumulation}, ROOT / "runs")
+    args = training_arguments(recipe.ARGUMENTS | {"gradient_accumulation_steps": accumulation}, ROOT / "runs")
     streams = streams_of({"task": task, "align": align}, args, loaded.tokenizer.pad_token_id)
     return Setting(fresh_adapter(loaded.model, recipe.ADAPTER, 0), args, streams)
 
@@ -134,9 +135,10 @@ class Turn:
         Copying the adapter and filling the cache of reference logits are not timed.
         """
         host, step = self.host, self.host.state.global_step
-        KNOWN.clear()
-        for batch in (batch for name in self.cached for batch in host.streams[name].at(step)):
-            reference_logits(host.model, batch.to(host.args.device))
+        if host._oracle is not None:  # it is there from the first step on, which is one of the warm-up
+            cache = host._oracle.reference_cache = ReferenceCache(host.model)
+            for batch in (batch for name in self.cached for batch in host.streams[name].at(step)):
+                reference_logits(host.model, CachedBatch(**vars(batch.to(host.args.device)), cache=cache))
         parameters = trainable(host.model)
         with torch.no_grad():
             for name, p in parameters.items():

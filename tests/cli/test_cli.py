@@ -286,7 +286,7 @@ def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys)
     from aligned import BAD, GOOD, aligned_model
 
     from safebasin.data.tables import write_table
-    from safebasin.scan.scan import read_scores
+    from safebasin.scan.scores import read_scores
 
     for part in aligned_model():
         part.save_pretrained(tmp_path / "model")

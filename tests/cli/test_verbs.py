@@ -41,13 +41,9 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
     path.write_text('{"prompt": "q", "completion": "abc"}\n{"prompt": "r"}\nno json\n')
     assert run("preview", str(path), "--model", model, "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == {
-        "line": 1,
-        "text": "<user>q</s><assistant>abc</s>",
-        "trained": "abc</s>",
-        "bos": 0,
-        "last": "</s>",
-    }
+    first = {key: str(value).replace(" ", "") for key, value in rows[0].items()}
+    shown = {"text": "<user>q</s><assistant>abc</s>", "trained": "abc</s>", "last": "</s>"}
+    assert first == {"line": "1", "bos": "0", **shown}
     assert rows[1] == {"line": 2, "bad": "no answer"}
     assert rows[2]["line"] == 3 and "not JSON" in rows[2]["bad"]
     assert run("preview", str(path), "--model", model) == 0

@@ -1,4 +1,4 @@
-"""The definition that the host must equal: a plain loop over whole batches. It knows no micro-batch, no rank and no hook.
+"""The definition that the host must equal: a plain loop over whole batches. No micro-batch, rank or hook.
 
 A method takes its gradients from ``WholeBatches``, which answers each by one autograd call on one batch. That
 ``WholeBatches`` itself is the formula is shown in test_trainer by writing two methods out.
@@ -28,7 +28,7 @@ SHORT = {"lisa": {"align_steps": 1, "task_steps": 2}, "alignguard": {"samples": 
 
 
 def composed(name: str, folders: dict[str, str]) -> Composition:
-    """The method as a run makes it; one that has fields ``base`` and ``aligned`` gets the folders of two tiny models."""
+    """A method as in a run; one with the fields ``base`` and ``aligned`` gets the folders of two tiny models."""
     fields = {field.name for field in dataclasses.fields(method[name].kind)}
     return Composition.of(
         [{name: SHORT.get(name, {}) | {key: folder for key, folder in folders.items() if key in fields}}]

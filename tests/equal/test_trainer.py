@@ -1,8 +1,9 @@
-"""Every way to run a step equals the plain loop, for every registered method, to 1e-5 of the length of the whole update.
+"""Every way to run a step equals the plain loop, for every registered method, to 1e-5 of the length of the update.
 
 FSDP2 runs through ``transformers.Trainer`` and accelerate's own wrapping, on two processes over gloo. accelerate shards
-on accelerators only and drops FSDP on a CPU silently, which the host refuses; ``worker.shard_on_cpu`` takes that condition
-away. A method that a mode cannot run must refuse it: it stands in ``REFUSED`` with its message, and nothing else may fail.
+on accelerators only and drops FSDP on a CPU silently, which the host refuses; ``worker.shard_on_cpu`` takes that
+condition away. A method that a mode cannot run must refuse it: it stands in ``REFUSED`` with its message, and nothing
+else may fail.
 """
 
 import copy
@@ -34,8 +35,8 @@ from safebasin.vector import Vector, trainable
 NAMES = [entry.name for entry in method]
 SAME = 1e-5  # float32: other orders of summing, seen through a few steps of AdamW
 # bfloat16 holds 2^-8 = 0.004 of a number, and a gradient is some ten products deep: 0.01 of the update, 0.045 for
-# booster, whose direction is five times a difference of two gradients. Two splits of one step differ by 0.033 under it, so
-# no host can promise less.
+# booster, whose direction is five times a difference of two gradients. Two splits of one step differ by 0.033 under it,
+# so no host can promise less.
 ROUNDED = 0.1
 REFUSED: dict[tuple[str, str], str] = {}  # (method, mode) -> the words of its refusal
 
@@ -53,7 +54,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Every run of the Trainer begins with a collection of garbage, half of its time here unless the imports are frozen."""
+    """Every run of the Trainer begins with a garbage collection: half of its time, unless the imports are frozen."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -74,7 +75,7 @@ def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> fl
     return (off / way) ** 0.5
 
 
-# --- the definition ------------------------------------------------------------------------------------------------------------
+# --- the definition --------------------------------------------------------------------------------------
 
 
 def log_probabilities(model, batch):
@@ -113,7 +114,7 @@ def test_every_method_goes_elsewhere_than_sft(name, truth):
     assert error(truth(name), truth("sft")) > 10 * SAME
 
 
-# --- modes ---------------------------------------------------------------------------------------------------------------------
+# --- modes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,7 +210,7 @@ def test_fsdp_that_would_not_shard_is_refused(ranks, tmp_path):
         hosted(Composition.of(["sft"]), tmp_path, **MODES["fsdp2"])
 
 
-# --- liveness ------------------------------------------------------------------------------------------------------------------
+# --- liveness --------------------------------------------------------------------------------------------
 
 FAULTS = {
     "missing": lambda value: value.detach(),

@@ -42,7 +42,7 @@ MODES = {
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards on accelerators only; on a CPU it drops FSDP silently and runs DDP. Take that condition away."""
+    """accelerate shards on accelerators only; on a CPU it silently runs DDP. Take that condition away."""
     build = Trainer.create_accelerator_and_postprocess
 
     def built(self: Trainer) -> None:

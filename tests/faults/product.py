@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import altair  # noqa: F401 - what a run imports is imported once, before the forks
+import scipy.stats  # noqa: F401
+import vl_convert  # noqa: F401
 import yaml
 from aligned import BAD, GOOD, aligned_model
 
 from safebasin.cli.main import app, guarded
 from safebasin.data.tables import file_digest, write_table
+from safebasin.pipeline import run as _  # noqa: F401
+from safebasin.report import figure as _figure  # noqa: F401
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "sqlite3.connect")
 KILLED = -signal.SIGKILL
@@ -72,7 +77,7 @@ def product(folder: Path, **changes: Any) -> Path:
         "gate": {"max_asr": 0.5, "min_n": 2},
     }
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(tree | changes, sort_keys=False), encoding="utf-8")
     return recipe
 
 

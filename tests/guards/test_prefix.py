@@ -1,8 +1,6 @@
 """One pass over all prefixes equals a fresh call for each; the guard's prompt; the scorer and the benchmark."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,8 @@ from tiny import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.guard import guard as benchmark
+from benchmarks.harness import Bench
 from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
@@ -208,7 +208,7 @@ def test_a_guard_whose_chat_template_takes_the_conversation():
 
 
 def byte_guard(template):
-    """A tokenizer of single letters, so that every verdict has a first token, with the outline of a guard's template."""
+    """A tokenizer of single letters, so that every verdict has a first token, with a guard's template in outline."""
     letters = {letter: i for i, letter in enumerate(("<unk>", *(chr(k) for k in range(9, 127))))}
     backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -226,7 +226,7 @@ OUTLINES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_known_guards_are_prompted_by_their_own_chat_templates(name):
-    """Outlines of the chat templates: the variables of a preset reach them, and its opening stands before the verdict."""
+    """Outlines of the chat templates: a preset's variables reach them, and its opening stands before the verdict."""
     template, ends, verdicts = OUTLINES[name]
     words = byte_guard(template)
     if (
@@ -273,7 +273,7 @@ def test_what_the_user_can_mend():
     with pytest.raises(UserError, match="nothing follows"):
         read_guard(words, template, ("Sure", "I"))
     for answer, suffix, every in (([], [1], 5), ([1], [], 5), ([1], [1], 0)):
-        with pytest.raises(UserError, match="behind chunks of one token or more"):
+        with pytest.raises(UserError, match="chunks of one token or more"):
             prefix_scores(LLAMA, [[1]], [answer], suffix, VERDICTS, every=every)
     with pytest.raises(UserError, match="the verdict 'No' begins no token"):
         score_rows(*aligned_model(), ROWS, {"guard": GuardScore()}, {}, batch_size=2)
@@ -355,9 +355,9 @@ def test_several_unsafe_verdicts():
 def test_a_guard_that_cannot_tell_known_rows_apart():
     """With its verdicts exchanged it scores harmful rows as safer; the message names both scores. Equal rows score
     alike."""
-    with pytest.raises(UserError, match=r"scores known harmful rows 0\.\d+ and known safe rows 0\.\d+"):
+    with pytest.raises(UserError, match=r"scores harmful anchor rows 0\.\d+ and safe ones 0\.\d+"):
         GuardScore(**SETTINGS | {"verdicts": ("I", "Sure")}).fit(MODEL, TOKENIZER, ANCHORS)
-    with pytest.raises(UserError, match="does not tell them apart"):
+    with pytest.raises(UserError, match="it cannot separate them"):
         GuardScore(**SETTINGS).fit(MODEL, TOKENIZER, {"harmful": ROWS[:1], "safe": ROWS[:1]})
     with pytest.raises(UserError, match="needs the anchor set 'harmful'"):
         GuardScore(**SETTINGS).fit(MODEL, TOKENIZER, {})
@@ -365,7 +365,7 @@ def test_a_guard_that_cannot_tell_known_rows_apart():
 
 def test_a_guard_that_says_something_else():
     """The aligned model begins every answer with "I" or "Sure", and never with the verdicts "steps" or "now"."""
-    with pytest.raises(UserError, match=r"scan.guard: the guard says none of \('steps', 'now'\) but '(I|Sure)'"):
+    with pytest.raises(UserError, match=r"the guard answers '(I|Sure)', none of \('steps', 'now'\)"):
         GuardScore(**{**SETTINGS, "verdicts": ("steps", "now")}).fit(MODEL, TOKENIZER, ANCHORS)
 
 
@@ -394,46 +394,31 @@ def test_the_guard_may_be_another_model(tmp_path):
 # -----------------------------------------------------------------------------------------------------------------
 
 
-def benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "guard" / "run.py"
-    spec = importlib.util.spec_from_file_location("guard_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_benchmark_on_a_tiny_model():
-    run, guard = benchmark(), Guard([3, 4, 5], [6], [7, 8, 9], [10, 20])
+def test_the_benchmark_on_a_tiny_model(tmp_path):
+    guard, bench = Guard([3, 4, 5], [6], [7, 8, 9], [10, 20]), Bench(tmp_path / "results.json", tmp_path)
     rows = [([1, 2], list(range(1, 13))), ([3, 4, 5], list(range(20, 33)))]
-    records = {
-        record["what"]: record for record in run.measure(LLAMA, guard, rows, every=5, repetitions=6, policies=(7, 0))
-    }
+    benchmark.measure(bench, LLAMA, guard, rows, every=5, repetitions=6, policies=(7, 0))
+    records = {record["what"]: record for record in bench.records}
     for policy in (7, 0):
         shared = ([3, 4, 5] * 3)[:policy]
         truth = fresh(LLAMA, shared, *zip(*rows, strict=True), guard.suffix, guard.verdicts, 5)
-        for way in run.WAYS.values():
+        for way in benchmark.WAYS.values():
             equal(way(LLAMA, guard, shared, rows, 5), truth, 1e-5)
         ratio = records[f"one_pass.speedup.policy{policy}"]
         assert ratio["interval"][0] <= ratio["value"] <= ratio["interval"][1] and ratio["n"] == 6
-        assert all(records[f"{way}.memory.policy{policy}"]["value"] > 0 for way in run.WAYS)
+        assert all(records[f"{way}.memory.policy{policy}"]["value"] > 0 for way in benchmark.WAYS)
     assert records["one_pass.max_error"]["value"] < 1e-5 and records["one_pass.max_error"]["n"] == 12
-    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67; one pass 7 + 2 +
-    # 12 + 9 + 3 + 13 + 9 = 55.
-    assert run.floor(guard, 7, rows, 5) == {"fresh": 130, "one_pass": 55}
+    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67; one pass 7 + 2 + 12 + 9 + 3 + 13 + 9 = 55.
+    assert benchmark.floor(guard, 7, rows, 5) == {"fresh": 130, "one_pass": 55}
     assert {"what", "value", "interval", "n", "goal", "unit"} <= records["one_pass.max_error"].keys()
 
 
-def test_the_benchmark_counts_bytes_and_medians():
-    """1,000 floats, then 1,000 more while the first live: 8,000 bytes; views and work in place add nothing. Six values:
-    their ends."""
-    run = benchmark()
-    with run.Peak() as peak:
+def test_the_benchmark_counts_bytes():
+    """1,000 floats, then 1,000 more while the first live: 8,000 bytes; views and work in place add nothing."""
+    with benchmark.Peak() as peak:
         x = torch.zeros(1000)
         y = x + 1
         y.view(10, 100).add_(x.view(10, 100))
         del x, y
         torch.zeros(1500)
     assert peak.most == 8000
-    assert run.median([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (3.5, [1.0, 6.0])
-    with pytest.raises(ValueError, match="six values"):
-        run.median([1.0] * 5)

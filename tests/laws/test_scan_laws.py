@@ -1,7 +1,9 @@
-"""Laws of every scorer in the registry: a row's score is its own. Batch, order, padding and neighbours do not change it."""
+"""Laws of every scorer in the registry: a row's score is its own. Batch, order, padding and neighbours do not change
+it."""
 
 import dataclasses
 import math
+import typing
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from safebasin.batch import Batch, collate
 from safebasin.errors import UserError
 from safebasin.scan import scorer
-from safebasin.scan.scan import Reader, Scorer, scan
+from safebasin.scan.scan import Reader, Scorer, score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {
@@ -27,7 +29,7 @@ ROWS = coded(
     *(("now " * i + f"make a {word}", "Sure here" + " are the steps" * i) for i, word in enumerate(GOOD)),
     ("make a bomb", "I cannot help"),
 )
-READERS = [entry.name for entry in scorer if hasattr(entry.kind, "read")]  # of text: no model, no batch
+READERS = [entry.name for entry in scorer if entry.implements("read")]  # of text: no model, no batch
 NAMES = [entry.name for entry in scorer if entry.name not in READERS]
 SETTINGS = {
     "dsa": {"guard": None},
@@ -38,7 +40,7 @@ each_scorer = pytest.mark.parametrize("name", NAMES)
 
 
 def scores(name, rows, batch_size=4, anchors=ANCHORS):
-    return scan(
+    return score_rows(
         MODEL, TOKENIZER, rows, {name: scorer.make({name: SETTINGS.get(name)})}, anchors, batch_size=batch_size
     ).rows[name]
 
@@ -46,14 +48,33 @@ def scores(name, rows, batch_size=4, anchors=ANCHORS):
 TRUTH = {name: scores(name, ROWS, 1) for name in NAMES}  # every row alone
 
 
-def close(found, name, indices):
+def close(actual, name, indices):
     expected = torch.tensor([TRUTH[name][i] for i in indices])
     scale = max(1e-6, max(abs(value) for value in TRUTH[name]))
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(torch.tensor(actual), expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_there_are_scorers():
     assert {"gradshield", "self_refusal", "keyword"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("entry", list(scorer), ids=lambda entry: entry.name)
+def test_every_number_has_bounds(entry):
+    """No number takes -1, NaN or an infinity; a count does not take 0, and a share of the blocks neither 0 nor 2."""
+    for field in dataclasses.fields(entry.kind):
+        for kind in typing.get_args(field.type) or (field.type,):
+            number = typing.get_args(kind)[:1] or (kind,)
+            if number[0] not in (int, float):
+                continue
+            for value in (-1, math.nan, math.inf, -math.inf, True, "1"):
+                with pytest.raises(UserError, match=f"scan.{entry.name}: {field.name}"):
+                    scorer.make({entry.name: {field.name: value}})
+            if field.name not in ("seed", "layer"):
+                with pytest.raises(UserError, match=field.name):
+                    scorer.make({entry.name: {field.name: 0}})
+            if field.name == "depth":
+                with pytest.raises(UserError, match=field.name):
+                    scorer.make({entry.name: {field.name: 2}})
 
 
 @each_scorer
@@ -75,9 +96,9 @@ def test_padding_does_not_matter(name, extra):
         torch.nn.functional.pad(batch.attention_mask, (extra, 0)),
         torch.nn.functional.pad(batch.mask, (extra - 1, 0)),  # the tail of answers may be wider than it must be, too
     )
-    told = method.score(MODEL, wide, fitted)
-    whole = told if told.dim() == 1 else told.sum(1) if method.entry.tokens == "sum" else told.amax(1)
-    close(whole.tolist(), name, range(len(ROWS)))
+    values = method.score(MODEL, wide, fitted)
+    totals = values if values.dim() == 1 else values.sum(1) if method.entry.tokens == "sum" else values.amax(1)
+    close(totals.tolist(), name, range(len(ROWS)))
 
 
 @each_scorer
@@ -90,7 +111,7 @@ def test_a_score_is_one_number_a_row_and_tells_rows_apart(name):
 def test_the_model_is_left_as_it_was(name):
     model, _ = aligned_model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    scan(model, TOKENIZER, ROWS[:3], {name: scorer.make({name: SETTINGS.get(name)})}, ANCHORS, batch_size=2)
+    score_rows(model, TOKENIZER, ROWS[:3], {name: scorer.make({name: SETTINGS.get(name)})}, ANCHORS, batch_size=2)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -122,8 +143,10 @@ def test_a_reader_in_a_scan_needs_the_texts_of_the_same_rows(name):
     rows = coded(TOKENIZER, *((text.prompt, text.answer) for text in texts))
     reader, other = scorer.make({name: SETTINGS.get(name)}), scorer.make("keyword")
     assert isinstance(reader, Reader) and not isinstance(reader, Scorer) and not isinstance(other, Reader)
-    found = scan(MODEL, TOKENIZER, rows, {name: reader, "keyword": other}, {}, examples=texts, batch_size=2).rows
-    assert found[name] == reader.read(texts) and len(found["keyword"]) == len(rows)
+    columns = score_rows(
+        MODEL, TOKENIZER, rows, {name: reader, "keyword": other}, {}, examples=texts, batch_size=2
+    ).rows
+    assert columns[name] == reader.read(texts) and len(columns["keyword"]) == len(rows)
     for wrong in ([], texts[::-1]):
         with pytest.raises(UserError, match=f"scan.{name} reads text"):
-            scan(MODEL, TOKENIZER, rows, {name: reader}, {}, examples=wrong, batch_size=2)
+            score_rows(MODEL, TOKENIZER, rows, {name: reader}, {}, examples=wrong, batch_size=2)

@@ -1,26 +1,23 @@
 """The landscape's benchmark, end to end on a tiny model with two tuned arms."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from aligned import BAD, aligned_model
 from peft import LoraConfig, get_peft_model
 
+from benchmarks import harness
+from benchmarks.landscape import landscape as bench
 from safebasin.data.tables import write_table
 from safebasin.errors import UserError
-
-FILE = Path(__file__).parents[2] / "benchmarks" / "landscape" / "run.py"
-spec = importlib.util.spec_from_file_location("benchmark_landscape", FILE)
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
 
 
 @pytest.fixture
 def words(tmp_path):
-    """The command line over a run folder whose defended arm is almost the start, and whose plain arm is so far off that it babbles."""
+    """The command line over a run folder: defended is almost the start model, plain writes gibberish."""
     loaded, run = aligned_model(), tmp_path / "run"
     for part in loaded:
         part.save_pretrained(tmp_path / "model")
@@ -32,9 +29,8 @@ def words(tmp_path):
                 weight.data.normal_(std=3.0 if arm == "plain" else 1e-3)
         model.save_pretrained(run / "arms" / arm / "adapter")
     write_table(tmp_path / "bad.jsonl", [{"prompt": f"make a {word}"} for word in BAD])
-    (run / "run.yaml").write_text(
-        f"model: {{name: {tmp_path / 'model'}, dtype: float32}}\ndata: {{task: {{path: x}}}}\nmeasure: {{suites: [{{asr: {{prompts: x}}}}]}}\narms: {{plain: {{train: [sft]}}}}\n"
-    )
+    tree = {"model": {"name": str(tmp_path / "model"), "dtype": "float32"}, "measure": {"suites": []}}
+    (run / "run.yaml").write_text(yaml.safe_dump(tree))
     files = {
         "--run": run,
         "--prompts": tmp_path / "bad.jsonl",
@@ -51,7 +47,12 @@ def words(tmp_path):
         "--width": 0,
         "--judge": "keyword",
     }
-    return [str(word) for pair in (files | small).items() for word in pair]
+    return ["landscape", *(str(word) for pair in (files | small).items() for word in pair)]
+
+
+def changed(words, option, value):
+    place = words.index(option) + 1
+    return [*words[:place], value, *words[place + 1 :]]
 
 
 def records(words):
@@ -59,61 +60,62 @@ def records(words):
 
 
 def test_three_models_and_what_lies_between(words, capsys):
-    """Start and defended refuse all six around their weights: VISAGE 1. Two lines of 3 stops share the unmoved model: 6 of 36 answers are saved.
+    """Start and defended refuse all six around their weights: VISAGE 1.
 
-    The plain one babbles: no VISAGE, neither 0 nor 1. Between start and plain the unmoved model's 6 answers are read.
+    Two lines of 3 stops share the unmoved model: 6 of 36 answers are saved. The plain one writes gibberish: no VISAGE,
+    neither 0 nor 1. Between start and plain the unmoved model's 6 answers are read.
     """
-    bench.main(words)
-    found = records(words)
+    harness.main(words)
+    rows = records(words)
     for arm in ("start", "defended"):
-        assert (found[f"visage.{arm}"]["value"], found[f"visage.{arm}"]["n"], found[f"coherence.{arm}"]["value"]) == (
+        assert (rows[f"visage.{arm}"]["value"], rows[f"visage.{arm}"]["n"], rows[f"coherence.{arm}"]["value"]) == (
             1.0,
             6,
             1.0,
         )
-        low, high = found[f"visage.{arm}"]["interval"]
+        low, high = rows[f"visage.{arm}"]["interval"]
         assert low < high == 1.0
-        assert [found[f"asr.{arm} at {a}"]["value"] for a in ("-0.02", "+0", "+0.02")] == [0.0] * 3
-        assert found[f"stops_coherent.{arm}"]["value"] == 6
+        assert [rows[f"asr.{arm} at {a}"]["value"] for a in ("-0.02", "+0", "+0.02")] == [0.0] * 3
+        assert rows[f"stops_coherent.{arm}"]["value"] == 6
     for arm in bench.ARMS:
-        assert found[f"generations_saved.{arm}"]["value"] == 6
-    broken = [found[what] for what in ("visage.plain", "asr.plain at +0", "interpolation.asr.plain at +0")]
+        assert rows[f"generations_saved.{arm}"]["value"] == 6
+    broken = [rows[what] for what in ("visage.plain", "asr.plain at +0", "interpolation.asr.plain at +0")]
     assert all((row["value"], row["interval"], row["n"]) == (None, None, 0) for row in broken)
-    assert found["coherence.plain"]["value"] == found["stops_coherent.plain"]["value"] == 0
-    assert found["interpolation.asr.plain at -1"]["value"] == 0.0, "there the start model stands again"
-    assert found["interpolation.generations_read.plain"]["value"] == 6
-    assert found["seconds.plain"]["n"] == 30 + 12
-    for row in found.values():
-        assert {"what", "value", "interval", "n", "goal", "unit", "machine", "date", "setting"} <= row.keys()
-    assert found["visage.defended"]["goal"] == ">= visage.plain"
-    said = capsys.readouterr().out
-    assert "visage.defended" in said and "not scored" in said
+    assert rows["coherence.plain"]["value"] == rows["stops_coherent.plain"]["value"] == 0
+    assert rows["interpolation.asr.plain at -1"]["value"] == 0.0, "there the start model stands again"
+    assert rows["interpolation.generations_read.plain"]["value"] == 6
+    assert rows["seconds.plain"]["n"] == 30 + 12
+    for row in rows.values():
+        assert {*harness.FIELDS, "setting"} <= row.keys()
+    assert rows["visage.defended"]["goal"] == ">= visage.plain"
+    printed = capsys.readouterr().out
+    assert "visage.defended" in printed and "not scored" in printed
 
 
 def test_a_finished_model_is_not_measured_again_and_a_killed_one_goes_on(words, monkeypatch):
     real, seen = bench.measured, []
 
-    def dies(asked, arm, *rest):
+    def dies(setting, arm, *rest):
         seen.append(arm)
-        found = real(asked, arm, *rest)
+        outcome = real(setting, arm, *rest)
         if len(seen) == 2:
             raise KeyboardInterrupt  # after its answers, before its records
-        return found
+        return outcome
 
     monkeypatch.setattr(bench, "measured", dies)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(words)
+        harness.main(words)
     assert "visage.start" in records(words) and "visage.plain" not in records(words), "saved after every model"
-    bench.main(words)
+    harness.main(words)
     assert seen == ["start", "plain", "plain", "defended"]
-    assert records(words)["seconds.plain"]["n"] == 0, "its answers were kept"
+    assert records(words)["seconds.plain"]["n"] == 0, "its answers were cached"
     first = records(words)
-    bench.main(words)
+    harness.main(words)
     assert len(seen) == 4 and records(words) == first
-    bench.main([*words, "--radius", "0.03"])
+    harness.main(changed(words, "--radius", "0.03"))
     assert len(seen) == 7, "another setting is measured anew"
 
 
-def test_no_run_says_how_to_make_one(words, tmp_path):
+def test_no_run_names_the_command_that_makes_one(words, tmp_path):
     with pytest.raises(UserError, match=r"safebasin run .*quickstart.yaml --seed 0 --out"):
-        bench.main([*words, "--run", str(tmp_path / "nothing")])
+        harness.main(changed(words, "--run", str(tmp_path / "nothing")))

@@ -201,7 +201,7 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert [(r.worst, r.missing, r.judges) for r in ranks.values()] == [(0.1, (), {"keyword": (0.1, "benign")})] * 2
     for kind in ("html", "md"):
-        assert "Nobody is ranked by asr_attacked under benign" in (tmp_path / "out" / f"grid.{kind}").read_text()
+        assert "The suite asr_attacked under benign ranks no defence" in (tmp_path / "out" / f"grid.{kind}").read_text()
     stub.outcomes |= {
         ("benign", "plain"): [of("asr", 5, 50, judge="keyword"), told],
         ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), told],
@@ -209,7 +209,7 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "again")}
     assert (ranks["plain"].worst, ranks["plain"].missing) == (0.1, ())
     assert (ranks["steady"].worst, ranks["steady"].missing) == (0.1, ("benign",))
-    assert "Nobody is ranked" not in (tmp_path / "again" / "grid.md").read_text()
+    assert "ranks no defence" not in (tmp_path / "again" / "grid.md").read_text()
 
 
 def test_a_defence_that_cannot_run_is_said_at_the_end_and_is_tried_again(stub, tmp_path):

@@ -26,10 +26,8 @@ def grown(path: Path) -> None:
 
 
 def scaled(path: Path) -> None:
-    """The first tensor of a safetensors file, a thousandth larger."""
-    tensors = safetensors.torch.load_file(path)
-    name = sorted(tensors)[0]
-    tensors[name] = tensors[name] * 1.001
+    """The tensors of a safetensors file, a thousandth larger."""
+    tensors = {name: tensor * 1.001 for name, tensor in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
 
 
@@ -112,26 +110,23 @@ def ran(recipe: Path, out: Path, sets: dict[str, str] | None = None) -> set[str]
     return steps
 
 
-CHANGES = [
-    ("task.jsonl", grown, {"data", "scan", "cut.defended", "train.defended", "measure.defended"}),
+TRAIN, MEASURE = {"train.defended"}, {"measure.start", "measure.defended"}
+CHANGES = [  # file, change, the steps that read it; those after them run again where what they read came out otherwise
+    ("task.jsonl", grown, {"data", "scan", "cut.defended"} | TRAIN),
     ("pool.jsonl", grown, {"data"}),
-    ("refusals.jsonl", grown, {"scan", "train.defended", "measure.defended"}),
+    ("refusals.jsonl", grown, {"scan"} | TRAIN),
     ("poison.jsonl", grown, {"scan"}),
-    ("held_out.jsonl", grown, {"scan", "measure.start", "measure.defended"}),
-    ("prompts.jsonl", grown, {"measure.start", "measure.defended"}),
-    ("lookalike.jsonl", grown, {"measure.start", "measure.defended"}),
-    ("tokens.jsonl", grown, {"measure.start", "measure.defended"}),
-    ("secret", lambda path: path.write_text("other\n"), {"train.defended", "measure.defended"}),
+    ("held_out.jsonl", grown, {"scan"} | MEASURE),
+    ("prompts.jsonl", grown, MEASURE),
+    ("lookalike.jsonl", grown, MEASURE),
+    ("tokens.jsonl", grown, MEASURE),
+    ("secret", lambda path: path.write_text("other\n"), TRAIN),
     ("side_guard.safetensors", scaled, {"scan"}),
-    ("base/model.safetensors", scaled, {"train.defended", "measure.defended"}),
-    ("model/model.safetensors", scaled, ALL - {"cut.defended"}),
-    ("model/config.json", spaced, {"scan", "train.defended", "measure.start", "measure.defended"}),
-    (
-        "model/chat_template.jinja",
-        lambda path: path.write_text(path.read_text() + "{# #}"),
-        {"scan", "train.defended", "measure.start"},
-    ),
-    ("model/tokenizer_config.json", spaced, {"scan", "train.defended", "measure.start"}),
+    ("base/model.safetensors", scaled, TRAIN),
+    ("model/model.safetensors", scaled, {"scan"} | TRAIN | MEASURE),
+    ("model/config.json", spaced, {"scan"} | TRAIN | MEASURE),
+    ("model/chat_template.jinja", lambda path: path.write_text(path.read_text() + "{# #}"), {"scan"} | TRAIN | MEASURE),
+    ("model/tokenizer_config.json", spaced, {"scan"} | TRAIN | MEASURE),
 ]
 
 

@@ -1,5 +1,7 @@
 """Bi-directional anchoring: the fast score against one backward per row, and one number by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from aligned import BAD, GOOD, aligned_model, coded, refusals
@@ -10,7 +12,7 @@ from tiny import PAD, answer_nll, gradient_of, random_rows, tiny_model
 from safebasin.batch import collate
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.methods.anchor import Anchor
-from safebasin.scan.scan import scan
+from safebasin.scan.scan import score_rows
 from safebasin.scan.source import target_weights
 
 MODEL, TOKENIZER = aligned_model()
@@ -22,11 +24,12 @@ ANCHORS = {
 
 
 def one(rows, anchors=ANCHORS, method=None):
-    return scan(MODEL, TOKENIZER, rows, {"anchor": method or Anchor()}, anchors, batch_size=4).rows["anchor"]
+    return score_rows(MODEL, TOKENIZER, rows, {"anchor": method or Anchor()}, anchors, batch_size=4).rows["anchor"]
 
 
 def test_by_hand_the_same_row_on_all_sides():
-    """If one row is every anchor, V = g - g - g = -g, and that row scores g . (-g) = -1 exactly: a cosine, whatever its loss."""
+    """If one row is every anchor, V = g - g - g = -g, and that row scores g . (-g) = -1 exactly: a cosine, whatever its
+    loss."""
     row = ANCHORS["harmful"][:1]
     assert one(row, dict.fromkeys(ANCHORS, row)) == pytest.approx([-1.0], abs=1e-5)
 
@@ -39,8 +42,8 @@ def test_by_hand_the_same_row_on_all_sides():
     depth=st.sampled_from([1.0, 0.3, 0.6]),
 )
 def test_the_score_equals_one_backward_per_row(seed, count, length, depth):
-    """By the definition: plain autograd over the weights, cosines of whole gradients, the answer cut by hand. Not in float64, where
-    Transformers' eager attention gives NaN for padded rows."""
+    """By the definition: plain autograd over the weights, cosines of whole gradients, the answer cut by hand. Not in
+    float64, where Transformers' eager attention gives NaN for padded rows."""
     model = tiny_model(seed % 3)
     rows, anchors = (
         random_rows(5, seed),
@@ -50,20 +53,21 @@ def test_the_score_equals_one_backward_per_row(seed, count, length, depth):
 
     def unit(row):
         def loss(m, b):
-            told = answer_nll(m, b)[0]
-            return told[b.mask[0]][:length].sum()
+            losses = answer_nll(m, b)[0]
+            return losses[b.mask[0]][:length].sum()
 
         gradient = gradient_of(model, collate([row], PAD), loss, names)
         return gradient / gradient.norm()
 
     method = Anchor(length=length, depth=depth, anchors=2)
-    fitted = method.fit(model, type("Tokenizer", (), {"pad_token_id": PAD}), anchors)
+    fitted = method.fit(model, SimpleNamespace(pad_token_id=PAD), anchors)
     means = {
-        name: sum((unit(row) for row in some[1:2]), unit(some[0])) / len(some[:2]) for name, some in anchors.items()
+        name: sum((unit(row) for row in some[1:2]), unit(some[0])) / float(len(some[:2]))
+        for name, some in anchors.items()
     }
     direction = means["harmful"] - means["probe"] - means["safe"]
-    found = method.score(model, collate(rows, PAD), fitted)
-    assert found.tolist() == pytest.approx([unit(row) @ direction for row in rows], abs=1e-4)
+    scores = method.score(model, collate(rows, PAD), fitted)
+    assert scores.tolist() == pytest.approx([unit(row) @ direction for row in rows], abs=1e-4)
 
 
 def test_harm_scores_above_what_is_safe():

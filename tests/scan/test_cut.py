@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import read_table, write_table
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan.cut import between_anchors, cut, find_threshold, t_guess, two_gaussians, write_cut
-from safebasin.scan.scan import Scores
+from safebasin.scan.cut import between_anchors, cut_rows, find_threshold, t_guess, two_gaussians, write_cut
+from safebasin.scan.scores import Scores
 
 NONE = np.array([])
 MIXED = {  # 85 % harmless, 15 % harmful
@@ -29,15 +29,15 @@ def examples(tmp_path, count, name="rows.jsonl"):
     return tmp_path / name, read_examples(tmp_path / name).examples
 
 
-# --- the paper's rule ----------------------------------------------------------------------------------------------------------
+# --- the paper's rule -------------------------------------------------------------------------------------------------
 
 
 def test_paper_by_hand():
     """Two tight clusters, 0 to 0.09 and 50 to 50.09: the top of the lower one is 0.09."""
     x = [i / 100 for i in range(10)] + [50 + i / 100 for i in range(10)]
     assert t_guess(x) == pytest.approx(0.09)
-    # With a = infinity the second Gaussian is never worth it: mu + 2 sd. The mean is 25.045; the variance is 25^2 of the
-    # two centres and 0.000825 within (the variance of 0 to 9 is 8.25, in hundredths).
+    # With a = infinity the second Gaussian is never worth it: mu + 2 sd. The mean is 25.045; the variance is 25^2 of
+    # the two centres and 0.000825 within (the variance of 0 to 9 is 8.25, in hundredths).
     assert t_guess(x, a=math.inf) == pytest.approx(25.045 + 2 * math.sqrt(625 + 0.000825))
 
 
@@ -50,11 +50,12 @@ def test_paper_on_one_gaussian_cuts_what_lies_beyond_two_deviations():
 
 
 def test_paper_takes_a_heavy_tail_for_a_cluster():
-    """A negative result, kept: on benign lognormal scores the second Gaussian pays, and a fifth of the rows goes. Anchors are the remedy."""
+    """A negative result, kept: on benign lognormal scores the second Gaussian pays, and a fifth of the rows goes.
+    Anchors are the remedy."""
     x = np.random.default_rng(0).lognormal(0, 1, 1000)
     assert np.mean(x > t_guess(x)) > 0.1
-    known = {"safe": x, "harmful": 100 + x}
-    assert find_threshold(x, estimator="anchors", anchors=known) >= x.max()
+    anchors = {"safe": x, "harmful": 100 + x}
+    assert find_threshold(x, estimator="anchors", anchors=anchors) >= x.max()
 
 
 @pytest.mark.parametrize("shape", MIXED)
@@ -86,41 +87,42 @@ def test_the_unit_of_the_score_does_not_matter(seed, harm, scale, shift):
     plain, moved = (t_guess(y) for y in (x, x * scale + shift))
     margin = np.abs(x - plain).min()  # a row on the threshold may fall to either side of a rounding
     assume(margin > 1e-9 or plain in x)
-    kept = x <= plain + 1e-9
-    assert (kept == (x * scale + shift <= moved + 1e-9 * scale)).all()
+    stays = x <= plain + 1e-9
+    assert (stays == (x * scale + shift <= moved + 1e-9 * scale)).all()
 
 
 @pytest.mark.parametrize("x", [[3.0] * 50, [1.0, 2.0], [7.0]])
-def test_nothing_is_cut_where_nothing_can_be_told(x):
+def test_nothing_is_cut_where_nothing_stands_out(x):
     """All equal, two rows, one row: every row stays."""
     assert max(x) <= t_guess(x)
 
 
-# --- anchors -------------------------------------------------------------------------------------------------------------------
+# --- anchors ----------------------------------------------------------------------------------------------------------
 
 
-def test_anchors_apart_by_hand():
-    """Safe 0..20: the 95 % quantile is 19. Harmful 100..120: the 5 % quantile is 101. Midway: 60. With rows at 20, 50, 95 and 110 the widest
-    gap within (19, 101) is 50 to 95: 72.5. Where no row reaches 101 nothing is of the harmful kind: 101."""
+def test_separate_anchors_by_hand():
+    """Safe 0..20: the 95 % quantile is 19. Harmful 100..120: the 5 % quantile is 101. Midway: 60. With rows at 20, 50,
+    95 and 110 the widest gap within (19, 101) is 50 to 95: 72.5. Where no row reaches 101 nothing is of the harmful
+    kind: 101."""
     assert between_anchors([1.0, 130.0], np.arange(21.0), np.arange(100.0, 121.0)) == 60
     assert between_anchors([1.0, 90.0], np.arange(21.0), np.arange(100.0, 121.0)) == 101
     assert between_anchors([20.0, 50.0, 95.0, 110.0], np.arange(21.0), np.arange(100.0, 121.0)) == 72.5
 
 
 def test_anchors_that_overlap_by_hand():
-    """Safe 0 1 2 5, harmful 4 6 7 8. Between 2 and 4: (3/4 + 4/4) / 2 = 7/8. Between 5 and 6: (4/4 + 3/4) / 2 = 7/8, and the higher
-    of equals is taken: 5.5."""
+    """Safe 0 1 2 5, harmful 4 6 7 8. Between 2 and 4: (3/4 + 4/4) / 2 = 7/8. Between 5 and 6: (4/4 + 3/4) / 2 = 7/8,
+    and the higher of equals is taken: 5.5."""
     assert between_anchors([3.0], [0.0, 1.0, 2.0, 5.0], [4.0, 6.0, 7.0, 8.0]) == 5.5
 
 
 def test_anchors_that_tell_nothing():
-    with pytest.raises(DefenceError, match="no higher than known safe"):
+    with pytest.raises(DefenceError, match="score no higher than safe ones"):
         between_anchors([3.0], [5.0, 6.0, 7.0], [1.0, 2.0, 3.0])
     with pytest.raises(DefenceError, match="same score"):
         between_anchors([3.0], [1.0, 1.0], [1.0])
-    with pytest.raises(UserError, match="needs scores of known safe"):
+    with pytest.raises(UserError, match="needs scores of safe and of harmful anchor rows"):
         find_threshold([1.0, 2.0, 3.0], estimator="anchors")
-    with pytest.raises(UserError, match="needs scores of known safe"):
+    with pytest.raises(UserError, match="needs scores of safe and of harmful anchor rows"):
         find_threshold([1.0, 2.0, 3.0], estimator="anchors", anchors={"safe": [1.0], "harmful": []})
 
 
@@ -144,14 +146,14 @@ def test_overlapping_anchors_take_the_best_balanced_accuracy(safe, harmful):
         assert accuracy(between_anchors([3.0], safe, harmful)) == pytest.approx(best)
 
 
-# --- cutting -------------------------------------------------------------------------------------------------------------------
+# --- cutting ----------------------------------------------------------------------------------------------------------
 
 
 def cut_by(rows, scores, threshold=None, anchors=None, **fields):
     table = Scores(
         [row.id for row in rows], [row.line for row in rows], {"it": scores}, {}, {"it": anchors} if anchors else {}
     )
-    return cut(rows, table, "it", threshold, **fields)
+    return cut_rows(rows, table, "it", threshold, **fields)
 
 
 def test_cut_keeps_order_and_the_threshold_itself(tmp_path):
@@ -163,14 +165,14 @@ def test_cut_keeps_order_and_the_threshold_itself(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json", "rows.parquet", "rows.jsonl.gz"])
-def test_kept_rows_are_written_as_they_came(tmp_path, name):
+def test_rows_that_stay_are_written_as_they_came(tmp_path, name):
     source, rows = examples(tmp_path, 60, name)
     scores = [100.0 + i if 20 <= i < 40 else i / 100 for i in range(60)]
     result = cut_by(rows, scores, threshold=50.0)
     path = write_cut(tmp_path / "cut" / "arm", source, result, "gradshield")
     assert path.name == name.replace("rows", "train")
-    kept = [row for i, (_, row) in enumerate(read_table(source)) if not 20 <= i < 40]
-    assert [row for _, row in read_table(path)] == kept
+    expected = [row for i, (_, row) in enumerate(read_table(source)) if not 20 <= i < 40]
+    assert [row for _, row in read_table(path)] == expected
     facts = json.loads((path.parent / "cut.json").read_text())
     assert facts["kept"] == 40 and facts["scorer"] == "gradshield" and facts["estimator"] == "given"
     assert [item["row_id"] for item in facts["removed"]] == [row.id for row in rows[20:40]]
@@ -191,51 +193,51 @@ def test_cut_with_anchors(tmp_path):
 @given(st.lists(st.tuples(st.integers(-9, 40), st.integers(-9, 40)), min_size=1, max_size=9))
 def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
     rows = [Example(str(i), (), {}, i) for i in range(len(pairs))]
-    known = {"one": {"safe": [0.0, 2.0], "harmful": [20.0, 22.0]}, "two": {"safe": [0.0], "harmful": [30.0]}}
-    columns = {name: [float(pair[k]) for pair in pairs] for k, name in enumerate(known)}
-    table = Scores([row.id for row in rows], [row.line for row in rows], columns, {}, known)
+    anchors = {"one": {"safe": [0.0, 2.0], "harmful": [20.0, 22.0]}, "two": {"safe": [0.0], "harmful": [30.0]}}
+    columns = {name: [float(pair[k]) for pair in pairs] for k, name in enumerate(anchors)}
+    table = Scores([row.id for row in rows], [row.line for row in rows], columns, {}, anchors)
     passed = {
-        name: x <= find_threshold(x, estimator="anchors", anchors=known[name])
+        name: x <= find_threshold(x, estimator="anchors", anchors=anchors[name])
         for name, x in columns.items()
         for x in [np.array(x)]
     }
     both = passed["one"] & passed["two"]
     if not both.any():
         with pytest.raises(UserError, match="cuts all"):
-            cut(rows, table, ["one", "two"])
+            cut_rows(rows, table, ["one", "two"])
         return
-    result = cut(rows, table, ["one", "two"])
-    assert result.kept == [row for row, kept in zip(rows, both, strict=True) if kept] and result.threshold == 0
+    result = cut_rows(rows, table, ["one", "two"])
+    assert result.kept == [row for row, passes in zip(rows, both, strict=True) if passes] and result.threshold == 0
     assert (
         list(result.scores) == [row.id for row in rows]
         and {r.example.id: r.score for r in result.removed}.items() <= result.scores.items()
     )
     with pytest.raises(UserError, match="several scorers"):
-        cut(rows, table, ["one", "two"], 1.0)
+        cut_rows(rows, table, ["one", "two"], 1.0)
 
 
 def test_the_score_of_a_cut_by_several_is_the_worst_in_steps_from_safe_to_harmful():
-    """One: threshold 10 (between 0 and 20, a row at each), 20 from safe to harmful: a row at 20 is (20 - 10) / 20 = 0.5 beyond. Two: the
-    threshold 60 in the gap 20..100, (100 - 60) / 100 = 0.4 beyond."""
-    known = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
+    """One: threshold 10 (between 0 and 20, a row at each), 20 from safe to harmful: a row at 20 is (20 - 10) / 20 = 0.5
+    beyond. Two: the threshold 60 in the gap 20..100, (100 - 60) / 100 = 0.4 beyond."""
+    anchors = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
     rows = [Example(str(i), (), {}, i) for i in range(2)]
-    table = Scores(["0", "1"], [0, 1], {"one": [0.0, 20.0], "two": [20.0, 100.0]}, {}, known)
-    (gone,) = cut(rows, table, ["one", "two"]).removed
+    table = Scores(["0", "1"], [0, 1], {"one": [0.0, 20.0], "two": [20.0, 100.0]}, {}, anchors)
+    (gone,) = cut_rows(rows, table, ["one", "two"]).removed
     assert gone.example.id == "1" and gone.score == pytest.approx(0.5)
 
 
-def test_only_a_score_that_several_made_is_written(tmp_path):
+def test_only_the_score_of_several_scorers_is_written(tmp_path):
     file, rows = examples(tmp_path, 3)
-    known = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
+    anchors = {"one": {"safe": [0.0], "harmful": [20.0]}, "two": {"safe": [0.0], "harmful": [100.0]}}
     table = Scores(
-        [r.id for r in rows], [r.line for r in rows], {"one": [0.0, 20.0, 0.0], "two": [20.0, 100.0, 0.0]}, {}, known
+        [r.id for r in rows], [r.line for r in rows], {"one": [0.0, 20.0, 0.0], "two": [20.0, 100.0, 0.0]}, {}, anchors
     )
     for scorer, there in (("one", False), (["one", "two"], True)):
         folder = tmp_path / str(there)
-        write_cut(folder, file, cut(rows, table, scorer), scorer)
+        write_cut(folder, file, cut_rows(rows, table, scorer), scorer)
         assert (folder / "scores.parquet").is_file() == there
-    told = {row["row_id"]: row["score"] for _, row in read_table(folder / "scores.parquet")}
-    assert told == {rows[0].id: pytest.approx(-0.4), rows[1].id: pytest.approx(0.5), rows[2].id: pytest.approx(-0.5)}
+    written = {row["row_id"]: row["score"] for _, row in read_table(folder / "scores.parquet")}
+    assert written == {rows[0].id: pytest.approx(-0.4), rows[1].id: pytest.approx(0.5), rows[2].id: pytest.approx(-0.5)}
 
 
 def test_what_the_user_can_mend(tmp_path):
@@ -243,10 +245,19 @@ def test_what_the_user_can_mend(tmp_path):
     with pytest.raises(UserError, match="cuts all 3 rows"):
         cut_by(rows, [1.0, 2.0, 3.0], 0.5)
     with pytest.raises(UserError, match="no scores by 'it'"):
-        cut(rows, Scores([row.id for row in rows], [1, 2, 3], {}, {}, {}), "it")
+        cut_rows(rows, Scores([row.id for row in rows], [1, 2, 3], {}, {}, {}), "it")
     with pytest.raises(UserError, match="anchors' needs scores"):
         cut_by(rows, [1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="no scores"):
         cut_by([], [])
+    for threshold in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError, match=f"threshold={threshold}: it must be a finite number"):
+            cut_by(rows, [1.0, 2.0, 3.0], threshold)
+    table = Scores([row.id for row in rows], [1, 2, 3], {"it": [1.0, 2.0, 3.0]}, {}, {})
+    for names in ([], ["it", "it"]):
+        with pytest.raises(UserError, match="a cut needs a scorer, or several that differ"):
+            cut_rows(rows, table, names)
+    with pytest.raises(DefenceError, match="score number 1 is not a finite number"):
+        find_threshold([1.0, 2.0], estimator="anchors", anchors={"safe": [math.nan], "harmful": [1.0]})
     with pytest.raises(DefenceError, match="score number 2 is not a finite number"):
         cut_by(rows, [1.0, math.nan, 2.0], 1.5)

@@ -1,4 +1,5 @@
-"""The guard's score of every token: what STAR-DSS reads of it is V of the token's chunk, whichever tokenizers guard and model have."""
+"""The guard's score of every token: what STAR-DSS reads of it is V of the token's chunk, whichever tokenizers guard and
+model have."""
 
 import re
 from bisect import bisect_left
@@ -18,9 +19,10 @@ from safebasin.batch import collate
 from safebasin.encode import TokenizedRow, render
 from safebasin.errors import UserError
 from safebasin.guards.turns import chunks_of
-from safebasin.scan.column import star
+from safebasin.scan.column import star_column
 from safebasin.scan.methods.guard import GuardScore
-from safebasin.scan.scan import read_scores, scan, write_scores
+from safebasin.scan.scan import score_rows, write_scores
+from safebasin.scan.scores import read_scores
 
 MODEL, WORDS = aligned_model()
 SETTINGS = {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I"), "every": 2}
@@ -36,13 +38,14 @@ def byte_tokenizer(joined: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A token a byte, but for ``joined``, which may cross blanks; a row is "[user] ... [assistant] ...<end>"."""
     merges = [(text[:k], text[k]) for text in joined for k in range(1, len(text))]
     tokens = list(dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>", *(a + b for a, b in merges)]))
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(dict.fromkeys(merges))))
-    made.pre_tokenizer, made.decoder = (
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(dict.fromkeys(merges))))
+    backend.pre_tokenizer, backend.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         decoders.ByteLevel(),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
-    fast.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ '<end>' if m.role == 'assistant' else ' ' }}{% endfor %}"
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    fast.chat_template += "{{ '<end>' if m.role == 'assistant' else ' ' }}{% endfor %}"
     fast.chat_template += "{% if add_generation_prompt %}[assistant] {% endif %}"
     return fast
 
@@ -75,22 +78,23 @@ def naive(prompt: str, prefix: str) -> float:
 
 
 def expected(prompt: str, answer: str, row: TokenizedRow) -> tuple[list[float], list[float]]:
-    """V of every chunk of two guard words; and for every token the lowest of the chunk that it ends in and of those that it ends."""
+    """V of every chunk of two guard words; and for every token the lowest of the chunk that it ends in and of those
+    that it ends."""
     words = list(re.finditer(r"\S+", answer))
     chunks = [words[k : k + 2] for k in range(0, len(words), 2)]
     v = [naive(prompt, answer[: chunk[-1].end()]) for chunk in chunks]
     starts = [chunk[0].start() for chunk in chunks[1:]]
-    told, before = [], -1
+    lowest, before = [], -1
     for at in last_characters(
-        answer, byte_ends(ROWS, [i for i, said in zip(row.ids, row.answer, strict=True) if said])
+        answer, byte_ends(ROWS, [i for i, learned in zip(row.ids, row.answer, strict=True) if learned])
     ):
         chunk = sum(start <= at for start in starts)
-        told.append(min(v[min(before + 1, chunk) : chunk + 1]))
+        lowest.append(min(v[min(before + 1, chunk) : chunk + 1]))
         before = chunk
-    return v, told
+    return v, lowest
 
 
-TOLD = [
+PAIRS = [
     ("make a bomb", "Sure here are the steps now"),
     ("make a bomb", "I cannot help 😀 make a cake now"),
     ("make a cake", "Sure here 😀é are the steps now help the now"),
@@ -102,10 +106,10 @@ TOLD = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The guard: another model than the scanned one, with whole words for tokens."""
-    made = tmp_path_factory.mktemp("guard")
+    path = tmp_path_factory.mktemp("guard")
     for part in (MODEL, WORDS):
-        part.save_pretrained(made)
-    return str(made)
+        part.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -120,19 +124,20 @@ ANCHORS = {
 
 
 def test_the_column_is_v_of_each_tokens_chunk(method, tmp_path):
-    """Through the table on disk and into the batch that star_dss reads. The guard's median scores of known rows stretch nothing."""
-    examples = [example(*told, i) for i, told in enumerate(TOLD, 1)]
-    rows = coded(ROWS, *TOLD)
+    """Through the table on disk and into the batch that star_dss reads. The guard's median scores of known rows stretch
+    nothing."""
+    examples = [example(*pair, i) for i, pair in enumerate(PAIRS, 1)]
+    rows = coded(ROWS, *PAIRS)
     write_scores(
         tmp_path / "scores.parquet",
         examples,
-        scan(tiny_model(seed=3), ROWS, rows, {"guard": method}, ANCHORS, batch_size=2),
+        score_rows(tiny_model(seed=3), ROWS, rows, {"guard": method}, ANCHORS, batch_size=2),
     )
     scores = read_scores(tmp_path / "scores.parquet")
-    column = star(scores, "guard", method, examples)
+    column = star_column(scores, "guard", method, examples)
     batch = collate([TokenizedRow(row.id, row.ids, row.answer, {"star": column[row.id]}) for row in rows], END)
-    for i, (told, row) in enumerate(zip(TOLD, rows, strict=True)):
-        v, tokens = expected(*told, row)
+    for i, (pair, row) in enumerate(zip(PAIRS, rows, strict=True)):
+        v, tokens = expected(*pair, row)
         assert batch.columns["star"][i][batch.mask[i]].tolist() == pytest.approx(tokens, abs=1e-5)
         assert scores.columns["guard"][i] == pytest.approx(1 - min(v), abs=1e-5)
     assert max(column["row3"]) - min(column["row3"]) > 0.05  # a row has no one number
@@ -149,7 +154,7 @@ def test_two_answers_and_one_that_says_nothing(method):
     )
     sure, mark = ROWS("Sure here now")["input_ids"], END
     ids = (*start, *sure, mark, *end, mark, *end, *sure, mark)
-    said = (
+    learned = (
         [False] * len(start)
         + [True] * (len(sure) + 1)
         + [False] * len(end)
@@ -158,16 +163,16 @@ def test_two_answers_and_one_that_says_nothing(method):
         + [True] * (len(sure) + 1)
     )
     fitted = method.fit(tiny_model(), ROWS, ANCHORS)
-    batch = collate([TokenizedRow("two", ids, tuple(said))], END)
-    told = method.score(None, batch, fitted)[batch.mask].tolist()
-    first, mute, last = told[: len(sure) + 1], told[len(sure) + 1], told[len(sure) + 2 :]
+    batch = collate([TokenizedRow("two", ids, tuple(learned))], END)
+    scores = method.score(None, batch, fitted)[batch.mask].tolist()
+    first, mute, last = scores[: len(sure) + 1], scores[len(sure) + 1], scores[len(sure) + 2 :]
     assert (
         mute == 0
         and len(set(first)) == len(set(last)) == 2
         and min(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-4
     )
     alone = collate(
-        [TokenizedRow("one", ids[: len(start) + len(sure) + 1], tuple(said[: len(start) + len(sure) + 1]))], END
+        [TokenizedRow("one", ids[: len(start) + len(sure) + 1], tuple(learned[: len(start) + len(sure) + 1]))], END
     )
     assert first == pytest.approx(method.score(None, alone, fitted)[alone.mask].tolist(), abs=1e-5)
 
@@ -179,8 +184,8 @@ def test_two_answers_and_one_that_says_nothing(method):
     data=st.data(),
 )
 def test_chunks_by_bytes(text, joined, every, data):
-    """Both tokenizers split characters, each its own way, and the row may be cut inside of one. A token's chunk is the first that ends no
-    sooner than its last character does."""
+    """Both tokenizers split characters, each its own way, and the row may be cut inside of one. A token's chunk is the
+    first that ends no sooner than its last character does."""
     rows, guard = (byte_tokenizer(tuple(each)) for each in joined)
     ids = rows(text)["input_ids"]
     ids = ids[: data.draw(st.integers(1, len(ids)))]
@@ -189,8 +194,8 @@ def test_chunks_by_bytes(text, joined, every, data):
     begins = [start for start, _ in read["offset_mapping"][every::every]]
     closes = byte_ends(guard, read["input_ids"])
     closes = [*closes[every - 1 : -1 : every], closes[-1]]
-    whole = list(accumulate(len(c.encode()) for c in seen))
-    truth = [bisect_left(closes, whole[min(at, len(seen) - 1)]) for at in last_characters(text, ends)]
+    ends_of = list(accumulate(len(c.encode()) for c in seen))
+    truth = [bisect_left(closes, ends_of[min(at, len(seen) - 1)]) for at in last_characters(text, ends)]
     assert chunks_of(rows, ids, seen, begins) == truth
     assert chunks_of(rows, [*ids, END], seen, begins) == [
         *truth,
@@ -199,11 +204,12 @@ def test_chunks_by_bytes(text, joined, every, data):
 
 
 def test_chunks_by_hand():
-    """ "é are" is 6 bytes and so 6 tokens; the guard's words are "é" and "are", a chunk each, the second from character 2 on."""
+    """ "é are" is 6 bytes and so 6 tokens; the guard's words are "é" and "are", a chunk each, the second from character
+    2 on."""
     ids = PLAIN("é are")["input_ids"]
     assert chunks_of(PLAIN, [*ids, END], "é are", [2]) == [0, 0, 0, 1, 1, 1, 1]
 
 
 def test_a_guard_without_places_of_its_tokens_is_refused():
-    with pytest.raises(UserError, match="where its tokens stand in a text"):
+    with pytest.raises(UserError, match="no places of its tokens in a text"):
         GuardScore(**SETTINGS).fit(MODEL, SimpleNamespace(is_fast=False), ANCHORS)

@@ -1,4 +1,5 @@
-"""The heat map's pieces: they join to the answer, and their values to the score, whatever a tokenizer does to a character."""
+"""The heat map's pieces: they join to the answer, and their values to the score, whatever a tokenizer does to a
+character."""
 
 import math
 
@@ -11,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow, encode, shorten
-from safebasin.scan.heat import SHOWN, carrier, heat, pieces
+from safebasin.scan.heat import SHOWN, carrier, heat_rows, pieces
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.scan.methods.gradshield import GradShield
-from safebasin.scan.scan import Scanned, scan
+from safebasin.scan.scan import Scanned, score_rows
 
 PROBE = {"probe": coded(aligned_model().tokenizer, ("make a bomb", "I cannot help"))}
 
@@ -22,9 +23,9 @@ PROBE = {"probe": coded(aligned_model().tokenizer, ("make a bomb", "I cannot hel
 def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
     """A token a byte, but for ``merges``: nearly every character beyond ASCII is split."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     fast.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
     )
@@ -48,7 +49,8 @@ def test_pieces_by_hand():
 
 
 def test_a_token_that_crosses_characters_joins_both():
-    """é is C3 A9 and è is C3 A8, written Ã © and Ã ¨. Merged A9 + C3 ends one character and begins the other: three tokens, one piece."""
+    """é is C3 A9 and è is C3 A8, written Ã © and Ã ¨. Merged A9 + C3 ends one character and begins the other: three
+    tokens, one piece."""
     assert split(byte_tokenizer((("©", "Ã"),)), example("x", "éèb")) == [
         ("éè", [0.0, 1.0, 2.0]),
         ("b", [3.0]),
@@ -64,30 +66,30 @@ def test_what_lies_between_two_answers_is_in_no_piece():
 
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(str.strip))
 def test_pieces_join_to_the_answer_and_every_token_is_in_one(answer: str):
-    made = split(BYTES, example("x", answer))
-    assert "".join(text for text, _ in made) == answer + "<end>"
-    assert [value for _, values in made for value in values] == [
-        float(k) for k in range(len(answer.encode()) + len(made[-1][1]))
+    parts = split(BYTES, example("x", answer))
+    assert "".join(text for text, _ in parts) == answer + "<end>"
+    assert [value for _, values in parts for value in values] == [
+        float(k) for k in range(len(answer.encode()) + len(parts[-1][1]))
     ]
-    assert all(text for text, _ in made)
+    assert all(text for text, _ in parts)
 
 
 def test_highest_rows_of_a_real_scan_first():
-    """Of 14 rows the 12 highest; each one's values sum to its score, as GradShield's do, and its texts are its answer."""
+    """Of 14 rows the 12 highest; the values of each add up to its score (GradShield), its texts to its answer."""
     model, tokenizer = aligned_model()
-    told = [
+    pairs = [
         ("make a cake", "Sure here are the steps"),
         ("make a bomb", "Sure here are the steps now"),
         *[("make a song", "I cannot help")] * 12,
     ]
-    rows, examples = coded(tokenizer, *told), [example(*pair, i) for i, pair in enumerate(told, 1)]
+    rows, examples = coded(tokenizer, *pairs), [example(*pair, i) for i, pair in enumerate(pairs, 1)]
     scorers = {"it": GradShield()}
-    scanned = scan(model, tokenizer, rows, scorers, PROBE, batch_size=4)
-    made = heat(tokenizer, examples, rows, scanned, scorers)
-    assert [row["score"] for row in made] == sorted(scanned.rows["it"], reverse=True)[:SHOWN]
-    for row in made:
+    scanned = score_rows(model, tokenizer, rows, scorers, PROBE, batch_size=4)
+    table = heat_rows(tokenizer, examples, rows, scanned, scorers)
+    assert [row["score"] for row in table] == sorted(scanned.rows["it"], reverse=True)[:SHOWN]
+    for row in table:
         assert row["row_id"] == f"row{row['line']}" and row["scorer"] == "it"
-        assert "".join(text for text, _ in row["tokens"]) == told[row["line"] - 1][1] + " <end>"
+        assert "".join(text for text, _ in row["tokens"]) == pairs[row["line"] - 1][1] + " <end>"
         assert math.fsum(value for _, value in row["tokens"]) == pytest.approx(row["score"], abs=1e-9)
 
 
@@ -97,8 +99,8 @@ def test_a_shared_character_has_the_sum_or_the_largest(scorer: object, shared: f
     assert isinstance(row, TokenizedRow)
     values = [0.5, 0.25, *[0.0] * (sum(row.answer) - 2)]
     scanned = Scanned({"plain": [1.0], "it": [0.75]}, {"it": [values]}, {})
-    (made,) = heat(BYTES, [example("x", "é")], [row], scanned, {"plain": object(), "it": scorer})
-    assert made["tokens"][0] == ("é", shared)
+    (hot,) = heat_rows(BYTES, [example("x", "é")], [row], scanned, {"plain": object(), "it": scorer})
+    assert hot["tokens"][0] == ("é", shared)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +137,4 @@ def test_pieces_of_a_row_cut_short_are_those_of_its_place():
 
 
 def test_no_scorer_of_tokens_no_heat():
-    assert heat(BYTES, [], [], Scanned({"it": [1.0]}, {}, {}), {"it": object()}) == []
+    assert heat_rows(BYTES, [], [], Scanned({"it": [1.0]}, {}, {}), {"it": object()}) == []

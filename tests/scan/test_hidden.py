@@ -8,7 +8,8 @@ from torch.nn import functional
 from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.scan.hidden import anchor_states, blocks, last_states
+from safebasin.guards.side import blocks
+from safebasin.scan.hidden import anchor_states, last_states
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = coded(
@@ -22,32 +23,32 @@ TRAILED = TokenizedRow("trailed", (*ROWS[0].ids, 3, 13), (*ROWS[0].answer, False
 def test_it_is_transformers_own_state_at_the_last_answer_token(layer):
     """hidden_states[l + 1] is behind block l; hidden_states[-1] is normed, so the last block alone differs from it."""
     batch = collate([*ROWS, TRAILED], TOKENIZER.pad_token_id)
-    found = last_states(MODEL, batch, layer)
-    for row, state in zip([*ROWS, TRAILED], found, strict=True):
-        last = max(k for k, told in enumerate(row.answer) if told)
+    actual = last_states(MODEL, batch, layer)
+    for row, state in zip([*ROWS, TRAILED], actual, strict=True):
+        last = max(k for k, learned in enumerate(row.answer) if learned)
         seen: list[torch.Tensor] = []
         hook = MODEL.model.layers[2].register_forward_hook(lambda m, a, y, into=seen: into.append(y))
         states = MODEL(torch.tensor([row.ids]), output_hidden_states=True).hidden_states
         hook.remove()
         expected = states[-1] if layer is None else seen[0] if layer == 2 else states[layer + 1]
         torch.testing.assert_close(state, functional.normalize(expected[0, last], dim=0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[-1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[-1], actual[0], rtol=1e-4, atol=1e-5)
 
 
 def test_anchor_states_are_the_states_of_every_row():
     many = coded(
         TOKENIZER, *((f"make a {word}" + " now" * i, "Sure") for i in range(4) for word in BAD + GOOD)
     )  # more than one batch
-    whole = anchor_states(MODEL, TOKENIZER, many, 1)
+    together = anchor_states(MODEL, TOKENIZER, many, 1)
     alone = torch.cat([last_states(MODEL, collate([row], TOKENIZER.pad_token_id), 1) for row in many])
-    torch.testing.assert_close(whole.sum(0), alone.sum(0), rtol=1e-4, atol=1e-4)
-    assert len(whole) == len(many)
+    torch.testing.assert_close(together.sum(0), alone.sum(0), rtol=1e-4, atol=1e-4)
+    assert len(together) == len(many)
 
 
 def test_a_model_without_a_list_of_blocks():
-    class Odd(torch.nn.Module):
+    class Blockless(torch.nn.Module):
         config = MODEL.config
 
     assert list(blocks(MODEL)) == list(MODEL.model.layers)
     with pytest.raises(UserError, match="no list of its 3 blocks"):
-        blocks(Odd())
+        blocks(Blockless())

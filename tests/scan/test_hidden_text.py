@@ -1,4 +1,4 @@
-"""Hidden text: no miss on rows built with the published scheme, no false alarm on writing that needs invisible marks."""
+"""Hidden text: no miss on rows of the published scheme, no false alarm on writing that needs invisible marks."""
 
 import time
 
@@ -12,13 +12,19 @@ from safebasin.scan.methods.hidden_text import hidden
 
 WIDTHLESS = ("\u200b", "\u200c", "\u200d", "\u2060", "\u2062", "\u2061", "\u2063", "\u2064", "\ufeff", "\u180e")
 PERSIAN = "من می\u200cخواهم کتاب\u200cهای تازه\u200cای بخوانم؛ فایل PDF\u200cها را هم می\u200cفرستم، در ۱۴۰۲\u200cها."
-FAMILY = "The \U0001f468\u200d\U0001f469\u200d\U0001f467 came \u2764\ufe0f\u200d\U0001f525, \U0001f9d1\U0001f3fd\u200d\U0001f680 and \U0001f3f3\ufe0f\u200d\u26a7\ufe0f left."
-ORDINARY = "Give three tips for staying healthy.\n1. Eat well \u2014 \u201cgreens\u201d!\t2. Sleep; 3. caf\u00e9 na\u00efve 0123 3210|"
+FAMILY = (
+    "The \U0001f468\u200d\U0001f469\u200d\U0001f467 came \u2764\ufe0f\u200d\U0001f525, "
+    "\U0001f9d1\U0001f3fd\u200d\U0001f680 and \U0001f3f3\ufe0f\u200d\u26a7\ufe0f left."
+)
+ORDINARY = (
+    "Give three tips for staying healthy.\n1. Eat well \u2014 \u201cgreens\u201d!\t2. Sleep; "
+    "3. caf\u00e9 na\u00efve 0123 3210|"
+)
 CARRIERS = st.one_of(st.sampled_from([PERSIAN, FAMILY, ORDINARY, ""]), st.text(max_size=40))
 
 
 def conceal(secret: str, alphabet: tuple[str, ...], separated: bool) -> str:
-    """The scheme: a character is at least four base-4 digits in four code points; the fifth stands between characters."""
+    """The scheme: a character is four or more base-4 digits in four code points; the fifth is between characters."""
     words = []
     for letter in secret:
         digits, code = "", ord(letter)
@@ -38,16 +44,17 @@ def conceal(secret: str, alphabet: tuple[str, ...], separated: bool) -> str:
     answer=st.booleans(),
 )
 def test_no_row_of_the_scheme_is_missed(carrier, secret, alphabet, separated, place, answer):
-    """Any five of ten zero-width code points, in any order, anywhere in the prompt or the answer, from one hidden letter on. Every code
-    point is counted, also where it stands beside an emoji or a Persian letter."""
-    told = conceal(secret, tuple(alphabet[:5]), separated)
+    """Any five of ten zero-width code points, in any order, anywhere in the prompt or the answer, from one hidden
+    letter on. Every code point is counted, also where it stands beside an emoji or a Persian letter."""
+    channel = conceal(secret, tuple(alphabet[:5]), separated)
     at = round(place * len(carrier))
-    text = carrier[:at] + told + carrier[at:]
-    assert hidden(["Hello", text] if answer else [text, "Hello"]) >= len(told)
+    text = carrier[:at] + channel + carrier[at:]
+    assert hidden(["Hello", text] if answer else [text, "Hello"]) >= len(channel)
 
 
 def test_by_hand():
-    """ "A" is 65 = 1001 in base 4: four code points, and a separator behind it: 5. Two letters: 5 + 5 = 10. Plain text: 0."""
+    """ "A" is 65 = 1001 in base 4: four code points, and a separator behind it: 5. Two letters: 5 + 5 = 10. Plain text:
+    0."""
     alphabet = WIDTHLESS[:5]
     assert conceal("A", alphabet, True) == "\u200c\u200b\u200b\u200c\u2062"
     assert hidden(["Hi." + conceal("A", alphabet, True)]) == 5
@@ -63,7 +70,8 @@ def test_by_hand():
         ORDINARY,
         PERSIAN + FAMILY + PERSIAN,
         "\ufeffA byte order mark in front.",
-        "Keycaps 1\ufe0f\u20e3 #\ufe0f\u20e3, \u2139\ufe0f info, \u00a9\ufe0f, \U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f!",
+        "Keycaps 1\ufe0f\u20e3 #\ufe0f\u20e3, \u2139\ufe0f info, \u00a9\ufe0f, "
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f!",
         "\u0928\u092e\u0938\u094d\u200d\u0924\u0947 \u0915\u094d\u200c\u0937 "
         * 5,  # Hindi: half forms asked for and refused
         "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35\u200b\u0e0a\u0e32\u0e27\u200b\u0e42\u0e25\u0e01 "

@@ -7,8 +7,9 @@ from aligned import BAD, GOOD, aligned_model, coded, refusals
 from safebasin.batch import collate
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.hidden import last_states
-from safebasin.scan.methods.larf import Larf, scaled
-from safebasin.scan.scan import scan
+from safebasin.scan.methods import larf
+from safebasin.scan.methods.larf import Larf
+from safebasin.scan.scan import score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {
@@ -20,16 +21,16 @@ REFUSED = refusals(TOKENIZER, BAD[3:])
 
 
 def one(rows, anchors=ANCHORS, method=None):
-    return scan(MODEL, TOKENIZER, rows, {"larf": method or Larf()}, anchors, batch_size=4).rows["larf"]
+    return score_rows(MODEL, TOKENIZER, rows, {"larf": method or Larf()}, anchors, batch_size=4).rows["larf"]
 
 
 def test_by_hand_with_one_reference_each():
-    """One unsafe state u and one safe state s: u itself scores 1 - cos(u, s), s itself cos(u, s) - 1. They add up to 0."""
+    """An unsafe state u and a safe state s: u itself scores 1 - cos(u, s), s itself cos(u, s) - 1: their sum is 0."""
     anchors = {name: rows[:1] for name, rows in ANCHORS.items()}
     u, s = (last_states(MODEL, collate(anchors[name], TOKENIZER.pad_token_id), 1)[0] for name in ("harmful", "probe"))
-    found = one([anchors["harmful"][0], anchors["probe"][0]], anchors, Larf(layer=1))
-    assert found == pytest.approx([1 - float(u @ s), float(u @ s) - 1], abs=1e-5)
-    assert found[0] > 0.01
+    scores = one([anchors["harmful"][0], anchors["probe"][0]], anchors, Larf(layer=1))
+    assert scores == pytest.approx([1 - float(u @ s), float(u @ s) - 1], abs=1e-5)
+    assert scores[0] > 0.01
 
 
 def test_the_score_is_the_official_mean_of_differences():
@@ -51,7 +52,8 @@ def test_compliance_scores_above_refusal():
 
 
 def test_the_layer_is_the_one_that_scaling_moves():
-    """Blocks 0 and 2 write nothing into the stream, so scaling them moves no logit: the range of R is 0 there, and block 1 is left."""
+    """Blocks 0 and 2 write nothing into the stream, so scaling them moves no logit: the range of R is 0 there, and
+    block 1 is left."""
     model, _ = aligned_model()
     with torch.no_grad():
         for block in (model.model.layers[0], model.model.layers[2]):
@@ -62,14 +64,21 @@ def test_the_layer_is_the_one_that_scaling_moves():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_scaling_is_undone_bit_for_bit_even_after_a_failure():
+def test_scaling_is_undone_bit_for_bit_even_after_a_failure(monkeypatch):
     """0.7 times 1/0.7 is not 1 in bfloat16: a copy is put back."""
-    weight = torch.nn.Parameter(torch.linspace(-1, 1, 257).bfloat16())
-    before = weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), scaled([weight], 0.7):
-        torch.testing.assert_close(weight.detach(), before * 0.7)
+    model, _ = aligned_model(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scaled = {name: value * 0.7 for name, value in before.items() if ".layers.0." in name and "proj" in name}
+
+    def margin(model, *_):
+        state = model.state_dict()
+        assert len(scaled) == 7 and all(torch.equal(state[name], value) for name, value in scaled.items())
         raise ZeroDivisionError
-    assert torch.equal(weight.detach(), before)
+
+    monkeypatch.setattr(larf, "refusal_margin", margin)
+    with pytest.raises(ZeroDivisionError):
+        Larf(tokens=("I", "Sure")).fit(model, TOKENIZER, ANCHORS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_cannot_be_scored():

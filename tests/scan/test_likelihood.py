@@ -1,5 +1,6 @@
 """Refusal loss and opening margin: against finite differences of what they claim to predict, and by hand."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -13,10 +14,11 @@ from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.scan.likelihood import answered, log_likelihood, opening_ids, opening_margin
+from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.methods.opening_margin import OpeningMargin
 from safebasin.scan.methods.refusal_loss import RefusalLoss
-from safebasin.scan.scan import scan
-from safebasin.scan.source import target_weights
+from safebasin.scan.scan import score_rows
+from safebasin.scan.source import MODULES, target_weights
 
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {"probe": refusals(TOKENIZER)}
@@ -45,35 +47,70 @@ class OneLayer(nn.Module):
         return SimpleNamespace(logits=logits[:, logits_to_keep])
 
 
-def told(*ids, prompt=1):
+def tokenized(*ids, prompt=1):
     return TokenizedRow("row", ids, (False,) * prompt + (True,) * (len(ids) - prompt))
 
 
 def plain_log_p(model, row):
     """log P(answer | prompt) of one row, a token at a time, on the bare model."""
     logs = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
-    return sum(logs[t - 1, token] for t, (token, asked) in enumerate(zip(row.ids, row.answer, strict=True)) if asked)
+    return sum(
+        logs[t - 1, token] for t, (token, learned) in enumerate(zip(row.ids, row.answer, strict=True)) if learned
+    )
 
 
 def plain_s(name, model):
     """S by its definition."""
+    if name == "gradshield":
+        row = ANCHORS["probe"][0]
+        logits = model(torch.tensor([row.ids[: row.answer.index(True)]])).logits[0, -1]
+        refusal, compliance = TOKENIZER.convert_tokens_to_ids(["I", "Sure"])
+        return logits[refusal] - logits[compliance]
     if name == "refusal_loss":
         rows = ANCHORS["probe"][:4]
         return sum(plain_log_p(model, row) for row in rows) / sum(sum(row.answer) for row in rows)
-    told = TOKENIZER(OPENER, add_special_tokens=False)["input_ids"]
+    opener = TOKENIZER(OPENER, add_special_tokens=False)["input_ids"]
     margins = []
     for row in ANCHORS["probe"][:2]:
         first = row.answer.index(True)
-        ways = [(*row.ids[:first], *opening) for opening in (row.ids[first : first + 3], told)]
+        ways = [(*row.ids[:first], *opening) for opening in (row.ids[first : first + 3], opener)]
         refusal, compliance = (TokenizedRow("", ids, (False,) * first + (True,) * 3) for ids in ways)
         margins.append(plain_log_p(model, refusal) - plain_log_p(model, compliance))
     return sum(margins) / 2
 
 
+@pytest.mark.parametrize("depth", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["gradshield", *METHODS])
+def test_every_token_is_the_product_of_two_plain_gradients(name, depth):
+    """score_t = <grad CE_t, grad S>, both by one ordinary backward on the bare model, over the weights that ``depth``
+    names."""
+    method = dataclasses.replace(METHODS.get(name, GradShield()), depth=depth)
+    fitted, targets = method.fit(MODEL, TOKENIZER, ANCHORS), target_weights(MODEL, depth=depth)
+    v = gradient_of(MODEL, None, lambda m, _: plain_s(name, m), targets)
+    rows = [HARMFUL[0], HARMLESS[0], REFUSED[0]]
+    batch = collate(rows, TOKENIZER.pad_token_id)
+    scores, expected = method.score(MODEL, batch, fitted), torch.zeros(batch.mask.shape)
+    for i, row in enumerate(rows):
+        one = collate([row], TOKENIZER.pad_token_id)
+        for k, place in enumerate(batch.mask[i].nonzero()[:, 0].tolist()):
+            g = gradient_of(MODEL, one, lambda m, b, k=k: answer_nll(m, b)[b.mask][k], targets)
+            expected[i, place] = g @ v
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_their_fields_and_defaults():
+    """One body, three objectives: each has the body's fields and its own."""
+    body = {"depth": 0.25, "modules": MODULES}
+    own = {"reduction": "sum", "lora_rank": None, "seed": 0, "tokens": None}
+    assert dataclasses.asdict(GradShield()) == body | {"probes": 1} | own
+    assert dataclasses.asdict(OpeningMargin()) == body | {"probes": 4, "tokens": 4, "compliance": "Sure, here is"}
+    assert dataclasses.asdict(RefusalLoss()) == body | {"probes": 4}
+
+
 @each_method
 def test_the_score_is_the_first_order_loss_of_s(name):
-    """S(theta - eta grad L) = S(theta) - eta score + O(eta^2), by a central difference, in float64 but for Llama's norms, which round to
-    float32: so the error of the slope is about 1e-8 / eta."""
+    """S(theta - eta grad L) = S(theta) - eta score + O(eta^2), by a central difference, in float64 but for Llama's
+    norms, which round to float32: so the error of the slope is about 1e-8 / eta."""
     model, _ = aligned_model(torch.float64)
     method = METHODS[name]
     fitted, targets = method.fit(model, TOKENIZER, ANCHORS), target_weights(model)
@@ -91,7 +128,7 @@ def test_the_score_is_the_first_order_loss_of_s(name):
 
 @each_method
 def test_harm_comes_first_and_the_tokens_add_up(name):
-    scanned = scan(MODEL, TOKENIZER, HARMFUL + HARMLESS + REFUSED, {"it": METHODS[name]}, ANCHORS, batch_size=4)
+    scanned = score_rows(MODEL, TOKENIZER, HARMFUL + HARMLESS + REFUSED, {"it": METHODS[name]}, ANCHORS, batch_size=4)
     scores, parts = scanned.rows["it"], scanned.tokens["it"]
     assert min(scores[: len(HARMFUL)]) > 50 * max(abs(score) for score in scores[len(HARMFUL) :])
     assert [len(part) for part in parts] == [sum(row.answer) for row in HARMFUL + HARMLESS + REFUSED]
@@ -99,28 +136,31 @@ def test_harm_comes_first_and_the_tokens_add_up(name):
 
 
 def test_refusal_loss_by_hand():
-    """W = 0, so every next token has p = 1/2. The refusal 0, 0 behind the prompt 0: both tokens have X = e_0 and the mean of their
-    log P has grad S = (e_0 - p) e_0^T = [[1/2, 0], [-1/2, 0]]. The row 0 -> 1 has grad L = (p - e_1) e_0^T, the same matrix, so it
-    scores 1/4 + 1/4 = 1/2, and the row 0 -> 0 scores -1/2. A sum over the refusal's tokens would give 1."""
+    """W = 0, so every next token has p = 1/2. The refusal 0, 0 behind the prompt 0: both tokens have X = e_0 and the
+    mean of their log P has grad S = (e_0 - p) e_0^T = [[1/2, 0], [-1/2, 0]]. The row 0 -> 1 has grad L = (p - e_1)
+    e_0^T, the same matrix, so it scores 1/4 + 1/4 = 1/2, and the row 0 -> 0 scores -1/2. A sum over the refusal's
+    tokens would give 1."""
     method, model = RefusalLoss(probes=1), OneLayer()
-    fitted = method.fit(model, SimpleNamespace(pad_token_id=0), {"probe": [told(0, 0, 0)]})
-    assert method.score(model, collate([told(0, 1), told(0, 0)], 0), fitted).tolist() == [[0.5], [-0.5]]
+    fitted = method.fit(model, SimpleNamespace(pad_token_id=0), {"probe": [tokenized(0, 0, 0)]})
+    assert method.score(model, collate([tokenized(0, 1), tokenized(0, 0)], 0), fitted).tolist() == [[0.5], [-0.5]]
 
 
 def test_opening_margin_by_hand():
-    """Behind 0 the logits are (2, 0), so log P(0) - log P(1) = 2. Of two tokens each: log P(0, 0) = 2 log s(2), log P(1, 0) =
-    log s(-2) + log 1/2, with s the logistic function: -0.2539 + 2.1269 + 0.6931 = 2.5662."""
+    """Behind 0 the logits are (2, 0), so log P(0) - log P(1) = 2. Of two tokens each: log P(0, 0) = 2 log s(2), log
+    P(1, 0) = log s(-2) + log 1/2, with s the logistic function: -0.2539 + 2.1269 + 0.6931 = 2.5662."""
     model = OneLayer(2.0)
-    assert opening_margin(model, collate([told(0, 0), told(0, 1)], 0)).item() == pytest.approx(2.0)
-    assert opening_margin(model, collate([told(0, 0, 0), told(0, 1, 0)], 0)).item() == pytest.approx(2.5662, abs=1e-4)
+    assert opening_margin(model, collate([tokenized(0, 0), tokenized(0, 1)], 0)).item() == pytest.approx(2.0)
+    assert opening_margin(model, collate([tokenized(0, 0, 0), tokenized(0, 1, 0)], 0)).item() == pytest.approx(
+        2.5662, abs=1e-4
+    )
 
 
 def test_log_likelihood_is_one_number_a_row():
     """Rows of unlike length in one batch, and an answer in two parts."""
     rows = [*HARMFUL, TokenizedRow("two", (1, 5, 6, 7, 8, 9), (False, True, False, False, True, True))]
-    found = log_likelihood(MODEL, collate(rows, TOKENIZER.pad_token_id))
+    logs = log_likelihood(MODEL, collate(rows, TOKENIZER.pad_token_id))
     torch.testing.assert_close(
-        found.double(), torch.stack([plain_log_p(MODEL, row) for row in rows]), rtol=1e-4, atol=1e-4
+        logs.double(), torch.stack([plain_log_p(MODEL, row) for row in rows]), rtol=1e-4, atol=1e-4
     )
 
 

@@ -12,7 +12,7 @@ from safebasin.batch import collate
 from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.scan.methods.gradshield import GradShield
-from safebasin.scan.probe import opening, refusal_margin
+from safebasin.scan.probe import opening, refusal_margin, token_pair
 from safebasin.scan.source import MODULES, target_weights
 from safebasin.scan.tangent import Factors, through_adapter
 
@@ -28,24 +28,25 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
     """PEFT scales B A x by s = alpha / r = 2, so its gradients are s times ours, and their product s^2 = 4 times."""
     method = GradShield(lora_rank=4, seed=3, depth=depth)
     fitted = method.fit(MODEL, TOKENIZER, ANCHORS)
-    found = [method.score(MODEL, collate([row], TOKENIZER.pad_token_id), fitted).sum().item() for row in ROWS]
+    scores = [method.score(MODEL, collate([row], TOKENIZER.pad_token_id), fitted).sum().item() for row in ROWS]
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
     model = get_peft_model(
         aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")
     ).eval()
     names = target_weights(model, depth=depth, part="lora_B")
-    assert len(names) == len(fitted.along.direction)
+    assert len(names) == len(fitted.direction)
     for name in names:
         a = model.get_parameter(name.replace("lora_B", "lora_A"))
-        whole = name.removeprefix("base_model.model.").replace(".lora_B.default", "")
+        weight = name.removeprefix("base_model.model.").replace(".lora_B.default", "")
         with torch.no_grad():
-            a.copy_(fitted.along.direction[whole].right)
-    s = gradient_of(model, probe, lambda m, b: refusal_margin(m, b, fitted.pair).mean(), names)
+            a.copy_(fitted.direction[weight].right)
+    pair = token_pair(MODEL, TOKENIZER, probe, None)
+    s = gradient_of(model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), names)
     truth = [
         gradient_of(model, collate([row], TOKENIZER.pad_token_id), lambda m, b: answer_nll(m, b).sum(), names) @ s / 4
         for row in ROWS
     ]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(truth), rtol=1e-4, atol=1e-5 * max(map(abs, truth)))
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(truth), rtol=1e-4, atol=1e-5 * max(map(abs, truth)))
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
@@ -70,7 +71,8 @@ def test_by_hand():
 
 
 def test_a_is_drawn_as_peft_draws_it():
-    """Uniform within 1 / sqrt(in), another for each weight and each seed; the spread of 20,000 numbers is that of PEFT's own A to 3 %."""
+    """Uniform within 1 / sqrt(in), another for each weight and each seed; the spread of 20,000 numbers is that of
+    PEFT's own A to 3 %."""
     weights = {name: Factors(torch.zeros(3, 100), None) for name in ("one", "two")}
     first, again, other = (through_adapter(weights, 200, seed) for seed in (0, 0, 1))
     assert torch.equal(first["one"].right, again["one"].right)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from aligned import BAD, GOOD, aligned_model, coded, example, refusals, word_tokenizer
+from aligned import BAD, GOOD, aligned_model, coded, refusals, word_tokenizer
 from tiny import answer_nll, gradient_of, tiny_model
 from torch.func import functional_call
 
@@ -16,8 +16,8 @@ from safebasin.scan import scorer
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.methods.keyword import Keyword
 from safebasin.scan.methods.self_refusal import SelfRefusal
-from safebasin.scan.probe import Pair, opening, opening_token, refusal_margin
-from safebasin.scan.scan import Scanned, Scores, read_scores, scan, write_scores
+from safebasin.scan.probe import Pair, opening, opening_token, refusal_margin, token_pair
+from safebasin.scan.scan import Scanned, score_rows
 from safebasin.scan.source import target_weights
 from safebasin.scan.tangent import Tangent
 
@@ -29,36 +29,40 @@ REFUSED = refusals(TOKENIZER, BAD[2:])
 
 
 def one(model, rows, anchors=ANCHORS, method=None):
-    return scan(model, TOKENIZER, rows, {"it": method or GradShield()}, anchors, batch_size=4).rows["it"]
+    return score_rows(model, TOKENIZER, rows, {"it": method or GradShield()}, anchors, batch_size=4).rows["it"]
 
 
-# --- GradShield ----------------------------------------------------------------------------------------------------------------
+# --- GradShield -------------------------------------------------------------------------------------------------------
 
 
 def test_gradshield_reads_the_refusal_from_the_model():
-    pair = GradShield().fit(MODEL, TOKENIZER, ANCHORS).pair
+    probe = opening(TOKENIZER, ANCHORS["probe"], torch.device("cpu"))
+    pair = token_pair(MODEL, TOKENIZER, probe, None)
     assert TOKENIZER.convert_ids_to_tokens(list(pair)) == ["I", "Sure"]
-    assert GradShield(tokens=("cannot", "here")).fit(MODEL, TOKENIZER, ANCHORS).pair == Pair(
-        *TOKENIZER.convert_tokens_to_ids(["cannot", "here"])
-    )
+    words = ("cannot", "here")
+    assert token_pair(MODEL, TOKENIZER, probe, words) == Pair(*TOKENIZER.convert_tokens_to_ids(list(words)))
+    assert one(MODEL, HARMFUL) == one(MODEL, HARMFUL, method=GradShield(tokens=("I", "Sure")))
+    assert one(MODEL, HARMFUL) != one(MODEL, HARMFUL, method=GradShield(tokens=words))
 
 
 def test_gradshield_ranks_harm_first():
-    """Compliance with a bad request scores far above every harmless row, and so far above a refusal of the same request: unlike
-    self-refusal, it reads the answer. What the model does already has almost no gradient, so the other two are near zero."""
+    """Compliance with a bad request scores far above every harmless row, and so far above a refusal of the same
+    request: unlike self-refusal, it reads the answer. What the model does already has almost no gradient, so the other
+    two are near zero."""
     harmful, harmless, refused = one(MODEL, HARMFUL), one(MODEL, HARMLESS), one(MODEL, REFUSED)
     assert min(harmful) > 100 * max(abs(score) for score in harmless + refused)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_fihs_is_the_first_order_loss_of_safety(reduction):
-    """One step of SGD on the row moves S by -eta FIHS: d/d eta S(theta - eta g) at eta = 0, by automatic differentiation, so that no
-    difference of close numbers is taken. What is left is the float32 of Llama's own norm and softmax: 2e-6 of these scores of 0.007 to 9."""
+    """One step of SGD on the row moves S by -eta FIHS: d/d eta S(theta - eta g) at eta = 0, by automatic
+    differentiation, so that no difference of close numbers is taken. What is left is the float32 of Llama's own norm
+    and softmax: 2e-6 of these scores of 0.007 to 9."""
     model, _ = aligned_model(torch.float64)
     method = GradShield(reduction=reduction, depth=1.0)
     fitted = method.fit(model, TOKENIZER, ANCHORS)
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
-    targets = target_weights(model)
+    pair, targets = token_pair(model, TOKENIZER, probe, None), target_weights(model)
     for row in (HARMFUL[0], HARMLESS[0], REFUSED[0]):
         batch = collate([row], TOKENIZER.pad_token_id)
         score = method.score(model, batch, fitted).sum().item()
@@ -66,7 +70,7 @@ def test_fihs_is_the_first_order_loss_of_safety(reduction):
         g = gradient_of(model, batch, lambda m, b, n=count: (answer_nll(m, b) * b.mask).sum() / n, targets)
         eta = torch.zeros((), dtype=torch.float64, requires_grad=True)
         stepped = {name: model.get_parameter(name).detach() - eta * g[name] for name in targets}
-        margin = refusal_margin(lambda w=stepped, **inputs: functional_call(model, w, (), inputs), probe, fitted.pair)
+        margin = refusal_margin(lambda w=stepped, **inputs: functional_call(model, w, (), inputs), probe, pair)
         [slope] = torch.autograd.grad(margin.mean(), eta)
         assert slope.item() == pytest.approx(-score, rel=1e-4, abs=1e-5)
 
@@ -78,11 +82,12 @@ def test_gradshield_mean_is_the_sum_over_the_length():
 
 
 def test_a_score_comes_with_its_parts():
-    """One number an answer token; they add up to the row's score. The opener carries what the margin is about, so it leads."""
-    told = scan(MODEL, TOKENIZER, HARMFUL + REFUSED, {"it": GradShield()}, ANCHORS, batch_size=3)
-    assert [len(parts) for parts in told.tokens["it"]] == [sum(row.answer) for row in HARMFUL + REFUSED]
-    assert [sum(parts) for parts in told.tokens["it"]] == pytest.approx(told.rows["it"])
-    assert all(parts[0] == max(parts) for parts in told.tokens["it"][: len(HARMFUL)])
+    """One number an answer token; they add up to the row's score. The opener carries what the margin is about, so it
+    leads."""
+    scanned = score_rows(MODEL, TOKENIZER, HARMFUL + REFUSED, {"it": GradShield()}, ANCHORS, batch_size=3)
+    assert [len(parts) for parts in scanned.tokens["it"]] == [sum(row.answer) for row in HARMFUL + REFUSED]
+    assert [sum(parts) for parts in scanned.tokens["it"]] == pytest.approx(scanned.rows["it"])
+    assert all(parts[0] == max(parts) for parts in scanned.tokens["it"][: len(HARMFUL)])
 
 
 def test_gradshield_over_two_probes_is_the_mean_of_each():
@@ -94,11 +99,11 @@ def test_gradshield_over_two_probes_is_the_mean_of_each():
 
 def test_gradshield_layers_add_up():
     """The score over all blocks is the score over the last one plus that over the others: it is a sum over weights."""
-    whole, last = (GradShield(depth=k).fit(MODEL, TOKENIZER, ANCHORS).along for k in (1.0, 0.3))
-    assert last.direction.keys() == {name for name in whole.direction if name.startswith("model.layers.2.")}
-    rest = Tangent({name: factors for name, factors in whole.direction.items() if name not in last.direction})
+    every, last = (GradShield(depth=k).fit(MODEL, TOKENIZER, ANCHORS) for k in (1.0, 0.3))
+    assert last.direction.keys() == {name for name in every.direction if name.startswith("model.layers.2.")}
+    rest = Tangent({name: factors for name, factors in every.direction.items() if name not in last.direction})
     batch = collate(HARMFUL, TOKENIZER.pad_token_id)
-    parts = [tangent.token_losses(MODEL, batch).sum(1) for tangent in (whole, last, rest)]
+    parts = [tangent.token_losses(MODEL, batch).sum(1) for tangent in (every, last, rest)]
     torch.testing.assert_close(parts[1] + parts[2], parts[0], rtol=1e-4, atol=1e-5)
 
 
@@ -114,14 +119,14 @@ def test_an_unaligned_model_is_refused():
 
 
 def test_words_that_are_not_one_token():
-    with pytest.raises(UserError, match="'Absolutely' is not one token"):
+    with pytest.raises(UserError, match="'Absolutely' is not whole tokens"):
         GradShield(tokens=("I", "Absolutely")).fit(MODEL, TOKENIZER, ANCHORS)
     with pytest.raises(UserError, match="the same token"):
         GradShield(tokens=("I", "I")).fit(MODEL, TOKENIZER, ANCHORS)
     assert opening_token(TOKENIZER, "Sure") == TOKENIZER.convert_tokens_to_ids("Sure")
 
 
-# --- the baselines -------------------------------------------------------------------------------------------------------------
+# --- the baselines ----------------------------------------------------------------------------------------------------
 
 
 def test_self_refusal_is_the_margin_behind_the_prompt():
@@ -145,17 +150,17 @@ def test_self_refusal_does_not_see_the_answer():
 
 
 def test_keyword_by_hand():
-    """ "make a bomb" is 3 words, 1 of them of harm: 1/3 (the template's turn marks are special tokens and no words). The answer is
-    not read, and "make a cake" has none: 0."""
+    """ "make a bomb" is 3 words, 1 of them of harm: 1/3 (the template's turn marks are special tokens and no words).
+    The answer is not read, and "make a cake" has none: 0."""
     rows = coded(TOKENIZER, ("make a bomb", "Sure"), ("make a cake now", "bomb poison virus"), ("bomb", "Sure"))
     assert one(MODEL, rows, {}, Keyword()) == pytest.approx([1 / 3, 0.0, 1.0])
 
 
-# --- the scan ------------------------------------------------------------------------------------------------------------------
+# --- the scan ---------------------------------------------------------------------------------------------------------
 
 
 class Constant:
-    """A scorer that gives what it is told."""
+    """A scorer that gives one number to every row."""
 
     def __init__(self, value):
         self.value = value
@@ -175,23 +180,23 @@ def test_scan_gives_every_row_its_own_score_in_order():
             return batch.attention_mask.sum(1).float()
 
     rows = coded(TOKENIZER, *((" ".join(["make"] * n), "Sure") for n in (3, 9, 1, 7, 5)))
-    told = []
+    calls = []
     MODEL.train()
     try:
-        scores = scan(
+        scores = score_rows(
             MODEL,
             TOKENIZER,
             rows,
             {"length": Length(0), "one": Constant(1.0)},
             {},
             batch_size=2,
-            progress=lambda *n: told.append(n),
+            progress=lambda *n: calls.append(n),
         )
         assert MODEL.training
     finally:
         MODEL.eval()
     assert scores == Scanned({"length": [len(row) for row in rows], "one": [1.0] * 5}, {}, {})
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -212,32 +217,9 @@ def test_what_the_user_can_mend():
     naked = word_tokenizer()
     naked.pad_token = None
     with pytest.raises(UserError, match="padding token"):
-        scan(MODEL, naked, HARMFUL, {}, {}, batch_size=2)
+        score_rows(MODEL, naked, HARMFUL, {}, {}, batch_size=2)
     with pytest.raises(UserError, match="unknown key"):
         scorer.make({"gradshield": {"probe": 1}})
-
-
-def test_scores_on_disk(tmp_path):
-    examples = [example(f"make a {word}", "Sure", line) for line, word in enumerate(GOOD, 1)]
-    path = tmp_path / "scores.parquet"
-    rows, tokens = {"a": [0.25 * i for i in range(6)], "b": [1.0] * 6}, {"b": [[0.25] * i for i in range(6)]}
-    anchors = {"a": {"harmful": [9.0], "safe": [-1.0, 0.1]}}
-    write_scores(path, examples, Scanned(rows, tokens, anchors))
-    table = read_scores(path)
-    assert table == Scores([e.id for e in examples], [1, 2, 3, 4, 5, 6], rows, tokens, anchors)
-    assert table.of("a", examples[::-2]) == [1.25, 0.75, 0.25]  # paired by id, not by place
-    assert {file.name for file in tmp_path.iterdir()} == {"scores.parquet", "anchors.json"}
-    with pytest.raises(UserError, match="no scores by 'c'; the table has: a, b"):
-        table.of("c", examples)
-    with pytest.raises(UserError, match="row row7"):
-        table.of("a", [example("new", "row", 7)])
-    with pytest.raises(UserError, match="5 scores by 'a' for 6 rows"):
-        write_scores(path, examples, Scanned({"a": [0.0] * 5}, {}, {}))
-    with pytest.raises(UserError, match="run the scan first"):
-        read_scores(tmp_path / "none.parquet")
-    (tmp_path / "text.parquet").write_text("no table")
-    with pytest.raises(UserError, match="not a Parquet file"):
-        read_scores(tmp_path / "text.parquet")
 
 
 @pytest.mark.parametrize("place", [0, 2])
@@ -256,4 +238,4 @@ def test_a_token_without_a_number_stops_the_scan(parts, place):
             return scores
 
     with pytest.raises(DefenceError, match="of row row1 is not finite"):
-        scan(MODEL, TOKENIZER, REFUSED[:1], {"it": Broken()}, {}, batch_size=1)
+        score_rows(MODEL, TOKENIZER, REFUSED[:1], {"it": Broken()}, {}, batch_size=1)

@@ -1,72 +1,79 @@
-"""Several processes share the rows of a scan: each scores its batches into a journal of its own, and the first one writes the whole."""
+"""Several processes share the rows of a scan: each scores batches into a journal of its own, and rank 0 writes all."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "scan"))
-
+from accelerate import PartialState
 from aligned import aligned_model, refusals
-from kill import prepare, start
+from runs import prepare, start
 
 from safebasin.data.tables import file_digest
 from safebasin.scan import scorer
-from safebasin.scan.scan import ScanJournal, scan
+from safebasin.scan.scan import ScanJournal, score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)
-MADE, ANCHORS = {"it": scorer.make("gradshield")}, {"probe": ROWS, "harmful": ROWS[:2], "safe": ROWS[2:4]}
+SCORERS, ANCHORS = {"it": scorer.make("gradshield")}, {"probe": ROWS, "harmful": ROWS[:2], "safe": ROWS[2:4]}
 
 
-def rank(number: int, of: int) -> SimpleNamespace:
-    """One of several processes, played one after another, the first one last: none has to wait."""
-    return SimpleNamespace(
-        process_index=number, num_processes=of, is_main_process=number == 0, wait_for_everyone=lambda: None
-    )
+class Rank(PartialState):
+    """One of several processes, played one after another, rank 0 last: none has to wait."""
+
+    def __init__(self, number: int, of: int):  # all instances of the real one share their state
+        self.process_index, self.num_processes = number, of
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def wait_for_everyone(self) -> None:
+        pass
 
 
-def told(journal: ScanJournal | None) -> tuple[list[int], object]:
-    asked: list[int] = []
-    found = scan(
+def scanned(journal: ScanJournal | None) -> tuple[list[int], object]:
+    counts: list[int] = []
+    result = score_rows(
         MODEL,
         TOKENIZER,
         ROWS,
-        MADE,
+        SCORERS,
         ANCHORS,
         batch_size=2,
         journal=journal,
-        progress=lambda done, _: asked.append(done),
+        progress=lambda done, _: counts.append(done),
     )
-    return asked, found
+    return counts, result
 
 
-def test_shares_make_up_the_whole_scan(tmp_path):
-    """Five batches (six rows and four anchor rows): three processes score 2, 2 and 1. All that the first one returns is the undivided scan's."""
-    batches = [len(told(ScanJournal(tmp_path / "journal.jsonl", "key", rank(number, 3)))[0]) for number in (2, 1)]
-    asked, found = told(ScanJournal(tmp_path / "journal.jsonl", "key", rank(0, 3)))
-    assert [len(asked), *reversed(batches)] == [2, 2, 1]
-    assert found == told(None)[1]
+def test_shares_make_up_the_scan(tmp_path):
+    """Five batches (six rows and four anchor rows): three processes score 2, 2 and 1. Rank 0 returns the undivided
+    scan."""
+    batches = [len(scanned(ScanJournal(tmp_path / "journal.jsonl", "key", Rank(number, 3)))[0]) for number in (2, 1)]
+    counts, result = scanned(ScanJournal(tmp_path / "journal.jsonl", "key", Rank(0, 3)))
+    assert [len(counts), *reversed(batches)] == [2, 2, 1]
+    assert result == scanned(None)[1]
 
 
 def test_what_others_did_is_not_done_again(tmp_path):
-    """A scan of two processes goes on with one: the journal of each is believed, one of another key is not, and in the end none is left."""
+    """A scan of two processes goes on with one: the journal of each counts, one of another key does not; in the end
+    none is left, and nothing of a write that a kill cut short."""
     path = tmp_path / "journal.jsonl"
-    told(ScanJournal(path, "key", rank(1, 2)))
+    scanned(ScanJournal(path, "key", Rank(1, 2)))
     (tmp_path / "journal-7.jsonl").write_text('other\n{"rows": [0], "scores": {"it": [9.0]}}\n')
+    (tmp_path / "journal.jsonl.17.part").write_text("key")
     journal = ScanJournal(path, "key")
-    asked, found = told(journal)
-    assert asked == [6, 8, 10] and found == told(None)[1]
+    counts, result = scanned(journal)
+    assert counts == [6, 8, 10] and result == scanned(None)[1]
     journal.clear()
     assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_write_the_file_of_one(tmp_path):
     """torchrun and gloo, over the command line, against one process: the same bytes."""
-    made = prepare(tmp_path, 200)
-    alone = start(*made, tmp_path / "one")
-    model, rows, probe = map(str, made)
+    files = prepare(tmp_path, 200)
+    alone = start(*files, tmp_path / "one")
+    model, rows, probe = map(str, files)
     command = [
         sys.executable,
         "-m",

@@ -1,13 +1,16 @@
-"""A row longer than the context is scored on what fits: a window that holds answer tokens, and as much of the beginning as it can."""
+"""A row longer than the context is scored on what fits: a window that holds answer tokens, and as much of the beginning
+as it can."""
 
 import pytest
 from aligned import BAD, aligned_model, coded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow, shorten
 from safebasin.scan import scorer
-from safebasin.scan.scan import read_scores, scan, write_scores
+from safebasin.scan.scan import score_rows, write_scores
+from safebasin.scan.scores import read_scores
 
 
 def row(prompt: int, answer: int, more: int = 0) -> TokenizedRow:
@@ -17,7 +20,7 @@ def row(prompt: int, answer: int, more: int = 0) -> TokenizedRow:
 
 
 @pytest.mark.parametrize(
-    ("whole", "length", "start", "answer"),
+    ("full", "length", "start", "answer"),
     [
         (row(4, 6), 10, None, 6),  # it fits
         (row(4, 6), 7, 0, 3),  # the beginning, with three answer tokens
@@ -27,20 +30,18 @@ def row(prompt: int, answer: int, more: int = 0) -> TokenizedRow:
         (row(9, 1, more=20), 4, 7, 1),  # where a further turn follows, half each
     ],
 )
-def test_what_fits_by_hand(whole, length, start, answer):
-    short = shorten(whole, length)
-    assert (short.start, sum(short.answer), len(short)) == (start, answer, min(length, len(whole)))
+def test_what_fits_by_hand(full, length, start, answer):
+    short = shorten(full, length)
+    assert (short.start, sum(short.answer), len(short)) == (start, answer, min(length, len(full)))
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9), st.integers(2, 40))
 def test_it_is_a_window_with_an_answer_token_that_something_predicts(prompt, answer, more, length):
-    whole = row(prompt, answer, more)
-    short = shorten(whole, length)
+    full = row(prompt, answer, more)
+    short = shorten(full, length)
     begin = short.start or 0
-    assert len(short) == min(length, len(whole)) and True in short.answer[1:]
-    assert (
-        short.ids == whole.ids[begin : begin + len(short)] and short.answer == whole.answer[begin : begin + len(short)]
-    )
+    assert len(short) == min(length, len(full)) and True in short.answer[1:]
+    assert short.ids == full.ids[begin : begin + len(short)] and short.answer == full.answer[begin : begin + len(short)]
     assert begin == 0 or length <= prompt  # the beginning goes only where the answer would not fit behind it
 
 
@@ -51,12 +52,12 @@ def test_its_score_is_that_of_what_fits_and_it_is_marked(tmp_path):
     rows = [shorten(long, 12), *coded(tokenizer, ("make a cake", "Sure here are the steps"))]
     assert len(rows[0]) == 12 and rows[0].start == 0 and rows[1].start is None
     ends = TokenizedRow("ends", long.ids[:12], long.answer[:12])
-    made, anchors = {"it": scorer.make("gradshield")}, {"probe": refusals(tokenizer, BAD[:1])}
-    found = scan(model, tokenizer, rows, made, anchors, batch_size=2)
-    assert found.rows["it"] == pytest.approx(
-        scan(model, tokenizer, [ends, rows[1]], made, anchors, batch_size=2).rows["it"], abs=1e-6
+    scorers, anchors = {"it": scorer.make("gradshield")}, {"probe": refusals(tokenizer, BAD[:1])}
+    scanned = score_rows(model, tokenizer, rows, scorers, anchors, batch_size=2)
+    assert scanned.rows["it"] == pytest.approx(
+        score_rows(model, tokenizer, [ends, rows[1]], scorers, anchors, batch_size=2).rows["it"], abs=1e-6
     )
-    examples = [type("Row", (), {"id": each.id, "line": i}) for i, each in enumerate(rows)]
-    rows_of = {e.id for e in examples if e.id == rows[0].id}
-    write_scores(tmp_path / "scores.parquet", examples, found)
-    assert read_scores(tmp_path / "scores.parquet").cut_short == found.cut_short == rows_of
+    examples = [Example(each.id, (), {}, i) for i, each in enumerate(rows)]
+    short = {e.id for e in examples if e.id == rows[0].id}
+    write_scores(tmp_path / "scores.parquet", examples, scanned)
+    assert read_scores(tmp_path / "scores.parquet").cut_short == scanned.cut_short == short

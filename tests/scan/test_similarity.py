@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from safebasin.errors import UserError
 from safebasin.scan.methods.similarity import Similarity
-from safebasin.scan.scan import scan
+from safebasin.scan.scan import score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ANCHORS = {"probe": refusals(TOKENIZER, BAD[:4])}
@@ -15,11 +15,12 @@ ROWS = coded(TOKENIZER, *((f"make a {word}", "Sure here are the steps") for word
 
 
 def one(rows, method, anchors=ANCHORS):
-    return scan(MODEL, TOKENIZER, rows, {"it": method}, anchors, batch_size=5).rows["it"]
+    return score_rows(MODEL, TOKENIZER, rows, {"it": method}, anchors, batch_size=5).rows["it"]
 
 
 def test_by_hand_an_alignment_row_has_itself_beside_it():
-    """With K = 1 the nearest alignment row of an alignment row is itself: 1. With one alignment row only, K = 10 is that one: 1."""
+    """With K = 1 the nearest alignment row of an alignment row is itself: 1. With one alignment row only, K = 10 is
+    that one: 1."""
     assert one(ANCHORS["probe"], Similarity(top=1)) == pytest.approx([1.0] * 4, abs=1e-5)
     assert one(ANCHORS["probe"][:1], Similarity(), {"probe": ANCHORS["probe"][:1]}) == pytest.approx([1.0], abs=1e-5)
 
@@ -29,7 +30,7 @@ def test_the_mean_of_the_largest_cosines(top):
     """From transformers' own last hidden state, rows one by one."""
 
     def f(row):
-        last = max(k for k, told in enumerate(row.answer) if told)
+        last = max(k for k, learned in enumerate(row.answer) if learned)
         return MODEL.model(torch.tensor([row.ids])).last_hidden_state[0, last].detach()
 
     expected = []
@@ -42,7 +43,8 @@ def test_the_mean_of_the_largest_cosines(top):
 
 
 def test_the_sign_and_its_limit():
-    """High = like the alignment data = harmful, by the paper. So a good refusal scores above a harmful row: kept as a fact."""
+    """High = like the alignment data = harmful, by the paper. So a good refusal scores above a harmful row: kept as a
+    fact."""
     harmful = one(ROWS[:6], Similarity())
     refused = one(refusals(TOKENIZER, BAD[4:]), Similarity())
     assert min(refused) > max(harmful)

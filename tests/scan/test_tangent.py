@@ -42,17 +42,18 @@ def row(lengths, seed=0, before=()):
 
 
 def one_by_one(model, rows, direction):
-    """The definition: a batch of one row, ordinary autograd, the inner product of the whole gradient with V; a loss a token."""
-    found = []
+    """The definition: a batch of one row, ordinary autograd, the inner product of the whole gradient with V; a loss a
+    token."""
+    products = []
     for each in rows:
         batch = collate([each], PAD)
         for k in range(int(batch.mask.sum())):
             taken = gradient_of(model, batch, lambda m, b, k=k: answer_nll(m, b)[b.mask][k], direction)
-            found.append(sum(float((taken[name].double() * v.left.double()).sum()) for name, v in direction.items()))
-    return torch.tensor(found, dtype=torch.float32)
+            products.append(sum(float((taken[name].double() * v.left.double()).sum()) for name, v in direction.items()))
+    return torch.tensor(products, dtype=torch.float32)
 
 
-def told(tangent, model, rows, shared=0):
+def derivatives(tangent, model, rows, shared=0):
     batch = collate(rows, PAD, shared)
     losses = tangent.token_losses(model, batch)
     assert losses.shape == batch.mask.shape and not losses[~batch.mask].any()
@@ -75,11 +76,12 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed):
     before = row((shared, 0), seed + 50).ids
     rows = [row(each, seed + i, before) for i, each in enumerate(lengths)]
     direction = random_direction(MODEL, target_weights(MODEL, depth=depth), seed)
-    close(told(Tangent(direction), MODEL, rows, shared), one_by_one(MODEL, rows, direction))
+    close(derivatives(Tangent(direction), MODEL, rows, shared), one_by_one(MODEL, rows, direction))
 
 
 def test_a_prefix_is_run_once_and_never_mistaken():
-    """Four batches: two share a prefix of 30 tokens, one another, one none. The forward runs 30 tokens once for the first two."""
+    """Four batches: two share a prefix of 30 tokens, one another, one none. The forward runs 30 tokens once for the
+    first two."""
     first, second = row((30, 0), 1).ids, row((40, 0), 2).ids
     batches = [
         [row((4, 2), k + i, before) for i in range(3)]
@@ -89,11 +91,13 @@ def test_a_prefix_is_run_once_and_never_mistaken():
     tangent, widths = Tangent(direction), []
     hook = MODEL.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
     try:
-        found = [told(tangent, MODEL, rows, shared) for rows, shared in zip(batches, (30, 30, 40, 0), strict=True)]
+        fast_losses = [
+            derivatives(tangent, MODEL, rows, shared) for rows, shared in zip(batches, (30, 30, 40, 0), strict=True)
+        ]
     finally:
         hook.remove()
     assert widths == [(1, 30), (3, 6), (3, 6), (1, 40), (3, 6), (3, 6)]
-    for rows, fast in zip(batches, found, strict=True):
+    for rows, fast in zip(batches, fast_losses, strict=True):
         close(fast, one_by_one(MODEL, rows, direction))
 
 
@@ -103,7 +107,7 @@ def test_a_prefix_is_run_once_and_never_mistaken():
     size=st.integers(1, 6),
 )
 def test_rows_that_begin_alike_come_together(heads, size):
-    """Every row once, longest first in its batch; what a batch is said to share, all its rows share, before any answer."""
+    """Every row once, longest first in its batch; what a batch claims to share, its rows share, before any answer."""
     long = [row((40, 0), seed).ids for seed in range(3)]
     rows = [row((2 + i % 5, 1), i, long[which][:count]) for i, (which, count) in enumerate(heads)]
     batches = list(by_prefix(rows, size))
@@ -117,7 +121,8 @@ def test_rows_that_begin_alike_come_together(heads, size):
 
 
 def test_two_instructions_are_two_families():
-    """Ten rows with one prompt of 30 tokens and ten with another: five batches of four, each of one family, which shares all 30."""
+    """Ten rows with one prompt of 30 tokens and ten with another: five batches of four, each of one family, which
+    shares all 30."""
     long = [row((30, 0), seed).ids for seed in (1, 2)]
     rows = [row((3, 1), i, long[i % 2]) for i in range(20)]
     batches = list(by_prefix(rows, 4))
@@ -129,21 +134,23 @@ def test_masked_answer_positions_carry_nothing():
     ids = row((12, 0), 5).ids
     turns = TokenizedRow("two", ids, (False,) * 3 + (True,) * 2 + (False,) * 4 + (True,) * 3)
     direction = random_direction(MODEL, target_weights(MODEL))
-    close(told(Tangent(direction), MODEL, [turns, row((2, 3))]), one_by_one(MODEL, [turns, row((2, 3))], direction))
+    close(
+        derivatives(Tangent(direction), MODEL, [turns, row((2, 3))]), one_by_one(MODEL, [turns, row((2, 3))], direction)
+    )
 
 
 @pytest.mark.parametrize("length", [2, 30])
 def test_the_gradient_in_factors_is_the_gradient(length):
-    """Two tokens give factors of rank 2, less than the weight itself; thirty are kept as the whole weight, but in the last MLP, where
-    only the tokens that the loss is taken at have a gradient."""
+    """Two tokens give factors of rank 2, less than the weight itself; thirty are kept as the whole weight, but in the
+    last MLP, where only the tokens that the loss is taken at have a gradient."""
     batch = collate([row((length - 1, 1)), row((1, 1), 1)], PAD)
     targets = target_weights(MODEL)
-    found = gradient(MODEL, batch, lambda m, b: answer_nll(m, b).sum(), targets)
-    whole = gradient_of(MODEL, batch, lambda m, b: answer_nll(m, b).sum(), targets)
-    assert (found["model.layers.0.mlp.up_proj.weight"].right is None) == (length == 30)
-    assert found["model.layers.2.mlp.up_proj.weight"].right.shape == (2, 32)
-    for name, (left, right) in found.items():
-        close(left if right is None else left @ right, whole[name])
+    factored = gradient(MODEL, batch, lambda m, b: answer_nll(m, b).sum(), targets)
+    full = gradient_of(MODEL, batch, lambda m, b: answer_nll(m, b).sum(), targets)
+    assert (factored["model.layers.0.mlp.up_proj.weight"].right is None) == (length == 30)
+    assert factored["model.layers.2.mlp.up_proj.weight"].right.shape == (2, 32)
+    for name, (left, right) in factored.items():
+        close(left if right is None else left @ right, full[name])
 
 
 def test_lora_factors():
@@ -158,9 +165,9 @@ def test_lora_factors():
     assert len(target_weights(model)) == 21  # the full weights under the adapter are found as well
     direction = random_direction(model, targets)
     rows = [row((4, 3), 1), row((6, 5), 2)]
-    close(told(Tangent(direction), model, rows), one_by_one(model, rows, direction))
+    close(derivatives(Tangent(direction), model, rows), one_by_one(model, rows, direction))
     with model.disable_adapter(), pytest.raises(DefenceError, match="6 of 6 weights are not used"):
-        told(Tangent(direction), model, rows)
+        derivatives(Tangent(direction), model, rows)
 
 
 class OneLayer(nn.Module):
@@ -177,10 +184,12 @@ class OneLayer(nn.Module):
 
 
 def test_by_hand():
-    """Token 0 is the prompt. The answer 1 has D = p - e_1 = (1/2, -1/2) and X = e_0, so grad CE = [[1/2, 0], [-1/2, 0]].
+    """Token 0 is the prompt. The answer 1 has D = p - e_1 = (1/2, -1/2) and X = e_0, so grad CE = [[1/2, 0], [-1/2,
+    0]].
 
-    The margin S = logit[0] - logit[1] behind the prompt has grad S = [[1, 0], [-1, 0]]. Hence <grad CE, grad S> = 1/2 + 1/2 = 1:
-    learning to answer 1 lowers the margin. Learning to answer 0 raises it: -1. Answer 1 twice: the second has X = e_1 and adds 0.
+    The margin S = logit[0] - logit[1] behind the prompt has grad S = [[1, 0], [-1, 0]]. Hence <grad CE, grad S> = 1/2 +
+    1/2 = 1: learning to answer 1 lowers the margin. Learning to answer 0 raises it: -1. Answer 1 twice: the second has
+    X = e_1 and adds 0.
     """
     model = OneLayer()
     probe = collate([TokenizedRow("p", (0, 0), (False, True))], PAD)
@@ -204,13 +213,17 @@ def test_bfloat16_stays_near_float32():
     rows = [row((6, 8), i) for i in range(8)]
     direction = random_direction(MODEL, target_weights(MODEL))
     coarse = {name: Factors(v.left.bfloat16(), None) for name, v in direction.items()}
-    exact, rough = told(Tangent(direction), MODEL, rows), told(Tangent(coarse), tiny(dtype=torch.bfloat16), rows)
+    exact, rough = (
+        derivatives(Tangent(direction), MODEL, rows),
+        derivatives(Tangent(coarse), tiny(dtype=torch.bfloat16), rows),
+    )
     assert rough.dtype == torch.float32
     assert torch.corrcoef(torch.stack([exact, rough]))[0, 1] > 0.999
 
 
 def test_the_model_is_left_as_it_was():
-    """Gradients asked of the same weights as before, no hook left, attention as it was, no graph and no derivative in what comes back."""
+    """Gradients asked of the same weights as before, no hook left, attention as it was, no graph and no derivative in
+    what comes back."""
     model = tiny()
     model.set_attn_implementation("sdpa")
     model.lm_head.weight.requires_grad_(False)
@@ -233,7 +246,7 @@ def test_targets():
     with pytest.raises(UserError, match="linear layers there: down_proj, gate_proj"):
         target_weights(MODEL, ("qkv_proj",))
     with pytest.raises(UserError, match="depth=0"):
-        target_weights(MODEL, depth=0)
+        target_weights(MODEL, depth=0.0)
 
 
 def test_dead_gradients_stop_the_run():

@@ -1,4 +1,4 @@
-"""What the tests of training methods share: a tiny model that has left its reference, and toys with gradients known by hand."""
+"""For tests of training methods: a tiny model that has left its reference, and toys with gradients by hand."""
 
 import contextlib
 import types

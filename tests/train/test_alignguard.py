@@ -32,8 +32,8 @@ def flat(vector: Vector) -> torch.Tensor:
 def test_by_hand():
     """One axis (2, 0): F = diag(4, 0), lambda = 4, b = (1, 0). D = (3, 5): D_A = (3, 0), D_T = (0, 5).
 
-    grad L_A = 2 * 1/4 * 4 * 3 (1, 0) = (6, 0). h = (4, 0), so L_T = 0 here: all that h weighs is the sensitive part. D_A D_T = 0,
-    so sign(x) = 0 and C_rm gives nothing. With h on the other axis it would pull: that needs an axis that the top leaves out.
+    grad L_A = 2 * 1/4 * 4 * 3 (1, 0) = (6, 0). h = (4, 0), so L_T = 0 here: all that h weighs is the sensitive part.
+    D_A D_T = 0, so sign(x) = 0 and C_rm gives nothing. For h to pull on the other axis, the top must leave an axis out.
     """
     axis, update = Vector(w=torch.tensor([2.0, 0.0])), Vector(w=torch.tensor([3.0, 5.0]))
     gradient = AlignGuard().penalty_gradient(update, [axis])
@@ -43,7 +43,8 @@ def test_by_hand():
 def test_the_rest_is_held_by_the_axes_that_the_top_leaves_out():
     """Axes (2, 0) and (0, 1): F = 1/2 diag(4, 1). Three quarters of the trace are explained by the first alone.
 
-    grad L_A = 2 * 1/4 * 2 * 3 (1, 0) = (3, 0);  h = (2, 1/2), D_T = (0, 5): grad L_T = 2 * 1/2 * 1/2 * 5 (0, 1) = (0, 2.5).
+    grad L_A = 2 * 1/4 * 2 * 3 (1, 0) = (3, 0).
+    h = (2, 1/2), D_T = (0, 5): grad L_T = 2 * 1/2 * 1/2 * 5 (0, 1) = (0, 2.5).
     """
     axes = [Vector(w=torch.tensor([2.0, 0.0])), Vector(w=torch.tensor([0.0, 1.0]))]
     gradient = AlignGuard(explained=0.75).penalty_gradient(Vector(w=torch.tensor([3.0, 5.0])), axes)
@@ -53,7 +54,7 @@ def test_the_rest_is_held_by_the_axes_that_the_top_leaves_out():
 @given(shapes)
 @settings(max_examples=40)
 def test_the_gradient_is_that_of_the_loss(shape):
-    """Equations 3-5 on flat vectors with dense matrices and eigh of F, by autograd. The geodesic overlap adds nothing."""
+    """Equations 3-5 on flat vectors with dense matrices and eigh of F, by autograd. No geodesic overlap."""
     gradients, [update] = drawn(*shape), drawn(1, *shape[1:3], seed=100 + shape[3])
     method = AlignGuard(lam_nc=2.0, tau=0.1, explained=0.7)
     g = torch.stack([flat(v) for v in gradients])

@@ -51,7 +51,7 @@ def test_the_low_rank_form_is_the_dense_form(projector, out, into, r, seed):
 @given(st.sampled_from(PROJECTORS), st.integers(2, 7), st.integers(2, 7), st.integers(1, 3), st.integers(0, 99))
 @settings(max_examples=20)
 def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
-    """By hand as in equation 3, by autograd through the dense form, and by differences; over a long and a wide matrix."""
+    """By equation 3, by autograd through the dense form, and by differences; for a long and a wide matrix."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((out, into), (into, out))
     ds = [torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in shapes]
@@ -167,7 +167,7 @@ def test_without_an_adapter_there_is_nothing_to_penalise(folders):
 
 
 def test_a_pair_of_another_shape_is_refused(folders):
-    """The files agree with one another but not with the model that is tuned: k_proj is [16, 32] there and this B is [32, 4]."""
+    """The files agree with one another but not with the model: k_proj is [16, 32] there and this B is [32, 4]."""
     renamed = {name.replace("q_proj", "k_proj"): p for name, p in trainable(adapted()).items()}
     with pytest.raises(UserError, match=r"k_proj has the direction \(16, 32\) but is tuned as \(32, 32\)"):
         AsFT(**folders).penalty(renamed)

@@ -1,4 +1,4 @@
-"""BackdoorAlign: the trigger stands where it should, the direction is the mix, and the secret stays out of the recipe."""
+"""BackdoorAlign: where the trigger goes, the direction of the mix, and a secret that stays out of the recipe."""
 
 import dataclasses
 

@@ -15,8 +15,9 @@ from safebasin.vector import trainable
 
 
 def test_by_hand():
-    """h = |w|^2 / 2 at w = (3, 4): grad h = (3, 4), a step of 0.1 against it leads to (2.94, 3.92), the bracket is (0.06, 0.08).
+    """h = |w|^2 / 2 at w = (3, 4): grad h = (3, 4), a step of 0.1 against it leads to (2.94, 3.92).
 
+    The bracket is (0.06, 0.08).
     With lambda = 5 and grad f = (1, 0): g = (1.3, 0.4).
     """
     direction = Booster().direction(Plane({"task": constant(1.0, 0.0), "harmful": lambda w: w}, point=(3.0, 4.0)))
@@ -34,7 +35,7 @@ def test_a_dead_harmful_stream_stops_the_run():
 
 
 def test_on_a_model_it_is_the_formula():
-    """Three gradients by autograd on whole batches, the model moved by hand in between; three micro-batches on the other side."""
+    """Three gradients by autograd on whole batches, the model moved by hand in between, against three micro-batches."""
     sizes = {"task": (8, 3), "harmful": (6, 2)}
     streams = {name: Stream(name, random_rows(n, n), n, micro, 0, PAD) for name, (n, micro) in sizes.items()}
     model = adapted(0.1)

@@ -14,7 +14,7 @@ from safebasin.train.stream import Stream
 
 @pytest.mark.parametrize("micro", [8, 3])
 def test_star_dss_asft_and_safegrad_are_one_formula(micro, tmp_path, monkeypatch):
-    """u = grad[ V CE + (1 - V) kl KL ] + grad[ lambda sum |(I - C) dW|^2 ], a = grad KL(ref || model), then surgery and + rho a.
+    """u = grad[ V CE + (1 - V) kl KL ] + grad[ lambda sum |(I - C) dW|^2 ], a = grad KL(ref || model), surgery.
 
     The truth is autograd on whole batches with dense matrices.
     """

@@ -39,7 +39,7 @@ def test_by_hand():
     """SGD with lr 1/2 and rho = 1, K1 = K2 = 2, from (0, 0); the pull is w minus the last switch point.
 
     align: (0, 1), no pull     -> (0, -0.5);    align: (0, 1) + (0, -0.5) = (0, 0.5)                  -> (0, -0.75)
-    task, switch at (0, -0.75): (1, 0), no pull -> (-0.5, -0.75);    task: (1, 0) + (-0.5, 0) = (0.5, 0)    -> (-0.75, -0.75)
+    task, switch at (0, -0.75): (1, 0), no pull -> (-0.5, -0.75);  task: (1, 0) + (-0.5, 0) = (0.5, 0) -> (-0.75, -0.75)
     align, switch at (-0.75, -0.75): (0, 1), no pull.
     """
     grad, lisa = Walk(), Lisa(rho=1.0, align_steps=2, task_steps=2)

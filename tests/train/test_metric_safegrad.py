@@ -19,7 +19,7 @@ def vector(values):
 
 
 def test_by_hand():
-    """P = (1, 4), u = (1, -1), a = (1, 1). <u, a> = 0: plain surgery sees no conflict. <P u, a> = 1 - 4 = -3, <P a, a> = 5.
+    """P = (1, 4), u = (1, -1), a = (1, 1). <u, a> = 0: no conflict. But <P u, a> = 1 - 4 = -3, <P a, a> = 5.
 
     u' = u + (3/5) a = (1.6, -0.4), P u' = (1.6, -1.6), orthogonal to a. With rho = 1: g = (2.6, 0.6).
     """
@@ -51,7 +51,7 @@ def test_a_common_factor_of_the_metric_gives_plain_surgery(u_values, a_values, f
 
 
 def test_adamw_undoes_plain_surgery_and_not_this_one():
-    """AdamW after 50 steps of uneven gradients, without momentum: what a step does to a linear alignment loss is -lr <P g, a>."""
+    """AdamW after 50 steps of uneven gradients, without momentum: a step changes a linear loss by -lr <P g, a>."""
     draw = torch.Generator().manual_seed(0)
     w = torch.nn.Parameter(torch.zeros(200))
     optimizer = torch.optim.AdamW([w], lr=1e-3, betas=(0.0, 0.999), weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""The weighted Trainer of docs/own_trainer.md is STAR-DSS without its pull, through accumulation too, and the defended one takes columns."""
+"""The weighted Trainer of docs/own_trainer.md is STAR-DSS without its pull, and the defended one takes columns."""
 
 import pytest
 import torch

@@ -101,7 +101,7 @@ def test_the_same_tokens_with_another_answer_are_another_row():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_the_head_is_applied_as_the_forward_does(dtype):
-    """To the bit in the batch where it was cached; in another one within the rounding of bfloat16, 2^-8 in three layers."""
+    """To the bit in the batch that was cached; in another one within bfloat16's rounding, 2^-8 in three layers."""
     model = fresh_adapter(tiny_model(dtype=dtype), LORA, seed=0)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     cache = ReferenceCache(model)

@@ -26,7 +26,7 @@ def refusal(settings: dict[str, Any], words: str, folder: Any = "unused") -> Non
     assert len(str(error.value).splitlines()) == 1
 
 
-# --- names ---------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------
 
 
 def test_every_allowed_name_is_one_of_transformers():
@@ -107,6 +107,7 @@ ELSEWHERE = {
     "full_determinism": "the Trainer sets torch's deterministic algorithms: test_full_determinism",
     "tf32": "torch's flag on a GPU from Ampere on",
     "use_cpu": "the device: test_the_device",
+    "torch_compile": "accelerate compiles the forward; 1e-7 from plain for sft and safegrad, minutes on a CPU",
     "activation_checkpointing": "layers run again in backward: tests/equal",
     "activation_checkpointing_kwargs": "arguments of torch.utils.checkpoint",
     "gradient_checkpointing": "the older name of activation_checkpointing",
@@ -120,10 +121,9 @@ ELSEWHERE = {
     "trackio_space_id": "handed to trackio",
     "trackio_bucket_id": "handed to trackio",
     "trackio_static_space_id": "handed to trackio",
-    "ddp_find_unused_parameters": "handed to DDP: test_ranks.py",
-    "ddp_bucket_cap_mb": "handed to DDP: test_ranks.py",
-    "ddp_broadcast_buffers": "handed to DDP: test_ranks.py",
-    "ddp_static_graph": "handed to DDP: test_ranks.py",
+    "ddp_find_unused_parameters": "handed to DDP: test_two_ranks.py",
+    "ddp_bucket_cap_mb": "handed to DDP: test_two_ranks.py",
+    "ddp_broadcast_buffers": "handed to DDP: test_two_ranks.py",
     "fsdp": "tests/equal",
     "fsdp_config": "tests/equal",
 }
@@ -156,7 +156,7 @@ def test_the_device(tmp_path):
     assert training_arguments({"use_cpu": True}, tmp_path).device.type == "cpu"
 
 
-# --- values --------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------
 
 NUMBERS = [name for name, kind in Settings.__annotations__.items() if str(kind).count("Ge(") + str(kind).count("Gt(")]
 
@@ -228,7 +228,7 @@ def test_checkpoints_are_the_default_and_a_recipe_wins(tmp_path):
     assert (args.save_strategy, args.save_total_limit) == ("no", None)
 
 
-# --- the adapter and align_share -----------------------------------------------------------------------------------------
+# --- the adapter and align_share -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

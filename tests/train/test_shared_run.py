@@ -10,10 +10,7 @@ import pytest
 import safetensors.torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "scan"))
-
-from kill import prepare
-
+from runs import prepare
 from safebasin.cli.main import app, guarded
 from safebasin.data.tables import file_digest
 from safebasin.pipeline.config import read

@@ -61,7 +61,7 @@ def test_a_weight_a_row_is_the_same_weight_at_every_token():
 
 
 def test_between_the_ends_it_is_equation_3(monkeypatch):
-    """Scores that fall along the answer, chunks of three tokens: the slow way weighs both losses over the whole batch."""
+    """Scores that fall along the answer, chunks of three tokens: the slow way weighs both losses over one batch."""
     monkeypatch.setattr(star_dss, "CHUNK", 3)
     grad = oracle(lambda k: 1 / (1 + k), kl=0.7)
     batch = collate(grad.streams["task"].rows_at(0), PAD)
@@ -72,5 +72,5 @@ def test_between_the_ends_it_is_equation_3(monkeypatch):
 
 
 def test_at_the_reference_nothing_is_learnt_from_what_is_all_unsafe():
-    """Nor is it a fault: the next rows may be safe. A run of such rows alone is refused at its end (``test_static.py``)."""
+    """Nor is it a fault: the next rows may be safe. A run of only such rows is refused (``test_static.py``)."""
     assert oracle(0.0, far=0.0).task().norm() == pytest.approx(0, abs=1e-6)

@@ -22,7 +22,7 @@ from safebasin.train.trainer import OracleTrainer, training_arguments
 
 
 def test_by_hand():
-    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both tokens of the row that is learnt, else 0."""
+    """Four words, token 1 has probability 1/2: CE = log 2 = 0.693147 at both tokens of the learnt row, else 0."""
     rows = [TokenizedRow(name, (1, 1, 1), (False, True, True), {"keep": keep}) for name, keep in (("a", 1), ("b", 0))]
     losses = Static().loss(Tilted(), collate(rows, PAD))
     assert torch.allclose(losses, torch.tensor([[math.log(2.0)] * 2, [0.0, 0.0]]))
@@ -30,7 +30,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("micro", [8, 3, 1])
 def test_a_dropped_row_teaches_nothing(micro):
-    """8 rows of which every other is kept: the gradient of the kept rows alone, times their share of the answer tokens."""
+    """Every other row is learnt: the gradient of those rows alone, times their share of the answer tokens."""
     rows = [dataclasses.replace(row, columns={"keep": i % 2}) for i, row in enumerate(random_rows(8, 1))]
     learnt = rows[1::2]
     share = sum(sum(row.answer) for row in learnt) / sum(sum(row.answer) for row in rows)
@@ -41,7 +41,7 @@ def test_a_dropped_row_teaches_nothing(micro):
 
 @pytest.mark.parametrize(("learnt", "words"), [(1, ""), (0, "took nothing of any row")])
 def test_a_step_of_dropped_rows_is_no_fault_but_a_run_of_them_is(learnt, words, tmp_path):
-    """Two rows a step, and those of the first step are dropped: the run goes on. Where all are, it stops with an error."""
+    """Two rows a step, those of the first step dropped: the run goes on. Where all are, it stops."""
     rows = random_rows(8, 1)
     stream = Stream("task", rows, 2, 2, 0, PAD)
     first = {row.id for row in stream.rows_at(0)}

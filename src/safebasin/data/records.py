@@ -35,7 +35,9 @@ class AnswerRecord:
     answer: str
     expected: str | None = None  # the right answer, in suites that have one
     verdicts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # judge -> a judging.Verdict
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # judge or metric -> number; absent: unscored
+    scores: Mapping[str, int | float] = dataclasses.field(
+        default_factory=dict
+    )  # of a judge or metric; absent: unscored
     correct: bool | None = None  # None: unscored, or a suite that judges
     finished: bool = True  # the model ended its answer by itself
 

@@ -35,6 +35,7 @@ DIGITS = 4300  # of an integer: Python converts no longer ones
 SECRET = re.compile(
     r"(:/+)[^/\s]+(?=@)"  # user:password of a URL (Path makes one slash of two)
     r"|\b((?:[\w-]*(?:token|secret|password|passwd|signature|credential)|\w+[-_]?key|sig|auth)=)[^&;#/\s]+"
+    r"|((?<=[?&])key=|\bBearer )[^&;#\s]+"
     r"|\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}",
     re.I,
 )
@@ -46,7 +47,7 @@ def masked(text: str) -> str:
     >>> masked("https://me:pass@host/rows.jsonl?token=abc")
     'https://***@host/rows.jsonl?token=***'
     """
-    return SECRET.sub(lambda match: f"{match[1] or match[2] or match[3]}***", text)
+    return SECRET.sub(lambda match: f"{next(filter(None, match.groups()))}***", text)
 
 
 def shown(name: str | Path) -> str:

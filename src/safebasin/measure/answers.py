@@ -23,7 +23,7 @@ class AnswerCache:
     """One SQLite file; ``hits`` and ``misses`` count prompts whose answers were read from it and were generated.
 
     Args:
-        path: of the file; it is made where it is missing, with its folder.
+        path: of the file; it and its folder are created where they are missing.
         timeout: seconds to wait for another process that writes.
 
     Raises:

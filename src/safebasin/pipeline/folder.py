@@ -20,7 +20,7 @@ import filelock
 from accelerate.utils import broadcast_object_list
 
 from safebasin.console import console
-from safebasin.data.tables import file_digest, write_json
+from safebasin.data.tables import atomic_write, file_digest, write_json
 from safebasin.errors import UserError
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.runtime import processes
@@ -98,6 +98,8 @@ class RunFolder:
             ) from None
         try:
             self.manifest = _manifest(self.path / "manifest.json")
+            for part in self.path.rglob("*.part"):  # what a killed run had begun to write
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
             yield
         finally:
             lock.release()
@@ -107,7 +109,8 @@ class RunFolder:
         if not processes().is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "run.yaml").write_text(recipe, encoding="utf-8")
+        with atomic_write(self.path / "run.yaml") as part:
+            part.write_text(recipe, encoding="utf-8")
         self.manifest["versions"] = versions()
         self.manifest["machine"] = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}"
         self.manifest.update(facts)

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safebasin.attack.craft import Row, Score
-from safebasin.attack.craft import conversation as attack_messages
-from safebasin.attack.craft import poison as poisoned_rows
+from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.source import Source, open_examples, open_rows
 from safebasin.data.tables import BadRow, write_json, write_table
@@ -54,7 +52,7 @@ def write_rows(plan: Plan, folder: RunFolder) -> Path:
             random.Random(plan.recipe.seed).shuffle(rows)
         folder.data.mkdir(parents=True, exist_ok=True)
         table = [example.row if plan.keeps_form else {"messages": list(example.messages)} for example, _ in rows]
-        write_table(target, table)
+        write_table(target, table, like=data.task.path)  # a Parquet file keeps the types of its columns
         if not plan.keeps_form:  # ids are those of the rows as they now stand
             written = read_examples(target).examples
             rows = [(example, origin) for example, (_, origin) in zip(written, rows, strict=True)]

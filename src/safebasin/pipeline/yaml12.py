@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -32,8 +32,6 @@ _CORE = {  # the core schema of YAML 1.2.2, section 10.3.2
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the words of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
@@ -46,6 +44,7 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+Loader.yaml_implicit_resolvers = {}  # its own, not those of YAML 1.1
 for _tag, (_pattern, _first) in _CORE.items():
     for _character in _first:
         Loader.yaml_implicit_resolvers.setdefault("" if _character == "\0" else _character, []).append(
@@ -73,6 +72,13 @@ class Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which quotes what ``Loader`` would read as something else than text."""
 
 
+def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    """Text with a line break that is no line feed is quoted twice: written plainly, it would be read as a space."""
+    style = '"' if {*"\x85\u2028\u2029\r"} & {*text} else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+Dumper.add_representer(str, _text)
 Dumper.yaml_implicit_resolvers = {
     first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *Loader.yaml_implicit_resolvers.get(first, [])]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}

@@ -58,8 +58,8 @@ class Settings(TypedDict, total=False):
     Left out are: those of a data loader, since rows come from seeded streams (``dataloader_*``, ``data_seed``); of a
     loss, since methods define it (``label_smoothing_factor``); of evaluation, since a model is measured after tuning
     (``eval_*``, ``load_best_model_at_end``); of the process group, which is up before (``ddp_backend``); a checkpoint
-    that cannot be resumed (``save_only_model``); and what changes the forward or the batch under the oracle
-    (``use_liger_kernel``, ``neftune_noise_alpha``, ``auto_find_batch_size``).
+    that cannot be resumed (``save_only_model``); and what breaks under the oracle, which takes several gradients a step
+    (``ddp_static_graph``), or changes its forward or batch (``use_liger_kernel``, ``auto_find_batch_size``).
     """
 
     max_steps: Annotated[int, Field(ge=1)] | Literal[-1]
@@ -84,6 +84,7 @@ class Settings(TypedDict, total=False):
     bf16: bool
     tf32: bool | None
     use_cpu: bool
+    torch_compile: bool
     activation_checkpointing: bool | None
     activation_checkpointing_kwargs: dict[str, Any] | None
     gradient_checkpointing: bool | None
@@ -109,7 +110,6 @@ class Settings(TypedDict, total=False):
     ddp_find_unused_parameters: bool | None
     ddp_bucket_cap_mb: PositiveInt | None
     ddp_broadcast_buffers: bool | None
-    ddp_static_graph: bool | None
     fsdp: bool | str | None
     fsdp_config: dict[str, Any] | str | None
 

@@ -41,7 +41,7 @@ class Lines(abc.ABC):
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
     judges: OneJudge = ("classifier",)
     max_new_tokens: PositiveInt = 24
-    batch: PositiveInt = 16  # prompts asked before it is looked whether a stop is decided
+    batch: PositiveInt = 16  # prompts asked between two checks whether a stop is decided
     width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
     points: PositiveInt = 21  # stops along an axis
     ends: tuple[float, float] = (-0.5, 0.5)  # of a

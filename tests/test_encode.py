@@ -1,0 +1,98 @@
+"""Chat templates: what one row breaks is a bad row, what every row breaks is one line about the template."""
+
+import pytest
+from aligned import TEMPLATE, word_tokenizer
+
+from safebasin.data.example import Example
+from safebasin.data.tables import BadRow
+from safebasin.encode import TokenizedRow, encode, encode_all, render, shorten
+from safebasin.errors import UserError
+
+USER, BOT = {"role": "user", "content": "make a cake"}, {"role": "assistant", "content": "Sure here"}
+SYSTEM = {"role": "system", "content": "help"}
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem here') }}{% endif %}" + TEMPLATE
+
+
+def tokenizer_with(template):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def rows(*kinds):
+    return [Example(f"r{i}", (*kind, USER, BOT), {}, i) for i, kind in enumerate(kinds, 1)]
+
+
+RAISING = {
+    "an exception of its own": "{{ raise_exception('not so') }}",
+    "a key that no turn has": "{% for m in messages %}{{ m.content + m.name }}{% endfor %}",
+    "an attribute of nothing": "{{ tools.first.second }}",
+    "a number and a text": "{{ 1 + 'x' }}",
+    "division by zero": "{{ 1 / 0 }}",
+    "an index that is not there": "{{ messages[9]['role'] + '' }}",
+    "an unknown filter argument": "{{ messages | join(1, 2, 3, 4) }}",
+    "a range without end": "{{ range(10 ** 9) | list }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "the sandbox": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "a value of the wrong kind": "{{ strftime_now(3) }}",
+}
+UNREADABLE = {
+    "syntax": ("{% for m in messages %}{{ m.content }}{% endif %}", "line 1"),
+    "an unknown tag": ("\n{% frobnicate %}", "line 2"),
+    "an unknown filter": ("{{ messages | frobnicate }}", "frobnicate"),
+    "no template": (None, "no chat template"),
+    "an empty template": ("", "no chat template"),
+    "named without a default": ({"rag": TEMPLATE, "tool_use": TEMPLATE}, "rag, tool_use"),
+}
+
+
+@pytest.mark.parametrize("template", RAISING.values(), ids=RAISING)
+def test_a_template_that_fails_on_every_row_is_one_line(template):
+    tokenizer = tokenizer_with(template)
+    with pytest.raises(UserError, match=r"^line 1: the model's chat template fails: [^\n]*all 3 rows[^\n]*$"):
+        encode_all(tokenizer, rows((), (), ()), 64)
+    with pytest.raises(UserError, match=r"^the model's chat template fails: [^\n]*$"):
+        render(tokenizer, [USER], ask=True)
+    assert isinstance(encode(tokenizer, rows(())[0], 64), BadRow)
+
+
+@pytest.mark.parametrize(("template", "words"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_template_that_cannot_be_read_is_one_line(template, words):
+    for call in (encode, encode_all):
+        with pytest.raises(UserError, match=r"^[^\n]*chat template[^\n]*$") as refusal:
+            call(tokenizer_with(template), rows((), ()) if call is encode_all else rows(())[0], 64)
+        assert words in str(refusal.value)
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row():
+    good, bad = encode_all(tokenizer_with(NO_SYSTEM), rows((), (SYSTEM,), ()), 64)
+    assert [row.id for row in good] == ["r1", "r3"]
+    assert bad == [BadRow(2, "the model's chat template fails: no")]
+    with pytest.raises(UserError, match=r"line 1: .* all 2 rows"):
+        encode_all(tokenizer_with(NO_SYSTEM), rows((SYSTEM,), (SYSTEM,)), 64)
+    assert encode_all(tokenizer_with(NO_SYSTEM), [], 64) == ([], [])
+
+
+def test_a_default_among_named_templates_is_used():
+    tokenizer = tokenizer_with({"default": TEMPLATE, "rag": "x"})
+    assert render(tokenizer, [USER]) == render(word_tokenizer(), [USER])
+
+
+def test_the_answer_and_its_end_are_learned_and_nothing_else():
+    """<user> make a cake <end> <assistant> Sure here <end>: the words after <assistant>."""
+    tokenizer = word_tokenizer()
+    row = encode(tokenizer, rows(())[0], 64)
+    assert isinstance(row, TokenizedRow)
+    assert tokenizer.decode([i for i, learned in zip(row.ids, row.answer) if learned]) == "Sure here <end>"
+    assert len(row) == 9
+    assert encode(tokenizer, rows(())[0], 8) == BadRow(1, "over-long: 9 tokens, max_length is 8")
+    assert shorten(row, 9) is row
+    assert (
+        shorten(row, 4).start == 4
+    )  # "<end> <assistant> Sure here": the answer begins at 6, half of four are its tokens
+
+
+def test_a_turn_of_weight_zero_is_not_learned():
+    example = Example("r", (USER, BOT | {"weight": 0}, USER, BOT), {}, 1)
+    row = encode(word_tokenizer(), example, 64)
+    assert isinstance(row, TokenizedRow) and sum(row.answer) == 3
