@@ -201,7 +201,9 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert [(r.worst, r.missing, r.judges) for r in ranks.values()] == [(0.1, (), {"keyword": (0.1, "benign")})] * 2
     for kind in ("html", "md"):
-        assert "The suite asr_attacked under benign ranks no defence" in (tmp_path / "out" / f"grid.{kind}").read_text()
+        assert "The suite asr_attacked under benign ranks no defence" in (
+            tmp_path / "out" / f"grid.{kind}"
+        ).read_text().replace("\\_", "_")
     stub.outcomes |= {
         ("benign", "plain"): [of("asr", 5, 50, judge="keyword"), told],
         ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), told],

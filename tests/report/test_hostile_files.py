@@ -105,6 +105,21 @@ def test_any_value_in_the_recipe(folder: Path, data: st.DataObject):
     check(folder, "run.yaml", content.encode("utf-8", "replace"))
 
 
+@fuzz
+@given(data=st.data())
+def test_any_json_in_the_report(folder: Path, data: st.DataObject):
+    """What the gate reads: a verdict with its own exit code, or one line of error."""
+    stated = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(replaced(data, stated)))
+    try:
+        verdict = gate.read_verdict(folder)
+        assert gate.CODES[verdict.status] == verdict.code and verdict.reasons
+    except UserError as error:
+        assert "\n" not in str(error) and str(folder / "report.json") in str(error)
+    finally:
+        (folder / "report.json").write_text(json.dumps(stated))
+
+
 columns = st.sampled_from(
     [
         [1.0, math.nan],

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,28 +32,19 @@ def number(value: Any) -> float | None:
     return float(value) if finite else None
 
 
-Finite = Annotated[float | None, Field(allow_inf_nan=False, strict=True)]
 Number = Annotated[float | None, BeforeValidator(number)]
 Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
 # What PyYAML's constructors raise beside its own errors, as for "!!int ''" or "!!timestamp x".
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
+# The files by their keys. A reader ignores other keys.
 class RunFile(TypedDict):
-    """run.yaml; its other keys are for the pipeline."""
-
     arms: NotRequired[dict[str, Any] | list[str] | None]
     gate: NotRequired[dict[str, Any] | None]
 
 
-class ProblemFile(TypedDict):
-    line: Count
-    reason: str
-
-
-class OriginFile(TypedDict):
-    """A row of data/rows.json."""
-
+class RowFile(TypedDict):
     id: str
     origin: NotRequired[str | None]
     category: NotRequired[str | None]
@@ -69,7 +61,7 @@ class CutFile(TypedDict):
     scorer: str
     estimator: str
     threshold: Number
-    remaining: Annotated[Count, Field(alias="kept")]
+    kept: Count
     removed: list[RemovedFile]
 
 
@@ -86,23 +78,6 @@ class TrainFile(TypedDict):
     seconds: NotRequired[Number]
     loss: NotRequired[list[tuple[Count, Number]] | None]
     methods: NotRequired[list[str | dict[str, dict[str, Any] | None]] | None]
-
-
-class MeasurementFile(TypedDict):
-    """A line of measurements.jsonl."""
-
-    suite: str
-    what: str
-    value: Finite
-    low: Finite
-    high: Finite
-    n: Count
-    unscored: NotRequired[Count]
-    off_task: NotRequired[Count]
-    unit: NotRequired[str]
-    judge: NotRequired[str]
-    category: NotRequired[str]
-    evidence: NotRequired[str]
 
 
 @functools.cache
@@ -161,12 +136,13 @@ def measurements_of(run: Path, arm: str) -> list[Measurement] | None:
     taken = []
     for line, row in read_table(path):
         try:
-            measured = Measurement(**_adapter(MeasurementFile).validate_python(row))
+            m = _adapter(Measurement).validate_json(json.dumps(row), strict=True)
         except ValidationError:
-            measured = None
-        if measured is None or (measured.unit == "share" and not 0 <= (measured.value or 0) <= 1):
+            m = None
+        counted = m is not None and all(0 <= count < 2**53 for count in (m.n, m.unscored, m.off_task))
+        if not counted or (m.unit == "share" and not 0 <= (m.value or 0) <= 1):
             raise UserError(f"{path}, line {line}: not a measurement; delete the file and measure again")
-        taken.append(measured)
+        taken.append(m)
     return taken
 
 

@@ -37,20 +37,19 @@ def parse_gate(settings: Mapping[str, Any], arms: Sequence[str] | None = None) -
 
 
 def _value(key: str, value: Any) -> Any:
-    shown = printable(repr(value), 60) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
-    if key in ("arm", "plain"):
-        if isinstance(value, str):
-            return value
-        raise UserError(f"gate.{key}: the name of an arm is needed, found {shown}")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "min_n":
-        if number and isinstance(value, int) and value >= 1:
-            return value
-        raise UserError(f"gate.{key}: a whole number of 1 or more is needed, found {shown}")
-    if number and 0 <= value <= 1:  # false for NaN
-        return float(value)
-    hint = f"; for {value:g} % write {value / 100:g}" if number and 1 < value <= 100 else ""
-    raise UserError(f"gate.{key}: a share, a number from 0 to 1, is needed, found {shown}{hint}")
+    if key in ("arm", "plain"):
+        valid, needed = isinstance(value, str), "the name of an arm"
+    elif key == "min_n":
+        valid, needed = number and isinstance(value, int) and value >= 1, "a whole number of 1 or more"
+    else:
+        valid, needed = number and 0 <= value <= 1, "a share, a number from 0 to 1,"  # NaN is not in it
+        value = float(value) if valid else value
+    if not valid:
+        shown = printable(repr(value), 60) if isinstance(value, str | int | float | None) else type(value).__name__
+        hint = f"; for {value:g} % write {value / 100:g}" if number and 1 < value <= 100 and key != "min_n" else ""
+        raise UserError(f"gate.{key}: {needed} is needed, found {shown}{hint}")
+    return value
 
 
 def judge_gate(report: Report, gate: Gate) -> Verdict:

@@ -82,8 +82,8 @@ def changed_outputs(run: Path, manifest: Manifest) -> list[str]:
 
 def evidence_problems(run: Path, manifest: Manifest) -> tuple[str, ...]:
     """Why the files of a run do not prove its numbers, a sentence each; empty if every file is as its step wrote it."""
-    if not manifest.get("steps"):
-        return ("the run has no manifest of its steps: nothing shows that its numbers were measured here",)
+    if not _outputs(manifest):
+        return ("the run has no manifest of what its steps wrote: nothing shows that its numbers were measured here",)
     changed = [
         f"{printable(path, 200)} {'was edited after it was measured' if os.path.isfile(run / path) else 'is missing'}"
         for path in changed_outputs(run, manifest)

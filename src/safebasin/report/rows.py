@@ -31,8 +31,8 @@ from safebasin.report.files import (
     Answers,
     CutFile,
     HeatFile,
-    OriginFile,
     RemovedFile,
+    RowFile,
     TrainFile,
     load,
     load_scores,
@@ -53,7 +53,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
     cuts = {arm: cut for arm in arms if (cut := load(run / "cut" / arm / "cut.json", CutFile))}
     if not cuts:
         return
-    facts = {row["id"]: row for row in load(run / "data" / "rows.json", list[OriginFile], [])}
+    facts = {row["id"]: row for row in load(run / "data" / "rows.json", list[RowFile], [])}
     origins = {key: safe_name(row.get("origin")) for key, row in facts.items()}
     # Only a run that mixed the rows itself can count wrong cuts: a set as it came has one origin or none.
     if len(set(origins.values())) < 2 or "" in origins.values():
@@ -71,7 +71,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
             scorer=safe_name(cut["scorer"]),
             estimator=safe_name(cut["estimator"]),
             threshold=cut["threshold"],
-            rows=cut["remaining"] + len(removed),
+            rows=cut["kept"] + len(removed),
             removed=len(removed),
             origins=tuple(counts) or None,
             false_share=lost["task"] / total["task"] if total["task"] else None,
@@ -82,7 +82,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
         )
 
 
-def _removed(cut: RemovedFile, facts: OriginFile | None, row: Any, show_text: bool) -> Removed:
+def _removed(cut: RemovedFile, facts: RowFile | None, row: Any, show_text: bool) -> Removed:
     # A second row with the same content has the id <id>-2.
     if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"

@@ -9,11 +9,11 @@ import rich.table
 from rich.text import Text
 
 from safebasin.console import printable
-from safebasin.data.tables import write_json
+from safebasin.data.tables import BadRow, write_json
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, SCHEMA, Gate, Problem, Report, Verdict, words
 from safebasin.report.compare import agreement_of, categories_of, comparisons_of, hits_of, readings_of
-from safebasin.report.files import ProblemFile, RunFile, answers_of, load, load_run, redact, safe_name
+from safebasin.report.files import RunFile, answers_of, load, load_run, redact, safe_name
 from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
 from safebasin.report.rows import cuts_of, heat_of, samples_of, training_of
@@ -91,8 +91,8 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
 def _bad_rows(run: Path) -> list[Problem]:
     """Rows that steps left out or cut short, each once."""
     files = [run / "data" / "problems.json", run / "scan" / "problems.json", *sorted(run.glob("arms/*/problems.json"))]
-    rows = [(row["line"], printable(row["reason"])) for file in files for row in load(file, list[ProblemFile], [])]
-    return [Problem(place=f"line {line}", reason=reason) for line, reason in dict.fromkeys(rows)]
+    rows = dict.fromkeys(row for file in files for row in load(file, list[BadRow], []))
+    return [Problem(place=f"line {row.line}", reason=printable(row.reason)) for row in rows]
 
 
 def _arms(run: Path, config: RunFile) -> tuple[str, ...]:
