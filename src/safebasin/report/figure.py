@@ -45,7 +45,7 @@ def arms(report: Report, quantity: str) -> str | None:
 
 
 def scores(cut: Cut) -> str | None:
-    """The scores that an arm was cut by. Each strip (an origin, cut or not) has its own scale: rare rows matter."""
+    """The scores that an arm was cut by. Each strip (an origin, removed or not) has its own scale: rare rows matter."""
     histogram = cut.histogram
     if histogram is None:
         return None
@@ -69,7 +69,7 @@ def scores(cut: Cut) -> str | None:
         )
         if histogram.threshold is not None:
             strip = alt.layer(strip, _dashed(histogram.threshold, 0.8, scale=scale))
-        title = f"{series.origin or 'rows'}, {'cut' if series.removed else 'not cut'}: {sum(series.counts):,}"
+        title = f"{series.origin or 'rows'}, {'removed' if series.removed else 'not removed'}: {sum(series.counts):,}"
         heading = alt.Title(title, anchor="start", fontSize=12, fontWeight="normal", color="currentColor", offset=2)
         strips.append(strip.properties(width=WIDTH - 30, height=40, title=heading))
     return _svg(alt.vconcat(*strips, spacing=6))
@@ -102,7 +102,7 @@ def _series(reading: Reading) -> str:
 
 
 def _colour(origin: str | None, removed: bool) -> str:
-    """A row of another origin than the task that was not cut is a miss; a row of the task that was cut is a waste."""
+    """A row of another origin than the task that was not removed is a miss; a removed row of the task is a waste."""
     if origin is None or (origin == "task") != removed:
         return REMOVED if removed else STAYED
     return WASTED if removed else MISSED
