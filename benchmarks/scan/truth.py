@@ -260,7 +260,7 @@ def truth(
     ids = [[row.id, row.ids] for row in mixed]
     specs = {name: SCORERS[name] for name in scorers}
     scores = {
-        name: bench.once(f"scores.{name}", [recipe.MODEL, spec, ids], functools.partial(score, spec))
+        name: bench.once(f"scores.{name}", [recipe.MODEL, spec, probes, ids], functools.partial(score, spec))
         for name, spec in specs.items()
     }
     asr = Asr(prompts="builtin:harmful-test", take=requests, judges=("keyword",))
