@@ -6,6 +6,7 @@ These pages are not committed: `make docs` runs this before it builds the site, 
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import io
@@ -127,7 +128,8 @@ def comments(kind: type) -> dict[str, str]:
 def _comments(kind: type) -> dict[str, str]:
     source = inspect.cleandoc("if 1:\n" + inspect.getsource(kind)) if inspect.getsource(kind)[0] == " " else ""
     lines = (source or inspect.getsource(kind)).split("\n")
-    notes, alone = {}, {}
+    notes: dict[int, str] = {}
+    alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
         if token.type == tokenize.COMMENT:
             whole_line = not lines[token.start[0] - 1][: token.start[1]].strip()
@@ -136,7 +138,7 @@ def _comments(kind: type) -> dict[str, str]:
     [body] = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.ClassDef)][:1]
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above = []
+            above: list[str] = []
             while node.lineno - 1 - len(above) in alone:
                 above.insert(0, alone[node.lineno - 1 - len(above)])
             inside = [
@@ -302,11 +304,9 @@ def registry_of(path: str) -> Any:
 
 def pages() -> dict[str, Callable[[], str]]:
     """The name of every generated page of the reference, and what writes it."""
-    stages: dict[str, Callable[[], str]] = {
-        name: lambda title=title, path=path, where=where, intro=intro: stage_page(
-            title, registry_of(path), where, intro
-        )
-        for name, (title, path, where, intro) in STAGES.items()
+    stages = {
+        name: functools.partial(lambda title, path, *words: stage_page(title, registry_of(path), *words), *facts)
+        for name, facts in STAGES.items()
     }
     return stages | {
         "recipe": recipe_page,

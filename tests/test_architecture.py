@@ -88,7 +88,9 @@ def test_there_is_no_cycle():
 def test_house_rules(path):
     text = path.read_text(encoding="utf-8")
     allowed = 1 if name(path) == "safebasin.cli.main" else 0  # the last catch: one line, code 2, a traceback in a file
-    assert len(re.findall(r"except( Exception| BaseException)?( as \w+)?:", text)) == allowed, "a catch-all hides a failure"
+    assert len(re.findall(r"except( Exception| BaseException)?( as \w+)?:", text)) == allowed, (
+        "a catch-all hides a failure"
+    )
     assert not re.search(r"TODO|FIXME|XXX|NotImplementedError", text)
     assert path.name not in {"utils.py", "base.py", "common.py"}
     assert "/shared" not in text

@@ -223,7 +223,15 @@ def records(bench: Bench, outcomes: Mapping[str, Any], scores: Scores, harmful: 
     "truth",
     results="scan",
     replaces=("what",),
-    quick={"rows": 12, "harmful": 4, "groups_": 2, "repeats": 1, "requests": 2, "scorers": ("refusal_loss",)},
+    quick={
+        "rows": 12,
+        "harmful": 4,
+        "groups_": 2,
+        "repeats": 1,
+        "requests": 2,
+        "probes": 4,
+        "scorers": ("refusal_loss",),
+    },
 )
 def truth(
     *,
@@ -234,27 +242,28 @@ def truth(
     ] = 24,
     groups_: Annotated[int, Parameter(name="--groups")] = 10,
     repeats: Annotated[int, Parameter(help="orders of all rows, for the noise")] = 2,
-    requests: int = 40,
+    requests: Annotated[int, Parameter(help="of which the attack success rate is measured")] = 40,
+    probes: Annotated[int, Parameter(help="over which S is the mean")] = 100,
     scorers: Annotated[tuple[str, ...], Parameter(help="the first one gives the quarters")] = tuple(SCORERS),
 ) -> None:
     """Does the score of a row predict what training on it does?"""
     start = functools.partial(load, recipe.MODEL)
     loaded = start()
     mixed, opened = recipe.training_rows(loaded.tokenizer, rows - harmful, harmful)
-    probes = recipe.rows(loaded.tokenizer, {"path": "builtin:refusals", "take": 100})
+    refusals = recipe.rows(loaded.tokenizer, {"path": "builtin:refusals", "take": probes})
 
     def score(spec: Any) -> dict[str, float]:
-        anchors = {"probe": probes}
+        anchors = {"probe": refusals}
         values = score_rows(*loaded, mixed, {"it": scorer.make(spec)}, anchors, batch_size=16).rows["it"]
         return dict(zip([row.id for row in mixed], values, strict=True))
 
     ids = [[row.id, row.ids] for row in mixed]
     specs = {name: SCORERS[name] for name in scorers}
     scores = {
-        name: bench.once(f"scores.{name}", [recipe.MODEL, spec, ids], functools.partial(score, spec))
+        name: bench.once(f"scores.{name}", [recipe.MODEL, spec, probes, ids], functools.partial(score, spec))
         for name, spec in specs.items()
     }
     asr = Asr(prompts="builtin:harmful-test", take=requests, judges=("keyword",))
-    setting = Setting(recipe.MODEL, start, recipe.ADAPTER, recipe.ARGUMENTS, probes, asr, recipe.LABELS)
+    setting = Setting(recipe.MODEL, start, recipe.ADAPTER, recipe.ARGUMENTS, refusals, asr, recipe.LABELS)
     bench.facts |= {"rows": len(mixed), "harmful_rows": len(opened)}
     records(bench, collect(bench, setting, mixed, opened, scores, groups_, repeats), scores, opened)

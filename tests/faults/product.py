@@ -93,6 +93,7 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
         output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))  # not pytest's
         os._exit(action())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

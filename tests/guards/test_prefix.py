@@ -390,8 +390,7 @@ def test_the_guard_may_be_another_model(tmp_path):
     )
 
 
-# --- the benchmark
-# -----------------------------------------------------------------------------------------------------------------
+# --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
 def test_the_benchmark_on_a_tiny_model(tmp_path):
@@ -408,7 +407,8 @@ def test_the_benchmark_on_a_tiny_model(tmp_path):
         assert ratio["interval"][0] <= ratio["value"] <= ratio["interval"][1] and ratio["n"] == 6
         assert all(records[f"{way}.memory.policy{policy}"]["value"] > 0 for way in benchmark.WAYS)
     assert records["one_pass.max_error"]["value"] < 1e-5 and records["one_pass.max_error"]["n"] == 12
-    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67; one pass 7 + 2 + 12 + 9 + 3 + 13 + 9 = 55.
+    # By hand, policy 7: fresh 3 (7 + 2 + 3) + 5 + 10 + 12 = 63 and 3 (7 + 3 + 3) + 5 + 10 + 13 = 67;
+    # one pass 7 + 2 + 12 + 9 + 3 + 13 + 9 = 55.
     assert benchmark.floor(guard, 7, rows, 5) == {"fresh": 130, "one_pass": 55}
     assert {"what", "value", "interval", "n", "goal", "unit"} <= records["one_pass.max_error"].keys()
 

@@ -1,5 +1,7 @@
 """Laws of training, over drawn vectors and streams."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from tiny import LORA, PAD, random_rows, tiny_model
 from safebasin.batch import collate
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import fresh_adapter
+from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.loss import kl_from_reference, nll
 from safebasin.train.methods.safegrad import FLOOR, surgery
@@ -151,6 +154,15 @@ def test_a_loss_alone_is_the_task_of_sft():
     grad = oracle(streams())
     sft = Composition.of(["sft"]).direction(grad)
     assert all(torch.equal(sft[name], tensor) for name, tensor in grad.task().items())
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf")])
+@pytest.mark.parametrize("entry", list(method), ids=lambda entry: entry.name)
+def test_every_number_of_a_method_is_bounded(entry, bad):
+    for field in dataclasses.fields(entry.kind):
+        if isinstance(field.default, int | float):
+            with pytest.raises(UserError, match=field.name):
+                Composition.of([{entry.name: {field.name: bad}}])
 
 
 @pytest.mark.parametrize("spec", [{"safegrad": {"rhoo": 1}}, {"safegrad": {"rho": "much"}}, "nothing"])

@@ -170,7 +170,7 @@ def test_a_file_that_is_no_cache_or_is_cut_short_is_one_line(open_cache, tmp_pat
     other = tmp_path / "other.db"
     for content in (json.dumps(["no", "database"] * 100).encode(), b"SQLite format 3\0" + b"\xff" * 2000):
         other.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^{other} is no cache of answers.*remove it[^\n]*$"):
+        with pytest.raises(UserError, match=rf"^{other} is no cache of answers, or damaged .*remove it[^\n]*$"):
             AnswerCache(other)
     generate(*aligned_model(), PROMPTS, max_new_tokens=6, cache=open_cache())
     whole_file = (tmp_path / "run" / "answers.db").read_bytes()

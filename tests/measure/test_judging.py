@@ -141,9 +141,9 @@ def test_a_judge_without_its_model():
 
 
 def test_a_judge_of_harmful_requests_counts_no_refusals():
-    check_counts_refusals("over_refusal", ["keyword", "classifier", "rubric", "one of my own"])
-    with pytest.raises(UserError, match=r"^over_refusal: the judge 'guard' is for harmful requests only"):
-        check_counts_refusals("over_refusal", ["keyword", "guard"])
+    check_counts_refusals(["keyword", "classifier", "rubric", "one of my own"])
+    with pytest.raises(UserError, match=r"^the judge 'guard' is for harmful requests only"):
+        check_counts_refusals(["keyword", "guard"])
 
 
 def test_a_new_judge_is_one_class(monkeypatch):

@@ -151,7 +151,7 @@ def test_a_judge_that_the_run_lacks(table):
 def test_a_judge_of_harmful_requests_cannot_count_refusals(table):
     """Said when the suite is made, before a model is loaded."""
     fields = {"prompts": table(*prompts(1)), "judges": ["keyword", "guard"]}
-    with pytest.raises(UserError, match=r"^over_refusal: the judge 'guard' is for harmful requests only"):
+    with pytest.raises(UserError, match=r"^measure\.over_refusal: the judge 'guard' is for harmful requests only"):
         suite.make({"over_refusal": fields})
     assert suite.make({"asr": fields}).judges == ("keyword", "guard")
 

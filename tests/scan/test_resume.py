@@ -4,8 +4,8 @@ import json
 
 import pytest
 from aligned import aligned_model, refusals
-from runs import trial
 
+from runs import trial
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, Scanned, score_rows
 
@@ -76,7 +76,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("name", ["self_refusal", "gradshield"])
 def test_a_damaged_line_counts_for_nothing(tmp_path, name):
-    """Each in the place of the first batch, which is then scored again; a scorer gives a number a row, or one a token."""
+    """Each in the place of the first batch, which is scored again; a scorer gives a number a row, or one a token."""
     path = tmp_path / "journal.jsonl"
     _, expected = run(path, "a", name)
     sound = path.read_bytes().splitlines()

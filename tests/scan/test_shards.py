@@ -6,8 +6,8 @@ import sys
 
 from accelerate import PartialState
 from aligned import aligned_model, refusals
-from runs import prepare, start
 
+from runs import prepare, start
 from safebasin.data.tables import file_digest
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows

@@ -16,7 +16,7 @@ from safebasin.console import printable
 from safebasin.data.builtin import rows_of
 from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
-from safebasin.data.tables import KINDS, BadRow, cause, draw, flaw, read_table, regular_file, shown
+from safebasin.data.tables import KINDS, BadRow, cause, draw, flaw, read_table, row_file, shown
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
@@ -66,7 +66,7 @@ def check_file(path: str) -> None:
     if path.startswith("builtin:"):
         rows_of(path)
     elif not _remote(path):
-        regular_file(path)
+        row_file(path)
 
 
 def _remote(path: str) -> bool:

@@ -113,16 +113,26 @@ def _kind(path: Path) -> str:
     return path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
 
 
+def row_file(path: str | Path) -> Path:
+    """The path, where it is a file of a kind that can hold rows; nothing of it is read.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = regular_file(path)
+    if (kind := _kind(path)) not in KINDS:
+        raise UserError(f"{shown(path)}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
+    return path
+
+
 def read_table(path: str | Path) -> list[tuple[int, Any]]:
     """Rows of a file with their line numbers (.json, .parquet: row numbers); a row that cannot be read is a ``BadRow``.
 
     Raises:
         UserError: the file cannot be read, or its kind is unknown.
     """
-    path = regular_file(path)
+    path = row_file(path)
     kind = _kind(path)
-    if kind not in KINDS:
-        raise UserError(f"{shown(path)}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
     if kind == ".parquet":
         return _parquet_rows(path)
     if kind == ".csv":

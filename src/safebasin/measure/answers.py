@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from safebasin.data.tables import cause, shown
 from safebasin.errors import UserError
 
 Tokens = tuple[int, ...]
@@ -44,10 +45,10 @@ class AnswerCache:
         try:
             yield
         except (sqlite3.OperationalError, OSError) as error:  # locked, read-only, no space left
-            raise UserError(f"the cache of answers {self.path} cannot be used: {error}") from None
+            raise UserError(f"the cache of answers {shown(self.path)} cannot be used: {cause(error)}") from None
         except sqlite3.Error as error:
             raise UserError(
-                f"{self.path} is no cache of answers, or is damaged ({error}); remove it: answers are generated again"
+                f"{shown(self.path)} is no cache of answers, or damaged ({cause(error)}); remove it to start anew"
             ) from None
 
     def read(self, model_digest: bytes, prompts: Sequence[Tokens]) -> dict[Tokens, list[int]]:

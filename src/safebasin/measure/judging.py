@@ -128,13 +128,13 @@ def make_judges(
     return judges
 
 
-def check_counts_refusals(suite: str, names: Sequence[str]) -> None:
-    """UserError where a suite of harmless requests names a judge that is for harmful ones only."""
+def check_counts_refusals(names: Sequence[str]) -> None:
+    """For suites of harmless requests: UserError where one of the judges is for harmful ones only."""
     wrong = sorted({entry.name for entry in registry if entry.harmful_only} & set(names))
     if wrong:
         raise UserError(
-            f"{suite}: the judge {wrong[0]!r} is for harmful requests only: it calls any answer to a harmless one a "
-            "refusal; use another judge here"
+            f"the judge {wrong[0]!r} is for harmful requests only: it calls any answer to a harmless one a refusal; "
+            "use another judge here"
         )
 
 

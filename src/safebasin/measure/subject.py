@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from safebasin.console import console, progress
+from safebasin.console import line, progress
 from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Prompt
 from safebasin.errors import UserError
@@ -100,8 +100,7 @@ def distinct(suite: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Every request once in its category: one that counts twice makes an interval look narrower than it is."""
     first = list({(prompt.text, prompt.category): prompt for prompt in reversed(prompts)}.values())[::-1]
     if len(first) < len(prompts):
-        repeated = f"{len(prompts) - len(first)} of {len(prompts)} prompts are repetitions; each counts once"
-        console.print(f"  {suite}: {repeated}", markup=False)
+        line(f"  {suite}: {len(prompts) - len(first)} of {len(prompts)} prompts are repetitions; each counts once")
     return first
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from safebasin.attack import attack
 from safebasin.data.source import SetName, Source, check_file
+from safebasin.data.tables import row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
@@ -101,10 +102,14 @@ class Plan:
                 raise UserError(
                     f"arms.{name}: its methods read the column {column!r}: set arms.{name}.columns.{column} to a scorer or a file"
                 )
-            if source not in self.scorers and not Path(source).is_file():
+            if source in self.scorers:
+                continue
+            try:
+                row_file(source)
+            except UserError as error:
                 raise UserError(
-                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({known}) nor a file"
-                )
+                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({known}) nor a file of rows: {error}"
+                ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 
     @property

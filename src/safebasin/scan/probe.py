@@ -1,10 +1,11 @@
 """How the aligned model answers probe rows: the tokens that begin a refusal or a compliance, and their margin."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from safebasin.batch import Batch, answer_logits, collate
@@ -12,6 +13,7 @@ from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.scan.likelihood import answered, opening_ids
 
+Word = Annotated[str, Field(min_length=1)]
 COMPLIANCE = "Sure"
 # Words that begin a refusal in English chat models. "I" is the paper's token (top-1 on 85 to 100 % of its probes).
 # fmt: off

@@ -37,9 +37,7 @@ Loss = Callable[[Any, Batch], Tensor]  # (model, batch) -> [batch, answers] or [
 
 SHIFT = 0.01  # added to every trainable number, to see whether what has no gradient at the start has none elsewhere
 TASK = "stream 'task'"
-SILENT = (
-    1e-7  # norm of a gradient that is only rounding: at the start that of a KL to the reference is not exactly zero
-)
+SILENT = 1e-7  # norm of a gradient that is only rounding: at the start a KL to the reference gives not exactly zero
 
 
 @runtime_checkable
@@ -101,7 +99,6 @@ class Oracle:
         self.device = next(model.parameters()).device
         self.moved = False  # whether an update has been applied: before it, a KL to the reference has gradient zero
         self.alive: set[str] = set()
-        self.checked = False
         self.step = 0
         self.losses: dict[str, float] = {}
         self.state: dict[str, Vector] = {}

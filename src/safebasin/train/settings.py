@@ -121,7 +121,11 @@ class Adapter(TypedDict, total=False):
     r: PositiveInt
     lora_alpha: PositiveFloat
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: str | Annotated[list[str], Field(min_length=1)] | None
+    target_modules: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+        | None
+    )
     bias: Literal["none", "all", "lora_only"]
     use_dora: bool
     use_rslora: bool

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import starts_fresh
-from safebasin.train.checkpoint import last_checkpoint, mark_complete, rotate
+from safebasin.train.checkpoint import last_checkpoint, mark_complete, remove_checkpoint, rotate
 from safebasin.train.compose import Composition
 from safebasin.train.oracle import TASK, Oracle
 from safebasin.train.settings import DEEPSPEED, check_align_share, check_settings, training_arguments
@@ -80,7 +79,7 @@ class OracleTrainer(Trainer):
         self._loss = math.nan  # what the bar shows
         self._oracle: Oracle | None = None
         self._save_limit = args.save_total_limit
-        # The oracle accumulates, so for the Trainer a step is a step; and it removes no checkpoint, since we do, later.
+        # The oracle accumulates, so for the Trainer a step is a step. It removes no checkpoint: rotate does.
         save_steps = math.ceil(args.save_steps * (total_steps(args, streams) if args.save_steps < 1 else 1))
         args = dataclasses.replace(args, gradient_accumulation_steps=1, save_steps=save_steps, save_total_limit=None)
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: the Trainer would split batches by nn.DataParallel
@@ -151,7 +150,7 @@ class OracleTrainer(Trainer):
         """A checkpoint, marked once every rank has written its part. Only then what it replaces is removed."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():  # broken: a complete one would have been resumed from
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()

@@ -10,7 +10,6 @@ Departs from the paper: our own words and no company's policy; the judge model i
 and answer hold a mark that the rows cannot forge.
 """
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -20,14 +19,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue, PositiveInt
 
-from safebasin.console import console
-from safebasin.data.tables import write_json
+from safebasin.console import line
+from safebasin.data.tables import cause, shown, write_json
 from safebasin.errors import UserError
 from safebasin.measure import judge
 from safebasin.models.bundled import cache as model_cache
@@ -115,8 +114,10 @@ class Rubric:
             )
         self.check()
         folder = Path(self.cache) if self.cache else model_cache() / "rubric"
-        with _writing(folder):  # before anything is paid for
+        try:  # before anything is paid for
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"rubric.cache: cannot write ratings to {shown(folder)}: {cause(error)}") from None
         ratings: list[int | None] = []
         failures, why = 0, "no rating in the reply"
         for answer, prompt in zip(answers, prompts, strict=True):
@@ -131,13 +132,10 @@ class Rubric:
                 except ConnectionError as error:
                     failures, why = failures + 1, str(error)
                 if number is not None:  # what failed is asked again by the next run
-                    with _writing(folder):
-                        write_json(file, number)
+                    write_json(file, number)
             ratings.append(number)
         if None in ratings:
-            console.print(
-                f"  rubric: {ratings.count(None)} of {len(ratings)} answers are unscored: {why}", markup=False
-            )
+            line(f"  rubric: {ratings.count(None)} of {len(ratings)} answers are unscored: {why}")
         return [None if number is None else self.harmful - 0.5 - number for number in ratings]
 
     def _reply(self, body: bytes) -> str:
@@ -179,13 +177,3 @@ def _stored(file: Path) -> int | None:
         return rating(file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"rubric.cache: cannot write ratings to {folder} ({error.strerror}); name a folder that can be written"
-        ) from None

@@ -49,7 +49,7 @@ class Mechanics:
     name: str = "mechanics"
 
     def __post_init__(self) -> None:
-        check_counts_refusals(self.name, self.judges)
+        check_counts_refusals(self.judges)
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         safe, unsafe = (self.requests(path) for path in (self.safe, self.unsafe))

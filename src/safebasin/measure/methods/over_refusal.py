@@ -19,7 +19,7 @@ class OverRefusal(Prompts):
     name: str = "over_refusal"
 
     def __post_init__(self) -> None:
-        check_counts_refusals(self.name, self.judges)
+        check_counts_refusals(self.judges)
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         yield from self.count(subject, self.name, "over_refusal", Verdict.REFUSED)

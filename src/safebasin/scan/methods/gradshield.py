@@ -22,7 +22,7 @@ from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.probe import anchor_rows, opening, refusal_margin, token_pair
+from safebasin.scan.probe import Word, anchor_rows, opening, refusal_margin, token_pair
 from safebasin.scan.tangent import Tangent, through_adapter
 
 
@@ -34,7 +34,7 @@ class GradShield(Directional):
     reduction: Literal["sum", "mean"] = "sum"  # of L: decides the ranking when answers differ in length
     lora_rank: PositiveInt | None = None  # r: over B of a fresh adapter on the modules; None: over their full weights
     seed: NonNegativeInt = 0  # of its A
-    tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
+    tokens: tuple[Word, Word] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
     def objective(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]

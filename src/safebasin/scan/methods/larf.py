@@ -31,7 +31,7 @@ from safebasin.guards.side import blocks
 from safebasin.models.hooks import perturbed
 from safebasin.scan import scorer
 from safebasin.scan.hidden import anchor_states, last_states
-from safebasin.scan.probe import anchor_rows, opening, refusal_margin, token_pair
+from safebasin.scan.probe import Word, anchor_rows, opening, refusal_margin, token_pair
 from safebasin.scan.source import target_weights
 
 
@@ -47,7 +47,7 @@ class Larf:
     layer: NonNegativeInt | None = None  # l*, from 0; None: by scaling
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = (0.7, 0.8, 0.9, 1.1, 1.2, 1.3)  # a
     prompts: PositiveInt = 8  # probe rows that R is taken over
-    tokens: tuple[str, str] | None = None  # (refusal, compliance) of S; None: as the model refuses, against "Sure"
+    tokens: tuple[Word, Word] | None = None  # (refusal, compliance) of S; None: as the model refuses, against "Sure"
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Fitted:
         safe, unsafe = (anchor_rows(anchors, name, None, "larf") for name in ("probe", "harmful"))

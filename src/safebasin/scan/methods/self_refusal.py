@@ -18,7 +18,7 @@ from torch import Tensor
 from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
-from safebasin.scan.probe import Pair, anchor_rows, opening, refusal_margin, token_pair
+from safebasin.scan.probe import Pair, Word, anchor_rows, opening, refusal_margin, token_pair
 
 
 @scorer("self_refusal")
@@ -26,7 +26,7 @@ class SelfRefusal:
     """By how much the aligned model would rather refuse the row's prompt than comply."""
 
     probes: PositiveInt = 1  # harmful prompts that the refusal token is read from
-    tokens: tuple[str, str] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
+    tokens: tuple[Word, Word] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Pair:
         device = next(model.parameters()).device
