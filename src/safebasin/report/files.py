@@ -61,7 +61,7 @@ class CutFile(TypedDict):
     scorer: str
     estimator: str
     threshold: Number
-    kept: Count
+    remaining: Annotated[Count, Field(alias="kept")]
     removed: list[RemovedFile]
 
 

@@ -71,7 +71,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
             scorer=safe_name(cut["scorer"]),
             estimator=safe_name(cut["estimator"]),
             threshold=cut["threshold"],
-            rows=cut["kept"] + len(removed),
+            rows=cut["remaining"] + len(removed),
             removed=len(removed),
             origins=tuple(counts) or None,
             false_share=lost["task"] / total["task"] if total["task"] else None,
