@@ -173,15 +173,9 @@ def test_recipes(home, capsys, tracebacks):
         else:
             new = chance.choice((*WORDS, 3, None, [], {}, [[]], {"a": None}))
             path.write_text(yaml.safe_dump(put(tree, way, new), allow_unicode=True))
-            free = (
-                way[-1] in ("system", "model", "prompts")
-                or "labels" in way
-                or way[:2] == ("model", "name")
-                or new is None
-            )
-            allowed = (0, 1) if free else (1,)
-            if way[-1] in ("r", "name"):
-                allowed = (0, 1)
+            free = way[-1] in ("system", "model", "r", "name") or new is None or value == new or "labels" in way
+            of_the_model = {"target_modules", "tokens"} & {*way} and new  # names that only the model knows
+            allowed = (0, 1) if free or of_the_model else (1,)
         code = command("run", str(path), "--out", str(folder / "out"), "--dry-run")
         if problem := told_wrong(capsys, tracebacks, code, allowed):
             wrong.append((case, way, problem, repr(new)[:60]))
