@@ -1,5 +1,6 @@
-"""A run that processes share: ``torchrun shared_run.py recipe.yaml folder`` runs the recipe as it is (DDP), and again sharded (FSDP2)."""
+"""A run that processes share: ``torchrun shared_run.py RECIPE FOLDER`` runs a recipe by DDP, and again by FSDP2."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,8 +19,7 @@ if __name__ == "__main__":
         report = run.report()
     assert (report is not None) == processes().is_main_process
     shard_on_cpu()
-    layers = ",".join(LAYERS["transformer_layer_cls_to_wrap"])
-    wrap = f'train.fsdp_config={{"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["{layers}"]}}'
-    with Run(read(recipe, ["train.fsdp=true", wrap]), folder / "fsdp2") as run:
+    sharded = ["train.fsdp=true", f"train.fsdp_config={json.dumps(LAYERS)}"]
+    with Run(read(recipe, sharded), folder / "fsdp2") as run:
         run.ensure("defended")
     processes().destroy_process_group()
