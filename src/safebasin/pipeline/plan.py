@@ -55,7 +55,7 @@ class Plan:
                 name: Composition.of(arm.train) for name, arm in recipe.arms.items() if arm.train is not None
             },
             suites=tuple(suite.make(spec) for spec in recipe.measure.suites),
-            gate=parse_gate(recipe.gate),
+            gate=parse_gate(recipe.gate, list(recipe.arms)),
         )
         plan._check_methods()
         for name in recipe.arms:
@@ -68,8 +68,6 @@ class Plan:
         if "score" in self.attack.entry.reads and self.attack.against not in self.scorers:
             raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({known})")
         check_judges(self.judges, recipe.measure.judges)
-        if recipe.gate.get("arm") not in (None, *recipe.arms):
-            raise UserError(f"gate.arm: {recipe.gate['arm']!r} is not among the arms ({', '.join(recipe.arms)})")
         training_arguments(recipe.arguments, Path("unused"))
         for composition in self.compositions.values():
             check_settings(recipe.arguments, recipe.adapter, composition, recipe.align_share)

@@ -68,7 +68,10 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         return source
     target = folder.cut(arm) / source.name
     inputs = {"scores": [scores_file, folder.anchors], "rows": source, "cut": settings, "form": plan.recipe.data.task}
-    with folder.step(f"cut.{arm}", inputs, [target, folder.cut(arm) / "cut.json"]) as work:
+    outputs = [target, folder.cut(arm) / "cut.json"]
+    if len(settings.scorers) > 1:
+        outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
+    with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
             examples, scores = training_examples(plan, source), read_scores(scores_file)
             cut = cut_rows(examples, scores, settings.scorer, settings.threshold, estimator=settings.estimator)
