@@ -118,11 +118,11 @@ def markdown(doc: str) -> str:
 
 def comments(kind: type) -> dict[str, str]:
     """The comment of each field of a class and of the classes that it extends: beside the field, or above it."""
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         if each.__module__.startswith("safebasin."):
-            found |= _comments(each)
-    return found
+            comments |= _comments(each)
+    return comments
 
 
 def _comments(kind: type) -> dict[str, str]:
@@ -134,7 +134,7 @@ def _comments(kind: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT:
             whole_line = not lines[token.start[0] - 1][: token.start[1]].strip()
             (alone if whole_line else notes)[token.start[0]] = token.string.lstrip("# ")
-    found = {}
+    comments = {}
     [body] = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.ClassDef)][:1]
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -144,8 +144,8 @@ def _comments(kind: type) -> dict[str, str]:
             inside = [
                 (notes | alone)[at] for at in range(node.lineno, (node.end_lineno or 0) + 1) if at in notes | alone
             ]
-            found[node.target.id] = " ".join(above + inside)
-    return found
+            comments[node.target.id] = " ".join(above + inside)
+    return comments
 
 
 def type_of(schema: dict[str, Any]) -> str:

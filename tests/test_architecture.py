@@ -15,18 +15,18 @@ FILES = sorted(SRC.rglob("*.py"))
 
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, at its top or inside its functions."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "safebasin":
-            found.add(node.module)
-            found |= {
+            modules.add(node.module)
+            modules |= {
                 f"{node.module}.{alias.name}"
                 for alias in node.names
                 if (SRC.parent / node.module.replace(".", "/") / f"{alias.name}.py").exists()
             }
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "safebasin"}
-    return found
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] == "safebasin"}
+    return modules
 
 
 def name(path: Path) -> str:
@@ -67,6 +67,31 @@ def test_a_method_imports_no_other_method_and_nothing_above_it(stage):
             )
 
 
+ORDER = (  # a module imports from its own group and from those before it
+    ("errors",),
+    ("stats", "console", "runtime", "registry", "outline"),
+    ("data",),
+    ("vector", "layer", "encode", "batch"),
+    ("models",),
+    ("guards",),
+    (*STAGES, "report"),
+    ("pipeline",),
+    ("api", "cli", "__main__"),
+)
+LEVEL = {package: level for level, group in enumerate(ORDER) for package in group}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_order_of_imports(path):
+    def level(module: str) -> int:
+        parts = module.split(".")
+        return LEVEL[parts[1]] if len(parts) > 1 else len(ORDER)
+
+    if name(path) != "safebasin":
+        inner = [module for module in imports(path) if module.count(".") and module.split(".")[1] in LEVEL]
+        assert not [module for module in inner if level(module) > level(name(path))], path
+
+
 def test_there_is_no_cycle():
     graph = {name(path): {m for m in imports(path) if m != name(path)} for path in FILES}
     done: set[str] = set()
@@ -98,6 +123,59 @@ def test_house_rules(path):
         assert ast.get_docstring(ast.parse(text)), "a file says what it is"
 
 
+BANNED = {
+    "told",
+    "found",
+    "made",
+    "kept",
+    "known",
+    "said",
+    "asked",
+    "aimed",
+    "odd",
+    "apart",
+    "aside",
+    "whole",
+    "dress",
+    "spread",
+}
+TREES = [SRC, *(SRC.parents[1] / folder for folder in ("tests", "benchmarks", "scripts"))]
+
+
+def bound_names(text: str) -> dict[str, int]:
+    """Names that a file binds, with their lines: variables, parameters, functions, classes, attributes, keywords."""
+    names: dict[str, int] = {}
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Name(id=word, ctx=ast.Store()) | ast.Attribute(attr=word, ctx=ast.Store()) | ast.arg(arg=word):
+                names[word] = node.lineno
+            case ast.FunctionDef(name=word) | ast.ClassDef(name=word):
+                names[word] = node.lineno
+            case ast.alias(asname=str(word)):
+                names[word] = node.lineno
+    return names
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for tree in TREES for p in tree.rglob("*.py")), ids=lambda p: p.as_posix()[-50:]
+)
+def test_no_banned_word_is_a_name(path):
+    """The design lists words that say nothing of what they name."""
+    assert not {word: line for word, line in bound_names(path.read_text(encoding="utf-8")).items() if word in BANNED}
+
+
+def test_bound_names_by_hand():
+    assert set(bound_names("a = b.c\nd.e = 1\ndef f(g, *h, i=1): ...\nimport j as k\n")) == {
+        "a",
+        "e",
+        "f",
+        "g",
+        "h",
+        "i",
+        "k",
+    }
+
+
 def logical_lines(text: str) -> int:
     """Statements: what Python's own tokenizer calls a logical line. How a formatter wraps them does not matter (docs/decisions/0009)."""
     docstrings = sum(
@@ -115,11 +193,8 @@ def test_logical_lines_by_hand():
 
 
 def test_the_core_is_small():
-    """At most 6,000 statements at 25 methods, so about 60 more for each further one."""
-    methods = sum(
-        len(re.findall(r"^@\w+\(\"", path.read_text(encoding="utf-8"), re.M))
-        for path in FILES
-        if path.parent.name == "methods"
-    )
+    """At most 6,500 statements at 25 methods, so about 60 more for each further one (docs/decisions/0009)."""
+    folders = [path for path in FILES if path.parent.name in ("methods", "judges")]
+    methods = sum(len(re.findall(r"^@\w+\(\"", path.read_text(encoding="utf-8"), re.M)) for path in folders)
     lines = sum(logical_lines(path.read_text(encoding="utf-8")) for path in FILES)
-    assert methods >= 25 and lines < 6000 + 60 * (methods - 25), (lines, methods)
+    assert methods >= 25 and lines < 6500 + 60 * (methods - 25), (lines, methods)

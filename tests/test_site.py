@@ -54,13 +54,13 @@ def commands(text: str) -> list[list[str]]:
         for block in re.findall(r"^ *```(?:sh|yaml)\n(.*?)```", text, re.M | re.S)
         for line in block.split("\n")
     ]
-    found = []
+    commands = []
     for line in [*lines, *spans(text)]:
         for other in OTHERS:
             line = line.removeprefix(other)
         if line.startswith("safebasin "):
-            found.append(shlex.split(line)[1:])
-    return found
+            commands.append(shlex.split(line)[1:])
+    return commands
 
 
 def options() -> set[str]:
@@ -87,10 +87,10 @@ def test_commands_parse(page):
 @pytest.mark.parametrize("page", GUIDES, ids=name)
 def test_options_exist(page):
     """An option that a page names by itself is one of some verb."""
-    known = options()
+    available = options()
     for span in spans(page.read_text(encoding="utf-8")):
         if span.startswith("--"):
-            assert span.split()[0].split("=")[0] in known, f"{name(page)}: {span}"
+            assert span.split()[0].split("=")[0] in available, f"{name(page)}: {span}"
 
 
 def test_commands_of_the_readme_are_there():

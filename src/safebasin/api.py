@@ -144,14 +144,14 @@ def cut_rows(
     """Keep the rows whose score is at most a threshold; without one it is found between the anchors' scores.
 
     Returns:
-        ``kept`` and ``removed`` rows, in their order, and the ``threshold``.
+        ``remaining`` and ``removed`` rows, in their order, and the ``threshold``.
 
     Raises:
         UserError: no scores by this scorer, or no row would be left.
         DefenceError: the scores do not tell known harmful rows from safe ones.
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
-    >>> len(cut_rows(rows, scan_rows(rows)).kept)
+    >>> len(cut_rows(rows, scan_rows(rows)).remaining)
     1
     """
     from safebasin.scan.cut import cut_rows as cut

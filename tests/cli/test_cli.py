@@ -62,9 +62,9 @@ def recipe(tmp_path):
 def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, words, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("run", recipe(**changes), "--out", str(out)) == 1
-    said = capsys.readouterr().err.strip()
-    assert words in said
-    assert len(said.splitlines()) == 1
+    shown = capsys.readouterr().err.strip()
+    assert words in shown
+    assert len(shown.splitlines()) == 1
     assert not (out / "data").exists() or not list((out / "data").iterdir())
 
 
@@ -91,9 +91,9 @@ def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, wo
 )
 def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_path, capsys):
     assert run("run", recipe(**changes), "--out", str(tmp_path / "out"), "--dry-run") == 1
-    said = capsys.readouterr().err.strip()
-    assert words in said
-    assert len(said.splitlines()) == 1
+    shown = capsys.readouterr().err.strip()
+    assert words in shown
+    assert len(shown.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -104,14 +104,14 @@ def test_a_dry_run_leaves_the_hub_alone(recipe, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_may_name_a_configuration_and_a_split(monkeypatch):
-    asked = []
+    requested = []
     monkeypatch.setattr(
         "datasets.load_dataset",
-        lambda *names, split: asked.append((*names, split)) or [{"prompt": "p", "completion": "c"}],
+        lambda *names, split: requested.append((*names, split)) or [{"prompt": "p", "completion": "c"}],
     )
     for name in ("tatsu-lab/alpaca", "teknium/OpenHermes-2.5:train", "openai/gsm8k:main:test"):
         assert open_table(name) == [(1, {"prompt": "p", "completion": "c"})]
-    assert asked == [
+    assert requested == [
         ("tatsu-lab/alpaca", "train"),
         ("teknium/OpenHermes-2.5", "train"),
         ("openai/gsm8k", "main", "test"),
@@ -121,13 +121,13 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(monkeypatch):
 @pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "r.yaml", "--sed", "1"], ["gate", "a", "--seed", "x"]])
 def test_a_command_that_does_not_stand_is_the_users_error(words, capsys):
     assert guarded(lambda: app(words, result_action="return_value", exit_on_error=False)) == 1
-    assert (said := capsys.readouterr()) and said.err + said.out
+    assert (shown := capsys.readouterr()) and shown.err + shown.out
 
 
 def test_a_dry_run_counts_the_numbers_of_a_column(recipe, tmp_path, capsys):
     """The answer "abc" is three tokens and the mark of its end."""
     (rows := tmp_path / "rows.jsonl").write_text('{"id": "r", "prompt": "q", "completion": "abc"}\n')
-    told, arm = (
+    column, arm = (
         tmp_path / "star.jsonl",
         {"train": [{"star_dss": {"kl": 0.0}}], "columns": {"star": str(tmp_path / "star.jsonl")}},
     )
@@ -140,7 +140,7 @@ def test_a_dry_run_counts_the_numbers_of_a_column(recipe, tmp_path, capsys):
 
     [example] = read_examples(rows).examples
     for numbers, code in ((4, 0), (3, 1)):
-        told.write_text(json.dumps({"row_id": example.id, "star": [0.5] * numbers}) + "\n")
+        column.write_text(json.dumps({"row_id": example.id, "star": [0.5] * numbers}) + "\n")
         assert run("run", recipe(**changes), "--out", str(tmp_path / "out"), "--dry-run") == code
     assert "the column 'star' holds 3 numbers for 4 answer tokens" in capsys.readouterr().err
 
@@ -274,11 +274,11 @@ def test_measure_any_prompts_of_any_model(tmp_path, capsys):
         str(out),
     ]
     assert run("measure", *words) == 0
-    found = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "measurements.jsonl").read_text().splitlines()]
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == ["hello, you", "bye"]
-    whole = next(row for row in found if row["what"] == "asr" and not row["category"])
-    assert whole["n"] + whole["unscored"] + whole["off_task"] == 2
+    overall = next(row for row in rows if row["what"] == "asr" and not row["category"])
+    assert overall["n"] + overall["unscored"] + overall["off_task"] == 2
 
 
 def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys):
@@ -308,13 +308,13 @@ def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys)
     ]
     words += ["--out", str(tmp_path / "out"), "--max-length", "12", "--worst", "3"]
     assert run(*words) == 0
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     scores = read_scores(tmp_path / "out" / "scan" / "scores.parquet")
     worst = sorted(range(13), key=lambda i: -scores.columns["gradshield"][i])[:3]
-    assert all(f"{scores.columns['gradshield'][i]:.4g}" in said for i in worst) and said.count("task") == 3
-    assert "redacted" in said and "Sure" not in said and "steps" not in said
+    assert all(f"{scores.columns['gradshield'][i]:.4g}" in shown for i in worst) and shown.count("task") == 3
+    assert "redacted" in shown and "Sure" not in shown and "steps" not in shown
     assert [scores.lines[scores.row_ids.index(row)] for row in scores.cut_short] == [13]
-    assert "1 rows are longer than 12 tokens" in " ".join(said.split())
+    assert "1 rows are longer than 12 tokens" in " ".join(shown.split())
     (problem,) = json.loads((tmp_path / "out" / "scan" / "problems.json").read_text())
     assert problem["line"] == 13 and "cut short for the scan" in problem["reason"]
     assert run(*words, "--show") == 0
@@ -397,10 +397,10 @@ def test_changes_on_the_command_line(capsys):
         )
         == 0
     )
-    told = yaml.safe_load(capsys.readouterr().out)
-    assert told["seed"] == 7
-    assert told["train"]["learning_rate"] == 0.5
-    assert told["measure"]["suites"][0]["asr"]["take"] == 3
+    column = yaml.safe_load(capsys.readouterr().out)
+    assert column["seed"] == 7
+    assert column["train"]["learning_rate"] == 0.5
+    assert column["measure"]["suites"][0]["asr"]["take"] == 3
     assert run("run", str(QUICKSTART), "--dry-run", "--change", "measure.suites.9.asr.take=3") == 1
     assert "no '9' on the way" in capsys.readouterr().err
 

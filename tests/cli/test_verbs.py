@@ -85,11 +85,11 @@ def test_whatever_goes_wrong_is_one_line(error, code, words, capsys):
         raise error
 
     assert guarded(action) == code
-    said = capsys.readouterr().err
-    assert said.startswith(words) and len(said.splitlines()) == 1
-    assert "word@" not in said and "abc" not in said and "\x1b" not in said
-    if "traceback: " in said:
-        log = Path(said.split("traceback: ")[1].rstrip(")\n"))
+    error_line = capsys.readouterr().err
+    assert error_line.startswith(words) and len(error_line.splitlines()) == 1
+    assert "word@" not in error_line and "abc" not in error_line and "\x1b" not in error_line
+    if "traceback: " in error_line:
+        log = Path(error_line.split("traceback: ")[1].rstrip(")\n"))
         assert "Traceback (most recent call last)" in log.read_text()
         log.unlink()
 

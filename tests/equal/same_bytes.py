@@ -68,7 +68,7 @@ def digest(path: Path) -> str:
 
 def artefacts(checkout: Path, folder: Path) -> dict[str, str]:
     """Artefact -> digest, after running every recipe under a checkout."""
-    found = {}
+    digests = {}
     for name, recipe in RECIPES.items():
         folder.mkdir(parents=True, exist_ok=True)
         (file := folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe()), encoding="utf-8")
@@ -80,19 +80,19 @@ def artefacts(checkout: Path, folder: Path) -> dict[str, str]:
         command = [sys.executable, "-m", "safebasin", "run", str(file), "--out", str(folder / name)]
         subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
         for pattern in ARTEFACTS:
-            found |= {
+            digests |= {
                 f"{name}/{p.relative_to(folder / name)}": digest(p) for p in sorted((folder / name).glob(pattern))
             }
-    return found
+    return digests
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("other", type=Path, help="the other checkout")
-    asked.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, help="the other checkout")
+    parser.add_argument(
         "--keep", type=Path, help="folder for the runs; what the other checkout made there before is not made again"
     )
-    args = asked.parse_args()
+    args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp())
     sides = [artefacts(checkout, folder / name) for checkout, name in ((args.other.resolve(), "other"), (HERE, "here"))]
     wrong = [name for name in sides[0].keys() | sides[1].keys() if sides[0].get(name) != sides[1].get(name)]

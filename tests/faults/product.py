@@ -93,7 +93,7 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
         output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))  # not pytest's
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))  # not pytest's
         os._exit(action())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -136,18 +136,18 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 def artefacts(out: Path) -> dict[str, str]:
     """Every artefact of a run by its digest, without what tells the time of day: seconds and the machine's load."""
-    found = {}
+    digests = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if not path.is_file() or name.startswith(("answers.db", ".lock")) or "checkpoints/" in name:
             continue
         if path.name in ("manifest.json", "train.json", "report.json"):
-            found[name] = json.dumps(_timeless(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
+            digests[name] = json.dumps(_timeless(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
         elif path.suffix not in (".html", ".md"):
-            found[name] = file_digest(path)
+            digests[name] = file_digest(path)
         else:
-            found[name] = ""  # it is there; its numbers are those of report.json
-    return found
+            digests[name] = ""  # it is there; its numbers are those of report.json
+    return digests
 
 
 def _timeless(value: Any) -> Any:

@@ -51,9 +51,9 @@ def tracebacks(monkeypatch, tmp_path):
 def leaves(tree: Any, way: tuple = ()) -> list[tuple]:
     """The ways to every value of a tree that is no mapping and no list."""
     if isinstance(tree, dict) and tree:
-        return [found for key, value in tree.items() for found in leaves(value, (*way, key))]
+        return [leaf for key, value in tree.items() for leaf in leaves(value, (*way, key))]
     if isinstance(tree, list) and tree:
-        return [found for i, value in enumerate(tree) for found in leaves(value, (*way, i))]
+        return [leaf for i, value in enumerate(tree) for leaf in leaves(value, (*way, i))]
     return [way]
 
 

@@ -36,9 +36,9 @@ def folder(tmp_path_factory):
 def test_the_scan_finds_the_harmful_rows(folder):
     cut = json.loads((folder / "cut" / "defended" / "cut.json").read_text())
     origin = {row["id"]: row["origin"] for row in json.loads((folder / "data" / "rows.json").read_text())}
-    found = [origin[row["row_id"]] for row in cut["removed"]]
-    assert found.count("poison") >= 13  # of 15
-    assert found.count("task") == 0
+    removed = [origin[row["row_id"]] for row in cut["removed"]]
+    assert removed.count("poison") >= 13  # of 15
+    assert removed.count("task") == 0
 
 
 def test_every_arm_has_its_files(folder):

@@ -196,7 +196,7 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
     A seed of one scored prompt is not made up for by another seed of 50.
     """
     labels = Measurement("asr_attacked", "asr", 1.0, 0.9, 1.0, 1, 0, judge="keyword", off_task=49)
-    told = of("asr_attacked", 5, 50, judge="keyword")
+    extra = of("asr_attacked", 5, 50, judge="keyword")
     stub.outcomes |= {("benign", arm): [of("asr", 5, 50, judge="keyword"), labels] for arm in ("plain", "steady")}
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert [(r.worst, r.missing, r.judges) for r in ranks.values()] == [(0.1, (), {"keyword": (0.1, "benign")})] * 2
@@ -205,8 +205,8 @@ def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
             tmp_path / "out" / f"grid.{kind}"
         ).read_text().replace("\\_", "_")
     stub.outcomes |= {
-        ("benign", "plain"): [of("asr", 5, 50, judge="keyword"), told],
-        ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), told],
+        ("benign", "plain"): [of("asr", 5, 50, judge="keyword"), extra],
+        ("benign", "steady", 1): [of("asr", 5, 50, judge="keyword"), extra],
     }
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "again")}
     assert (ranks["plain"].worst, ranks["plain"].missing) == (0.1, ())
@@ -234,8 +234,8 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
     stub.outcomes["guard-0"] = AttackFails("guard_pass: keyword stops all rows")
     ranks = bench(grid, out)
     assert [rank.missing for rank in ranks] == [(), ()], "an attack that no one can make is asked of none"
-    told = [r for r in json.loads((out / "grid.json").read_text()) if r["attack"] == "guard"]
-    assert {(r["defence"], r["value"], r["reason"]) for r in told} == {
+    extra = [r for r in json.loads((out / "grid.json").read_text()) if r["attack"] == "guard"]
+    assert {(r["defence"], r["value"], r["reason"]) for r in extra} == {
         (a, None, "guard_pass: keyword stops all rows") for a in ("start", "plain", "steady")
     }
     for faulty in ("guard-0", "explicit-0"):
@@ -256,8 +256,8 @@ def test_numbers_over_seeds(stub, tmp_path):
     }
     stub.outcomes["benign", "plain", 0] = low
     bench(grid_of(tmp_path), tmp_path / "out")
-    found = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
-    both, one = found["explicit.plain.asr.keyword"], found["benign.plain.asr.keyword"]
+    by_name = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
+    both, one = by_name["explicit.plain.asr.keyword"], by_name["benign.plain.asr.keyword"]
     assert (both["value"], both["interval"], both["n"], both["kappa"]) == (
         pytest.approx(0.3),
         [0.0, 1.0],

@@ -159,7 +159,7 @@ def cut_by(rows, scores, threshold=None, anchors=None, **fields):
 def test_cut_keeps_order_and_the_threshold_itself(tmp_path):
     _, rows = examples(tmp_path, 5)
     result = cut_by(rows, [3.0, 1.0, 2.0, 5.0, 2.0], 2.0)
-    assert result.kept == [rows[1], rows[2], rows[4]]
+    assert result.remaining == [rows[1], rows[2], rows[4]]
     assert [(r.example, r.score) for r in result.removed] == [(rows[0], 3.0), (rows[3], 5.0)]
     assert result.estimator == "given" and "above the threshold 2" in result.removed[0].reason
 
@@ -207,7 +207,7 @@ def test_a_cut_by_several_scorers_keeps_what_passes_each(pairs):
             cut_rows(rows, table, ["one", "two"])
         return
     result = cut_rows(rows, table, ["one", "two"])
-    assert result.kept == [row for row, passes in zip(rows, both, strict=True) if passes] and result.threshold == 0
+    assert result.remaining == [row for row, passes in zip(rows, both, strict=True) if passes] and result.threshold == 0
     assert (
         list(result.scores) == [row.id for row in rows]
         and {r.example.id: r.score for r in result.removed}.items() <= result.scores.items()

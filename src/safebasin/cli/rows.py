@@ -137,5 +137,5 @@ def cut_verb(
     examples = read_examples(data, prompt, answer).examples
     result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator)
     path = write_cut(out_, data, result, scorer)
-    say(f"{len(result.kept)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}")
+    say(f"{len(result.remaining)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}")
     return 0

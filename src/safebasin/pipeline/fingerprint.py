@@ -102,10 +102,10 @@ def _named(text: str) -> str | None:
             return digest([_content(part) for part in pair])
     except OSError:  # a system prompt is too long to be a name
         return None
-    found = (
+    cached = (
         try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None
     )  # a model of the Hub that was fetched
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _content(path: Path) -> str:

@@ -64,9 +64,9 @@ class Plan:
 
     def _check_methods(self) -> None:
         recipe = self.recipe
-        known = ", ".join(self.scorers)
+        names = ", ".join(self.scorers)
         if "score" in self.attack.entry.reads and self.attack.against not in self.scorers:
-            raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({known})")
+            raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
         for composition in self.compositions.values():
@@ -77,10 +77,10 @@ class Plan:
             )
 
     def _check_arm(self, name: str) -> None:
-        arm, known = self.recipe.arms[name], ", ".join(self.scorers)
+        arm, names = self.recipe.arms[name], ", ".join(self.scorers)
         for scorer_name in arm.cut.scorers if arm.cut else ():
             if scorer_name not in self.scorers:
-                raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({known})")
+                raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({names})")
         if arm.train is None:
             if arm.cut or arm.columns:
                 raise UserError(f"arms.{name}: a cut or a column needs an arm that is trained: train: [sft]")
@@ -106,7 +106,7 @@ class Plan:
                 row_file(source)
             except UserError as error:
                 raise UserError(
-                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({known}) nor a file of rows: {error}"
+                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({names}) nor a file of rows: {error}"
                 ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 

@@ -166,7 +166,7 @@ class Removed(NamedTuple):
 class Cut(NamedTuple):
     """What a cut leaves and what it removes, in the order of the rows."""
 
-    kept: list[Example]
+    remaining: list[Example]
     removed: list[Removed]
     threshold: float
     estimator: str  # "given" where the threshold was
@@ -251,7 +251,7 @@ def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Seque
     folder.mkdir(parents=True, exist_ok=True)
     suffixes = Path(source).suffixes
     path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
-    write_table(path, [example.row for example in result.kept], like=source)
+    write_table(path, [example.row for example in result.remaining], like=source)
     removed = [
         {"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed
     ]
@@ -260,5 +260,5 @@ def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Seque
     if result.scores is not None:
         rows = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
         write_table(folder / "scores.parquet", rows)
-    write_json(folder / "cut.json", {**facts, "kept": len(result.kept), "removed": removed})
+    write_json(folder / "cut.json", {**facts, "kept": len(result.remaining), "removed": removed})
     return path
