@@ -13,10 +13,10 @@ from torch import nn
 from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.scan.likelihood import answered, log_likelihood, opening_ids, opening_margin
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.methods.opening_margin import OpeningMargin
 from safebasin.scan.methods.refusal_loss import RefusalLoss
+from safebasin.scan.probe import answered, log_likelihood, opening_ids, opening_margin
 from safebasin.scan.scan import score_rows
 from safebasin.scan.source import MODULES, target_weights
 

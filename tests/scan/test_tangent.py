@@ -256,5 +256,8 @@ def test_dead_gradients_stop_the_run():
         gradient(OneLayer(), batch, lambda m, b: 0 * answer_nll(m, b).sum(), [name])
     with pytest.raises(DefenceError, match="not finite"):
         gradient(OneLayer(), batch, lambda m, b: answer_nll(m, b).sum() * float("inf"), [name])
+    one = torch.ones((), requires_grad=True)
+    with pytest.raises(DefenceError, match="1 of 1 weights are not used"):
+        gradient(OneLayer(), batch, lambda m, b: one * 1, [name])
     with pytest.raises(DefenceError, match="does not depend on"):
-        gradient(OneLayer(), batch, lambda m, b: torch.ones((), requires_grad=True), [name])
+        gradient(OneLayer(), batch, lambda m, b: (answer_nll(m, b).detach() * one).sum(), [name])

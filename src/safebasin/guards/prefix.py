@@ -66,26 +66,26 @@ def read_guard(
     text = text if text.endswith(opening) else text + opening
     if re.findall("{conversation}|{answer}", text) != ["{conversation}", "{answer}"]:
         raise UserError("the guard's prompt must hold {conversation} and then {answer}, once each; set `template`")
-    policy, between, suffix = re.split("{conversation}|{answer}", text)
 
     def encoded(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
-    ending = encoded(suffix)
+    parts = re.split("{conversation}|{answer}", text)
+    policy, between, suffix = map(encoded, parts)
     first = []
     for verdict in verdicts:
-        ids = encoded(suffix + verdict)[: len(ending) + 1]
-        if ids[:-1] != ending or ids[-1:] in ([], [tokenizer.unk_token_id]):
+        ids = encoded(parts[-1] + verdict)[: len(suffix) + 1]
+        if ids[:-1] != suffix or ids[-1:] in ([], [tokenizer.unk_token_id]):
             raise UserError(
                 f"the verdict {verdict!r} begins no token where the guard answers; set `verdicts` to words that do"
             )
         first.append(ids[-1])
-    if not ending or not 1 < len(set(first)) == len(first):
+    if not suffix or not 1 < len(set(first)) == len(first):
         raise UserError(
             "the guard has no verdict to give: nothing follows {answer}, or two verdicts begin with the same token; "
             "set `template` and `verdicts`"
         )
-    return Guard(encoded(policy), encoded(between), ending, first)
+    return Guard(policy, between, suffix, first)
 
 
 def takes_tree(model: Any) -> bool:

@@ -1,11 +1,14 @@
-"""Which weights a gradient score is taken over: linear weights inside the transformer blocks, found by name."""
+"""The weights that a gradient score is taken over: linear weights inside the transformer blocks, chosen by name."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from safebasin.errors import UserError
+from safebasin.errors import DefenceError, UserError
+from safebasin.models.hooks import hooked
 
 Depth = Annotated[float, Field(gt=0, le=1)]  # a share of the model's blocks, from the top
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,3 +65,30 @@ def target_weights(
 def module_of(model: nn.Module, weight: str) -> nn.Module:
     """The layer that a target weight belongs to."""
     return model.get_submodule(weight.removesuffix(".weight"))
+
+
+@contextlib.contextmanager
+def at_weights(
+    model: nn.Module, weights: Sequence[str], hook: Callable[[str, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Inside, ``hook(weight, x, y)`` sees the input and the output of every target weight's layer, and may replace y.
+
+    Raises:
+        DefenceError: at the end, a weight that no forward has used.
+    """
+    reached: set[str] = set()
+
+    def watch(weight: str) -> Callable[..., Tensor | None]:
+        def after(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+            reached.add(weight)
+            return hook(weight, args[0], y)
+
+        return after
+
+    with hooked({module_of(model, weight): watch(weight) for weight in weights}):
+        yield
+    missed = sorted(set(weights) - reached)
+    if missed:
+        raise DefenceError(
+            f"{len(missed)} of {len(weights)} weights are not used ({missed[0]}): are they switched off?"
+        )

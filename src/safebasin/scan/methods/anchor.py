@@ -29,10 +29,9 @@ from torch.nn import functional
 from safebasin.batch import Batch, answer_logits, collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError
-from safebasin.models.hooks import hooked
 from safebasin.scan import scorer
 from safebasin.scan.probe import anchor_rows
-from safebasin.scan.source import MODULES, Depth, module_of, target_weights
+from safebasin.scan.source import MODULES, Depth, at_weights, target_weights
 from safebasin.vector import Vector
 
 WEIGHTS = {"harmful": 1.0, "probe": -1.0, "safe": -1.0}  # of the three means
@@ -51,31 +50,20 @@ def each_layer(model: Any, batch: Batch, targets: Sequence[str], take: Callable[
     """
     # Added to every Y: one leaf from which the graph leads through all of them.
     zero = torch.zeros((), device=batch.mask.device, requires_grad=True)
-    reached: set[str] = set()
 
-    def watch(name: str) -> Callable[..., Tensor]:
-        def after(_: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            x = args[0].detach()
-            if x.dim() != 3 or len(x) != len(batch.mask):
-                raise DefenceError(
-                    f"{name}: its input is {tuple(x.shape)}, not [{len(batch.mask)} rows, tokens, in]: rows are mixed"
-                )
-            reached.add(name)
-            y = y + zero.to(y.device)
-            y.register_hook(lambda d: take(name, x, d))
-            return y
+    def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if x.dim() != 3 or len(x) != len(batch.mask):
+            raise DefenceError(
+                f"{name}: its input is {tuple(x.shape)}, not [{len(batch.mask)} rows, tokens, in]: rows are mixed"
+            )
+        x, y = x.detach(), y + zero.to(y.device)
+        y.register_hook(lambda d: take(name, x, d))
+        return y
 
-        return after
-
-    with hooked({module_of(model, name): watch(name) for name in targets}), torch.enable_grad():
+    with torch.enable_grad(), at_weights(model, targets, watch):
         logits = _wide(answer_logits(model, batch)[batch.mask])
         loss = functional.cross_entropy(logits, batch.labels[batch.mask], reduction="sum")
-        missed = sorted(set(targets) - reached)
-        if missed:
-            raise DefenceError(
-                f"{len(missed)} of {len(targets)} weights are not used ({missed[0]}): are they switched off?"
-            )
-        torch.autograd.grad(loss, zero)
+    torch.autograd.grad(loss, zero)
 
 
 @scorer("anchor", paper="arXiv:2404.01099")

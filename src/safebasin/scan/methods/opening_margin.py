@@ -16,8 +16,7 @@ from safebasin.batch import Batch, collate
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.likelihood import answered, opening_ids, opening_margin
-from safebasin.scan.probe import anchor_rows
+from safebasin.scan.probe import anchor_rows, answered, opening_ids, opening_margin
 
 
 @scorer("opening_margin", paper="arXiv:2605.14194", tokens="sum")

@@ -22,8 +22,7 @@ from safebasin.batch import Batch, collate
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.likelihood import answered, log_likelihood
-from safebasin.scan.probe import anchor_rows
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood
 
 
 def mean_log_likelihood(model: Any, batch: Batch) -> Float[Tensor, ""]:
