@@ -172,7 +172,7 @@ def line(row: Record) -> str:
     goal = row["goal"] or ""
     if goal.startswith("floor ") and row["value"] is not None:
         goal += f" ({row['value'] / float(goal.split()[1]) - 1:+.0%})"
-    return f"{row['what']:44} {value:>10} {row['unit'][:24]:24} {ends:20} n {row['n']:<6} {goal}".rstrip()
+    return f"{row['what']:44} {value:>10} {ends:20} n {row['n']:<6} {goal:24} {row['unit']}".rstrip()
 
 
 def read_results(file: Path) -> list[Record]:

@@ -242,7 +242,7 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
         assert record["interval"][0] <= record["value"] <= record["interval"][1]
     assert records["sft.step_ratio"]["value"] == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "step_ratio" in line]
-    assert len(lines) == 14 and all(re.search(r"floor \d\.\d+ \([+-]\d+%\)$", line) for line in lines)
+    assert len(lines) == 14 and all(re.search(r"floor \d\.\d+ \([+-]\d+%\) +x$", line) for line in lines)
     harness.main([*words, "--accumulation", "2", "--only", "spard"])
     again = json.loads(out.read_text())
     assert again[: len(records)] == list(records.values())  # of other batches, so they stay
