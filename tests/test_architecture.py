@@ -177,7 +177,8 @@ def test_bound_names_by_hand():
 
 
 def logical_lines(text: str) -> int:
-    """Statements: what Python's own tokenizer calls a logical line. How a formatter wraps them does not matter (docs/decisions/0009)."""
+    """Statements: what Python's own tokenizer calls a logical line. How a formatter wraps them does not matter
+    (docs/decisions/0009)."""
     docstrings = sum(
         ast.get_docstring(node) is not None
         for node in ast.walk(ast.parse(text))
@@ -188,7 +189,9 @@ def logical_lines(text: str) -> int:
 
 
 def test_logical_lines_by_hand():
-    text = '"""What."""\n\nx = 1  # one\n\n\ndef f():\n    """Doc.\n\n    More."""\n    # why\n    return (x,\n            x)\n'
+    text = (
+        '"""What."""\n\nx = 1\n\n\ndef f():\n    """Doc.\n\n    More."""\n    # why\n    return (x,\n            x)\n'
+    )
     assert logical_lines(text) == 3
 
 

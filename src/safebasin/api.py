@@ -58,7 +58,8 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str =
 
 
 def load_model(name: str = ALIGNED, *, dtype: str = "bfloat16", adapter: str | Path | None = None) -> ModelAndTokenizer:
-    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter is merged into its weights.
+    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter is merged into its
+    weights.
 
     Raises:
         UserError: it cannot be loaded, is damaged, or has no chat template.
@@ -246,7 +247,8 @@ def measure_model(
 def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path) -> Report | None:
     """Run a recipe: scan, cut, train and measure every arm, and write the report. None where another process writes it.
 
-    Steps that are done in ``out`` are not done again, also after a kill. ``report.verdict`` is what ``safebasin gate`` says.
+    Steps that are done in ``out`` are not done again, also after a kill. ``report.verdict`` is what ``safebasin gate``
+    says.
 
     >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "arms={start: {}}"]
     >>> suite = "measure.suites=[{asr: {prompts: builtin:harmful-test, take: 2, judges: [keyword], max_new_tokens: 4}}]"

@@ -2,11 +2,13 @@
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what was asked, what was found, and what to do. Exit code 1."""
+    """Something that the user can mend: the message says what was asked, what was found, and what to do. Exit code
+    1."""
 
 
 class AttackFails(UserError):
-    """An adaptive attack that cannot be made against this scorer, model and pool: a result in a bench, an error in a single run."""
+    """An adaptive attack that cannot be made against this scorer, model and pool: a result in a bench, an error in a
+    single run."""
 
 
 class DefenceError(RuntimeError):

@@ -1,8 +1,9 @@
 """One registry class, one instance for each extension point: the decorator registers, the folder discovers.
 
-A method is a class of keyword-only frozen fields. Its fields are its hyper-parameters, its YAML keys and its columns in the report.
-``Registry.__call__`` makes it so and files it; ``Registry.load`` imports every module of the registry's folder and every entry point of
-the group ``safebasin.<name>``, so that a new method is a new file and no edit. What a method needs of the run, it says in the decorator.
+A method is a class of keyword-only frozen fields. Its fields are its hyper-parameters, its YAML keys and its columns
+in the report. ``Registry.__call__`` makes it so and files it; ``Registry.load`` imports every module of the registry's
+folder and every entry point of the group ``safebasin.<name>``, so that a new method is a new file and no edit. What a
+method needs of the run, it says in the decorator.
 """
 
 import dataclasses

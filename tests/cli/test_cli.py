@@ -82,7 +82,7 @@ def test_a_recipe_that_does_not_stand_is_refused_in_one_line(recipe, changes, wo
             {"arms__defended": {"train": ["safegrad"]}, "train__adapter__init_lora_weights": False},
             "does not start fresh",
         ),
-        ({"arms__defended": {"train": ["star_dss"], "columns": {"star": "star.jsonl"}}}, "neither among scan.scorers"),
+        ({"arms__defended": {"train": ["star_dss"], "columns": {"star": "star.jsonl"}}}, "is not among scan.scorers"),
         ({"data__task": {"path": "none.csv"}}, "no such file: none.csv"),
         ({"data__align": {"path": "/none/rows.jsonl.gz"}}, "no such file: /none/rows.jsonl.gz"),
         ({"measure__suites": [{"asr": {"prompts": "builtin:harmfull-test"}}]}, "no built-in set"),
@@ -197,7 +197,8 @@ def test_a_model_without_a_template_or_with_broken_weights(tmp_path, capsys):
 
 
 def test_an_adapter_is_no_model(tmp_path, capsys):
-    """transformers would put it on its base, and tuning would put a fresh adapter in its place: the alignment in it would be gone."""
+    """transformers would put it on its base, and tuning would put a fresh adapter in its place: the alignment in it
+    would be gone."""
     (prompts := tmp_path / "prompts.csv").write_text("prompt\nhello\n")
     base = save_tiny(tmp_path / "base")
     fresh_adapter(AutoModelForCausalLM.from_pretrained(base), LORA, seed=0).save_pretrained(tmp_path / "adapter")
@@ -282,7 +283,8 @@ def test_measure_any_prompts_of_any_model(tmp_path, capsys):
 
 
 def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys):
-    """Twelve tokens fit. Anchor rows are longer and stop nothing. Texts are redacted unless asked for; a row of the same ids is scanned once."""
+    """Twelve tokens fit. Anchor rows are longer and stop nothing. Texts are redacted unless asked for; a row of the
+    same ids is scanned once."""
     from aligned import BAD, GOOD, aligned_model
 
     from safebasin.data.tables import write_table
@@ -322,9 +324,11 @@ def test_a_scan_names_the_worst_rows_and_marks_those_cut_short(tmp_path, capsys)
 
 
 def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
-    """Before the scan, where the arm is to be tuned on it; with on_bad: skip it is scored for the cut, and left out of the tuning.
+    """Before the scan, where the arm is to be tuned on it; with on_bad: skip it is scored for the cut, and left out of
+    the tuning.
 
-    The prompt is <user>, 20 words, <end>, <assistant>: 23 tokens; the answer Sure, <end>: 2. Of 12 tokens both stay, with the 10 before them: from 13 on.
+    The prompt is <user>, 20 words, <end>, <assistant>: 23 tokens; the answer Sure, <end>: 2. Of 12 tokens both stay,
+    with the 10 before them: from 13 on.
     """
     from aligned import aligned_model
 

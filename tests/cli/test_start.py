@@ -1,4 +1,5 @@
-"""The verbs that need no torch start without it: torch, transformers and accelerate are blocked, and each of them still works."""
+"""The verbs that need no torch start without it: torch, transformers and accelerate are blocked, and each of them
+still works."""
 
 import json
 import subprocess

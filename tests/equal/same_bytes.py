@@ -2,8 +2,9 @@
 
     python tests/equal/same_bytes.py OTHER_CHECKOUT [--keep FOLDER]
 
-Runs a small variant of ``recipes/quickstart.yaml`` and of the composition of ``recipes/own.yaml`` under this checkout and under the other
-one, with this Python and one thread each, and compares every adapter, score and answer. Exits 0 where all are equal. About three minutes.
+Runs a small variant of ``recipes/quickstart.yaml`` and of the composition of ``recipes/own.yaml`` under this checkout
+and under the other one, with this Python and one thread each, and compares every adapter, score and answer. Exits 0
+where all are equal. About three minutes.
 """
 
 import argparse

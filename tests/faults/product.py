@@ -87,7 +87,8 @@ def command(*words: str) -> int:
 
 
 def forked(action: Callable[[], int], log: Path | None = None) -> int:
-    """The exit code of an action in a fork of this process, negative where a signal ended it; its output goes to ``log``."""
+    """The exit code of an action in a fork of this process, negative where a signal ended it; its output goes to
+    ``log``."""
     child = os.fork()
     if child == 0:  # pragma: no cover - the fork
         output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -99,7 +100,8 @@ def forked(action: Callable[[], int], log: Path | None = None) -> int:
 
 
 def events_of(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int = signal.SIGKILL) -> Callable[[], int]:
-    """A run that counts what it does to the files of its folder, and sends itself a signal before the event ``kill_at``.
+    """A run that counts what it does to the files of its folder, and sends itself a signal before the event
+    ``kill_at``.
 
     ``note`` gets, at the end of an undisturbed run, every event as (event, path).
     """

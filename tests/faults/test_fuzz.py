@@ -1,7 +1,8 @@
-"""1,500 broken recipes, rows and folders: none gives a traceback, a wrong exit code or more than one line, and no nonsense is accepted.
+"""1,500 broken recipes, rows and folders: none gives a traceback, a wrong exit code or more than one line, and no
+nonsense is accepted.
 
-Every case is drawn by its number, so that a failure names it. Recipes are dry runs; rows go through ``preview``; folders through
-``measure``, ``scan``, ``report``, ``gate`` and ``run``.
+Every case is drawn by its number, so that a failure names it. Recipes are dry runs; rows go through ``preview``;
+folders through ``measure``, ``scan``, ``report``, ``gate`` and ``run``.
 """
 
 import copy

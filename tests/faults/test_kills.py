@@ -1,7 +1,8 @@
 """The product is killed at sixty places and goes on: every artefact is that of an undisturbed run.
 
-A place is a moment before the run creates, renames, removes or opens for writing something in its folder: in the rows, the scan and
-its journal, the cut, a checkpoint, the adapter, the answers, the report. The report step and the checkpoints are killed at every event.
+A place is a moment before the run creates, renames, removes or opens for writing something in its folder: in the rows,
+the scan and its journal, the cut, a checkpoint, the adapter, the answers, the report. The report step and the
+checkpoints are killed at every event.
 """
 
 import json

@@ -179,7 +179,8 @@ def test_the_suite_says_what_compare_found(suite_of, pair):
 
 
 def test_separation_interval_by_hand(suite_of):
-    """Margins 1, 3 and 5, 5: 2 + 5 = 7. Student's half is 12.706 sqrt 2 / sqrt 2 = 12.706 of the one, 0 of the other."""
+    """Margins 1, 3 and 5, 5: 2 + 5 = 7. Student's half is 12.706 sqrt 2 / sqrt 2 = 12.706 of the one, 0 of the
+    other."""
     m = suite_of().summed("separation", [torch.tensor([1.0, 3.0]), torch.tensor([5.0, 5.0])], "")
     assert (m.value, m.high - m.value, m.value - m.low, m.n) == (
         7.0,

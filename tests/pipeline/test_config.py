@@ -51,7 +51,7 @@ def test_plain_words_as_yaml_12_has_them(text, value):
         ("a: &x [*x]\n", "not YAML that a recipe can hold"),
         ("a: " + "[" * 2000 + "]" * 2000, "not YAML that a recipe can hold"),
         (
-            "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\n",
+            "\n".join(["a0: &a0 [1]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 7))]),
             "holds more than",
         ),
         ("a: !!python/object:os.system {}\n", "not YAML"),

@@ -1,4 +1,5 @@
-"""The main job on the real small model, made short: every stage runs, a second call does nothing, the gate says what it can say."""
+"""The main job on the real small model, made short: every stage runs, a second call does nothing, the gate says what
+it can say."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The grid: what is done is not done again, the worst attack ranks, a missing number is no zero, hostile strings stay text."""
+"""The grid: what is done is not done again, the worst attack ranks, a missing number is no zero, hostile strings stay
+text."""
 
 import html.parser
 import json
@@ -123,7 +124,8 @@ def test_narrowing_runs_a_part_and_keeps_what_is_known_of_the_rest(stub, tmp_pat
 
 
 def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
-    """plain: 0 % and 90 % (mean 45 %); steady: 50 % and 50 % by its worse judge, so steady is first. The attacked suite counts."""
+    """plain: 0 % and 90 % (mean 45 %); steady: 50 % and 50 % by its worse judge, so steady is first. The attacked
+    suite counts."""
     stub.outcomes |= {
         ("explicit", "plain"): [of("asr", 0, 50, judge="keyword")],
         ("explicit", "steady"): [of("asr", 25, 50, judge="keyword")],
@@ -138,7 +140,8 @@ def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
 
 
 def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
-    """steady loses 10 points in one seed of one attack and none in three others: -2.5, and the pairs are of one attack and seed."""
+    """steady loses 10 points in one seed of one attack and none in three others: -2.5, and the pairs are of one attack
+    and seed."""
     stub.outcomes["benign", "steady"] = [
         of("asr", 45, 50, judge="keyword"),
         of("asr", 5, 50, judge="classifier"),
@@ -191,7 +194,8 @@ def test_what_could_not_be_measured_is_no_zero(stub, tmp_path, poor):
 
 
 def test_what_decides_nothing_is_in_no_maximum(stub, tmp_path):
-    """Under the attacker's template all but one of 50 answers are labels of the task, on every defence: it ranks nobody. On steady alone: not known.
+    """Under the attacker's template all but one of 50 answers are labels of the task, on every defence: it ranks
+    nobody. On steady alone: not known.
 
     A seed of one scored prompt is not made up for by another seed of 50.
     """
@@ -246,9 +250,13 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
 
 
 def test_numbers_over_seeds(stub, tmp_path):
-    """20 % and 40 %: mean 0.3, t(0.975, 1) = 12.706, s / sqrt(2) = 0.1, so 0.3 +- 1.27, cut to 0 and 1. One seed: its own interval."""
-    low, high = ([of("asr", k, 50, judge="keyword"), Measurement("asr", "agreement", kappa, None, None, 50, unit="kappa", judge="keyword, other")]
-                 for k, kappa in ((10, 0.5), (20, 0.7)))  # fmt: skip
+    """20 % and 40 %: mean 0.3, t(0.975, 1) = 12.706, s / sqrt(2) = 0.1, so 0.3 +- 1.27, cut to 0 and 1. One seed: its
+    own interval."""
+    agreement = [
+        Measurement("asr", "agreement", kappa, None, None, 50, unit="kappa", judge="keyword, other")
+        for kappa in (0.5, 0.7)
+    ]
+    low, high = ([of("asr", k, 50, judge="keyword"), kappa] for k, kappa in zip((10, 20), agreement, strict=True))
     stub.outcomes |= {
         ("explicit", "plain", 0): low,
         ("explicit", "plain", 1): high,
@@ -363,7 +371,8 @@ def test_the_recipe_stands(tmp_path):
 
 
 def test_a_killed_grid_goes_on(tmp_path, monkeypatch, capsys):
-    """With the real pipeline on a tiny model: killed at the last arm, what was tuned before is not tuned again, and the same numbers stand."""
+    """With the real pipeline on a tiny model: killed at the last arm, what was tuned before is not tuned again, and
+    the same numbers stand."""
     save_tiny(tmp_path / "model")
     suites = [{"asr": {"prompts": "builtin:harmful-test", "take": 4, "judges": ["keyword"], "max_new_tokens": 4}}]
     base = {

@@ -1,4 +1,5 @@
-"""Algorithm 1 as a driver, over a stand-in for tuning and measuring: a model is unsafe if it was tuned on a harmful row."""
+"""Algorithm 1 as a driver, over a stand-in for tuning and measuring: a model is unsafe if it was tuned on a harmful
+row."""
 
 import json
 import types
@@ -26,7 +27,8 @@ gate: {max_asr: 0.06, max_accuracy_loss: 0.02}
 
 
 def runs(tmp_path, monkeypatch, scores, anchors, few=0, hits=30, scored=100):
-    """Rows 0, 1, ... with these scores; those above 50 are harmful. Fewer than ``few`` rows teach too little of the task: ``hits`` of 100."""
+    """Rows 0, 1, ... with these scores; those above 50 are harmful. Fewer than ``few`` rows teach too little of the
+    task: ``hits`` of 100."""
     ids = [f"r{i}" for i in range(len(scores))]
     measured = []
 
@@ -89,7 +91,8 @@ def test_what_is_safe_already_is_not_scanned(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("harmful", [1, 5, 9])
 def test_one_round_at_any_share(tmp_path, monkeypatch, harmful):
-    """Ten rows: the clean ones score 0 to 9, the harmful ones 91 to 99. The anchors' gap is found whatever the share."""
+    """Ten rows: the clean ones score 0 to 9, the harmful ones 91 to 99. The anchors' gap is found whatever the
+    share."""
     runs(tmp_path, monkeypatch, [float(i) if i < 10 - harmful else 90.0 + i for i in range(10)], ANCHORS)
     rounds = rounds_of(tmp_path)
     assert [r.outcome for r in rounds] == ["unsafe", "passed"] and rounds[-1].rows == 10 - harmful
@@ -98,8 +101,8 @@ def test_one_round_at_any_share(tmp_path, monkeypatch, harmful):
 
 
 def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
-    """Anchors that lie: the first guess keeps harmful rows of score 60, so the next threshold is below it. Where the guess cuts too much of
-    the task, the next is above it."""
+    """Anchors that lie: the first guess keeps harmful rows of score 60, so the next threshold is below it. Where the
+    guess cuts too much of the task, the next is above it."""
     high = {"safe": [0.0, 70.0], "harmful": [90.0, 99.0]}
     runs(tmp_path, monkeypatch, [*map(float, range(10)), 60.0, 61.0, 95.0], high)
     rounds = rounds_of(tmp_path, rounds=3)
@@ -116,7 +119,8 @@ def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("hits", "outcome"), [(84, "passed"), (60, "useless")])
 def test_a_loss_that_chance_explains_lets_no_harmful_row_in(tmp_path, monkeypatch, hits, outcome):
-    """90 right of 100 plain. 84: a fall of 6 points whose interval, about -12 to -2, is not wholly below the limit of 2. 60: it is."""
+    """90 right of 100 plain. 84: a fall of 6 points whose interval, about -12 to -2, is not wholly below the limit of
+    2. 60: it is."""
     runs(tmp_path, monkeypatch, [*map(float, range(10)), 95.0], ANCHORS, few=11, hits=hits)
     assert rounds_of(tmp_path, rounds=1)[-1].outcome == outcome
 

@@ -1,4 +1,5 @@
-"""Whatever a recipe can name is changed, one thing at a time, and the steps that rest on it run again; nothing else runs again."""
+"""Whatever a recipe can name is changed, one thing at a time, and the steps that rest on it run again; nothing else
+runs again."""
 
 import json
 from pathlib import Path

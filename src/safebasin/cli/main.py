@@ -1,6 +1,8 @@
-"""The command line: every arrow between two files is a verb, and ``run`` is all of them. A verb's module is imported when it is called.
+"""The command line: every arrow between two files is a verb, and ``run`` is all of them. A verb's module is imported
+when it is called.
 
-Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive, 130 interrupted, 143 terminated.
+Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive, 130 interrupted, 143
+terminated.
 """
 
 import os

@@ -38,7 +38,8 @@ def refuse_processes() -> None:
 
 
 def start_torch() -> None:
-    """Quiet transformers and keep freed memory. Called by the verbs that need torch, so that the others start at once."""
+    """Quiet transformers and keep freed memory. Called by the verbs that need torch, so that the others start at
+    once."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

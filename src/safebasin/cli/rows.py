@@ -111,9 +111,8 @@ def scan_verb(
     out.print(table)
     cut_short_rows = read_scores(path).cut_short
     if cut_short_rows:
-        say(
-            f"{len(cut_short_rows)} rows are longer than {max_length} tokens and were scored on what fits (scan/problems.json)"
-        )
+        long = f"{len(cut_short_rows)} rows are longer than {max_length} tokens"
+        say(f"{long} and were scored on what fits (scan/problems.json)")
     say(f"scores: {path}")
     return 0
 

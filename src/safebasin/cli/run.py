@@ -32,8 +32,8 @@ def run_verb(
 ) -> int:
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
 
-    Steps that are done already are skipped: run it again after a kill, and it goes on. The exit code says whether the run worked;
-    `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
+    Steps that are done already are skipped: run it again after a kill, and it goes on. The exit code says whether the
+    run worked; `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
     `torchrun --nproc-per-node 8 -m safebasin run ...`.
     """
     start_torch()
@@ -77,7 +77,8 @@ def train_verb(
     set_: Sets = (),
     change: Changes = (),
 ) -> int:
-    """Tune one arm of a recipe, with the scan and the cut that it needs, and measure nothing. Processes share it as they share a run."""
+    """Tune one arm of a recipe, with the scan and the cut that it needs, and measure nothing. Processes share it as
+    they share a run."""
     start_torch()
     from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.recipes import read_recipe
@@ -116,9 +117,8 @@ def search_verb(
     config, folder, results = read_recipe(recipe, change, parse_sets(set_)), out_ or _folder(recipe), []
     for result in search(config, arm, folder, rounds=rounds):
         results.append(result)
-        say(
-            f"{result.arm}: {result.rows} rows, attack success {result.asr:.1%}, accuracy {result.accuracy:.1%}: {result.outcome}"
-        )
+        rates = f"attack success {result.asr:.1%}, accuracy {result.accuracy:.1%}"
+        say(f"{result.arm}: {result.rows} rows, {rates}: {result.outcome}")
     say(verdict(results, folder, parse_gate(config.gate)))
     return 0 if results[-1].outcome == "passed" else 3
 
@@ -134,7 +134,8 @@ def bench_verb(
     out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/GRID.")] = None,
     set_: Sets = (),
 ) -> int:
-    """Run a grid of attacks, defences and seeds; rank the defences by their worst attack. Run it again after a kill, and it goes on."""
+    """Run a grid of attacks, defences and seeds; rank the defences by their worst attack. Run it again after a kill,
+    and it goes on."""
     refuse_processes()
     start_torch()
     from safebasin.pipeline.config import parse_sets

@@ -31,7 +31,8 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Data:
-    """The rows. ``poison`` is for experiments: the attack's rows are mixed into the task so that they are ``poison_share`` of all."""
+    """The rows. ``poison`` is for experiments: the attack's rows are mixed into the task so that they are
+    ``poison_share`` of all."""
 
     task: Source
     poison: Source | None = None  # harmful requests with openers: what the attack is made of
@@ -92,7 +93,8 @@ class Recipe:
     measure: Measure
     model: Model = Model()
     scan: Scan = Scan()
-    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), and TrainingArguments by name
+    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), and TrainingArguments by
+    # name
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
     seed: NonNegativeInt = 0

@@ -1,7 +1,8 @@
 """What a step stands on, as one digest, by content: nobody lists files by hand, so none can be forgotten.
 
-``fingerprint(value)`` reads whatever a recipe, a method or a step names: rows of a set, bytes of a file or a folder, the weights of a
-model, a method's fields and its source. A text that is the name of something is digested with what it names.
+``fingerprint(value)`` reads whatever a recipe, a method or a step names: rows of a set, bytes of a file or a folder,
+the weights of a model, a method's fields and its source. A text that is the name of something is digested with what it
+names.
 """
 
 import dataclasses
@@ -42,9 +43,10 @@ def fingerprint(value: Any) -> str:
     """32 hexadecimal digits of a value and of all that it names.
 
     Args:
-        value: None, a bool, a number, a text, a Path, a Source, a ``config.Model``, a configured method, or a mapping, sequence or
-            dataclass of these. Of a Path, and of a text that names a file, a folder, a built-in set or a model, the content counts; of a
-            Source the rows, with the fields by which they are drawn.
+        value: None, a bool, a number, a text, a Path, a Source, a ``config.Model``, a configured method, or a mapping,
+        sequence or
+            dataclass of these. Of a Path, and of a text that names a file, a folder, a built-in set or a model, the
+            content counts; of a Source the rows, with the fields by which they are drawn.
 
     Raises:
         UserError: a set, a file or a model that is named and cannot be read.

@@ -1,10 +1,11 @@
 """The run folder: the one owner of its paths, and of what is done. Every step goes through ``RunFolder.step``.
 
-``manifest.json`` holds for each step the digest of what went in (by content: ``pipeline.fingerprint``), the digests of the files that came
-out, the versions and the seconds. A step is skipped where the inputs are the same and the files are as it wrote them; otherwise its
-files are removed, with the report that rests on them, and made again.
+``manifest.json`` holds for each step the digest of what went in (by content: ``pipeline.fingerprint``), the digests of
+the files that came out, the versions and the seconds. A step is skipped where the inputs are the same and the files
+are as it wrote them; otherwise its files are removed, with the report that rests on them, and made again.
 
-Several processes (torchrun, ``accelerate launch``) go through the same steps. Rank 0 writes the manifest; the others wait at the end of each step.
+Several processes (torchrun, ``accelerate launch``) go through the same steps. Rank 0 writes the manifest; the others
+wait at the end of each step.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ class RunFolder:
         self.path = path
         self.manifest: dict[str, Any] = _manifest(path / "manifest.json")
 
-    # --- paths ----------------------------------------------------------------------------------------------------------------
+    # --- paths
+    # ----------------------------------------------------------------------------------------------------------------
 
     @property
     def data(self) -> Path:
@@ -76,7 +78,8 @@ class RunFolder:
     def measurements(self, arm: str) -> Path:
         return self.arm(arm) / "measurements.jsonl"
 
-    # --- steps ----------------------------------------------------------------------------------------------------------------
+    # --- steps
+    # ----------------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -123,7 +126,8 @@ class RunFolder:
     def step(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path], *, shared: bool = False
     ) -> Iterator[str]:
-        """``with folder.step(...) as work: if work: ...``: the digest of the inputs where there is work to do, else nothing.
+        """``with folder.step(...) as work: if work: ...``: the digest of the inputs where there is work to do, else
+        nothing.
 
         Args:
             name: of the step, in the manifest.

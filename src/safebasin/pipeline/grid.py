@@ -1,8 +1,9 @@
 """Grid: attacks x defences x seeds as one command that goes on after a kill.
 
-One run folder ``OUT/<attack>-<seed>`` with the defences as its arms, so that rows, scan and finished steps are shared; the first seed of
-every attack comes first. ``cells.json`` in it says how each cell ended under which configuration: an attack whose rows cannot be made and
-a defence that cannot run stand there with their reason and are no number. ``OUT/grid.{json,md,html}`` are written after every cell.
+One run folder ``OUT/<attack>-<seed>`` with the defences as its arms, so that rows, scan and finished steps are shared;
+the first seed of every attack comes first. ``cells.json`` in it says how each cell ended under which configuration: an
+attack whose rows cannot be made and a defence that cannot run stand there with their reason and are no number.
+``OUT/grid.{json,md,html}`` are written after every cell.
 """
 
 import dataclasses

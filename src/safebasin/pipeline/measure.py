@@ -17,7 +17,8 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def build_judges(plan: Plan) -> Judges:
-    """The judges that the suites ask for. Those that read a model read the start model, so that no tuned model judges itself."""
+    """The judges that the suites ask for. Those that read a model read the start model, so that no tuned model judges
+    itself."""
     aligned = load_start(plan) if needs_aligned(plan.judges) else None
     return make_judges(plan.judges, aligned, plan.recipe.measure.judges)
 

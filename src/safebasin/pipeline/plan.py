@@ -45,7 +45,7 @@ class Plan:
         names = [split_spec(spec, "scan")[0] for spec in recipe.scan.scorers]
         if len(set(names)) < len(names):
             raise UserError(
-                "scan.scorers names one scorer twice; both would write one column, so scan the second in a folder of its own"
+                "scan.scorers names one scorer twice, and both would write one column; scan it in its own folder"
             )
         plan = cls(
             recipe=recipe,
@@ -92,13 +92,13 @@ class Plan:
         needed = composition.needs("columns")
         if unread := [column for column in arm.columns if column not in needed]:
             raise UserError(
-                f"arms.{name}.columns.{unread[0]}: none of its methods reads this column ({', '.join(needed) or 'they read none'})"
+                f"arms.{name}.columns.{unread[0]}: its methods do not read it; they read: {', '.join(needed) or 'none'}"
             )
         for column in needed:
             source = arm.columns.get(column)
             if source is None:
                 raise UserError(
-                    f"arms.{name}: its methods read the column {column!r}: set arms.{name}.columns.{column} to a scorer or a file"
+                    f"arms.{name}: its methods read the column {column!r}: set columns.{column} to a scorer or a file"
                 )
             if source in self.scorers:
                 continue
@@ -106,7 +106,7 @@ class Plan:
                 row_file(source)
             except UserError as error:
                 raise UserError(
-                    f"arms.{name}.columns.{column}: {source!r} is neither among scan.scorers ({names}) nor a file of rows: {error}"
+                    f"arms.{name}.columns.{column}: {source!r} is not among scan.scorers ({names}): {error}"
                 ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 

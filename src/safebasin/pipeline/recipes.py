@@ -1,4 +1,5 @@
-"""The recipes that travel in the package: ``builtin:quickstart`` runs as it is, and ``safebasin init`` copies one to change."""
+"""The recipes that travel in the package: ``builtin:quickstart`` runs as it is, and ``safebasin init`` copies one to
+change."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

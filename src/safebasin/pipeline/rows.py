@@ -1,4 +1,5 @@
-"""The step that writes the training rows, the step that cuts them for an arm, and how rows are read and encoded for a run.
+"""The step that writes the training rows, the step that cuts them for an arm, and how rows are read and encoded for a
+run.
 
 data/train.*   data/rows.json   data/problems.json   cut/ARM/train.*   cut/ARM/cut.json
 """
@@ -34,7 +35,8 @@ def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
-    """The step ``data``: the task as it came, or the task and the poison mixed in one form. The path of the training rows is returned."""
+    """The step ``data``: the task as it came, or the task and the poison mixed in one form. The path of the training
+    rows is returned."""
     data, target = plan.recipe.data, folder.data / plan.train_file
     outputs = [target, folder.data / "rows.json", folder.data / PROBLEMS]
     inputs: dict[str, Any] = {"task": data.task, "on_bad": data.on_bad, "form": plan.train_file}
@@ -62,7 +64,8 @@ def write_rows(plan: Plan, folder: RunFolder) -> Path:
 
 
 def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores_file: Path) -> Path:
-    """The step ``cut.ARM``. The path of the rows that the arm trains on is returned: those of ``source`` where it has no cut."""
+    """The step ``cut.ARM``. The path of the rows that the arm trains on is returned: those of ``source`` where it has
+    no cut."""
     settings = plan.recipe.arms[arm].cut
     if settings is None:
         return source
@@ -86,7 +89,8 @@ def scan_inputs(plan: Plan) -> dict[str, Any]:
     return {"model": recipe.model, "scorers": plan.scorers, "anchors": plan.anchors, "settings": settings}
 
 
-# --- the attack -----------------------------------------------------------------------------------------------------------------
+# --- the attack
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
@@ -128,7 +132,8 @@ def attack_format(plan: Plan, system: str | None) -> Callable[[str], Any] | None
     return functools.partial(attack_messages, attacker, system=system)
 
 
-# --- reading and encoding -------------------------------------------------------------------------------------------------------
+# --- reading and encoding
+# -------------------------------------------------------------------------------------------------------
 
 
 def usable_rows(plan: Plan, source: Source) -> Rows:
@@ -159,7 +164,8 @@ class EncodedRows(NamedTuple):
 
 
 def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
-    """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what fits."""
+    """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to
+    what fits."""
     limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
     examples = training_examples(plan, path)
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
@@ -179,7 +185,8 @@ def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = Fa
 def encoded_set(
     plan: Plan, source: Source, tokenizer: Any, format_messages: Any = tuple, *, any_length: bool = False
 ) -> list[TokenizedRow]:
-    """The rows of a set beside the task, none of which may be bad; ``format_messages`` is applied to each conversation."""
+    """The rows of a set beside the task, none of which may be bad; ``format_messages`` is applied to each
+    conversation."""
     examples = [dataclasses.replace(e, messages=format_messages(e.messages)) for e in open_examples(source)]
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if any_length else plan.recipe.data.max_length)
     if bad:
@@ -195,7 +202,8 @@ def anchor_rows(plan: Plan, tokenizer: Any) -> Mapping[str, list[TokenizedRow]]:
 def check_column_files(plan: Plan) -> None:
     """UserError where a column that comes from a file of the user's has another length than its row has answer tokens.
 
-    Rows that an attack is mixed into have their ids only when they are written, so that nothing can be said of them before.
+    Rows that an attack is mixed into have their ids only when they are written, so that nothing can be said of them
+    before.
     """
     pairs = {(source, column) for arm in plan.compositions for column, source in plan.column_files(arm).items()}
     if not pairs or plan.mixes:

@@ -1,4 +1,5 @@
-"""The order of a run, once: rows -> scan -> cut -> adapter -> measurements -> report. Whoever wants an arm asks ``Run.ensure``."""
+"""The order of a run, once: rows -> scan -> cut -> adapter -> measurements -> report. Whoever wants an arm asks
+``Run.ensure``."""
 
 import contextlib
 import functools
@@ -37,7 +38,8 @@ class Run:
         self.judges = judges or functools.cache(lambda: build_judges(self.plan))  # built when the first arm is measured
 
     def with_recipe(self, recipe: Recipe) -> "Run":
-        """Another recipe in the same folder, under the same lock and with the same judges: that of a search's next round."""
+        """Another recipe in the same folder, under the same lock and with the same judges: that of a search's next
+        round."""
         other = Run(recipe, self.folder.path, self.judges)
         other.folder = self.folder
         return other
@@ -68,7 +70,8 @@ class Run:
         return write_scan(self.plan, self.folder, self.rows)
 
     def ensure(self, arm: str) -> Path | None:
-        """The arm's adapter, with all that it rests on: rows, scan, cut, tuning. None for the arm that is left as it was."""
+        """The arm's adapter, with all that it rests on: rows, scan, cut, tuning. None for the arm that is left as it
+        was."""
         rows = self.rows
         if arm not in self.plan.compositions:
             return None

@@ -1,4 +1,5 @@
-"""The step that scores every training row: scan/scores.parquet, with anchors.json, heat.json and problems.json beside it."""
+"""The step that scores every training row: scan/scores.parquet, with anchors.json, heat.json and problems.json beside
+it."""
 
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from safebasin.scan.scan import ScanJournal, score_rows, write_scores
 def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
     """The step ``scan``: every row by every scorer. Processes share the rows, and rank 0 writes.
 
-    A row longer than ``max_length`` is scored on what fits, unless an arm is tuned on it and ``on_bad`` is "stop". After a kill, the scan
-    goes on from its journal.
+    A row longer than ``max_length`` is scored on what fits, unless an arm is tuned on it and ``on_bad`` is "stop".
+    After a kill, the scan goes on from its journal.
     """
     target = folder.scores
     cut_short = not plan.compositions or plan.recipe.data.on_bad == "skip"

@@ -2,13 +2,16 @@
 
     1. tune on all rows; if that is safe, it is the answer: an honest customer pays one evaluation
     2. sort the rows by score; lo = 0, up = n are ranks
-    3. guess a threshold t from the scores between lo and up, clamped to the ranks  lo + lambda (up - lo)  and  up - lambda (up - lo)
-    4. tune on the rows with score <= t: unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful -> done
+    3. guess a threshold t from the scores between lo and up, clamped to the ranks  lo + lambda (up - lo)  and  up -
+    lambda (up - lo)
+    4. tune on the rows with score <= t: unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful ->
+    done
     5. no round passes within the budget -> reject, with the reason
 
-Departs from the paper: step 4 keeps every row up to t (as printed, the filter also drops the safest rows once lo has moved); the guess is
-the arm's own estimator, which knows rows of both kinds, where the paper fits two Gaussians and fails at 90 % harmful rows; useless means
-shown to be so; rounds are arms of one run folder, so that scan, start and finished rounds are reused, also after a kill.
+Departs from the paper: step 4 keeps every row up to t (as printed, the filter also drops the safest rows once lo has
+moved); the guess is the arm's own estimator, which knows rows of both kinds, where the paper fits two Gaussians and
+fails at 90 % harmful rows; useless means shown to be so; rounds are arms of one run folder, so that scan, start and
+finished rounds are reused, also after a kill.
 """
 
 import bisect
@@ -44,8 +47,9 @@ class Round(NamedTuple):
 def search(recipe: Recipe, arm: str, out: Path, *, rounds: int = 2, shrink: float = 0.1) -> Iterator[Round]:
     """Rounds until one passes, at most ``rounds`` after the plain one. The last one says whether the search succeeded.
 
-    Safe: attack success by every judge at most ``gate.max_asr``. Useless: accuracy more than ``gate.max_accuracy_loss`` below that of the
-    plain arm, by the whole interval of the paired difference, since a loss that chance explains is no reason to let harmful rows in.
+    Safe: attack success by every judge at most ``gate.max_asr``. Useless: accuracy more than
+    ``gate.max_accuracy_loss`` below that of the plain arm, by the whole interval of the paired difference, since a
+    loss that chance explains is no reason to let harmful rows in.
 
     Raises:
         UserError: no such arm, no cut in it, no plain arm, no limits in the gate, or fewer than one round.
@@ -114,7 +118,7 @@ def _measured(run: Run, arm: str, threshold: float | None, rows: int) -> Round:
     ]
     if not asr or not accuracy or None in asr + accuracy or thin:
         raise DefenceError(
-            f"{arm}: the search decides by asr and accuracy, and one of them could not be measured; see its answers.jsonl"
+            f"{arm}: the search decides by asr and accuracy, and one of them could not be measured (answers.jsonl)"
         )
     return Round(arm, threshold, rows, max(asr), accuracy[0], "unsafe")
 

@@ -1,4 +1,5 @@
-"""The step that tunes one arm: arms/ARM/adapter, with train.json and problems.json beside it. It goes on from its last whole checkpoint."""
+"""The step that tunes one arm: arms/ARM/adapter, with train.json and problems.json beside it. It goes on from its last
+whole checkpoint."""
 
 import dataclasses
 import shutil
@@ -25,7 +26,8 @@ from safebasin.vector import gather_full, trainable
 
 
 def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> Path:
-    """The step ``train.ARM`` on the rows of a file. Processes share the rows of a step, and rank 0 writes. The adapter is returned."""
+    """The step ``train.ARM`` on the rows of a file. Processes share the rows of a step, and rank 0 writes. The adapter
+    is returned."""
     recipe, composition, target = plan.recipe, plan.compositions[arm], folder.adapter(arm)
     inputs = {
         "rows": rows_file,
@@ -50,7 +52,8 @@ def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> P
 
 
 def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints: Path) -> None:
-    """Tune, and write the adapter. The folder of the checkpoints is named by all that goes into the tuning: those of another one go."""
+    """Tune, and write the adapter. The folder of the checkpoints is named by all that goes into the tuning: those of
+    another one go."""
     ranks, recipe, composition = processes(), plan.recipe, plan.compositions[arm]
     if ranks.is_main_process:
         for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:

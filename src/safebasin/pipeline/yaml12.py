@@ -1,6 +1,7 @@
 """Recipes as YAML 1.2 reads them: ``1e-4`` is a number and ``no`` a word; a key that stands twice is refused.
 
-PyYAML follows YAML 1.1, where ``1e-4`` is text, ``on`` is true and ``1:30`` is ninety. Only the resolution of plain words is replaced.
+PyYAML follows YAML 1.1, where ``1e-4`` is text, ``on`` is true and ``1:30`` is ninety. Only the resolution of plain
+words is replaced.
 """
 
 import math
@@ -89,7 +90,8 @@ def load(text: str, origin: str) -> Any:
     """The tree that a YAML text holds.
 
     Raises:
-        UserError: not YAML, a key that stands twice, a tree that is too large or too deep; it names ``origin`` and the line.
+        UserError: not YAML, a key that stands twice, a tree that is too large or too deep; it names ``origin`` and the
+        line.
     """
     try:
         tree = yaml.load(text, Loader)
