@@ -14,6 +14,8 @@ from safebasin.train.compose import Composition
 from safebasin.train.trainer import training_arguments
 from safebasin.vector import trainable
 
+pytestmark = pytest.mark.slow
+
 TEXT = (Path(__file__).parents[1] / "docs" / "own_trainer.md").read_text(encoding="utf-8")
 
 

@@ -32,6 +32,8 @@ from safebasin.train.compose import Composition
 from safebasin.train.oracle import Oracle
 from safebasin.vector import Vector, trainable
 
+pytestmark = pytest.mark.slow
+
 NAMES = [entry.name for entry in method]
 SAME = 1e-5  # float32: other orders of summing, seen through a few steps of AdamW
 # bfloat16 holds 2^-8 = 0.004 of a number, and a gradient is some ten products deep: 0.01 of the update, 0.045 for

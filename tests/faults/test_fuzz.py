@@ -18,6 +18,8 @@ import pytest
 import yaml
 from product import command, forked, product
 
+pytestmark = pytest.mark.slow
+
 RECIPES, ROWS, FOLDERS = 900, 400, 200
 NAN, INF = float("nan"), float("inf")
 NOT_A_NUMBER = (NAN, INF, -INF, "x", "", "3", True, [], {}, [1, 2], {"a": 1}, "1e999")
@@ -132,7 +134,6 @@ def told_wrong(capsys, folder: Path, code: int, allowed: tuple[int, ...]) -> str
     return ""
 
 
-@pytest.mark.slow
 def test_recipes(home, capsys, tracebacks):
     """A number becomes no number, a name an unknown one, a value another shape; the text itself is damaged."""
     folder, recipe = home
@@ -274,7 +275,6 @@ def rows_file(chance: random.Random, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_rows(home, tmp_path, capsys, tracebacks):
     folder, _ = home
     wrong = []
@@ -328,7 +328,6 @@ def damage(chance: random.Random, path: Path) -> str:
     return f"{path.name}: {kind}"
 
 
-@pytest.mark.slow
 def test_folders(home, tmp_path):
     """A file of a model, of an adapter or of a run is damaged: one line, or the run makes it again."""
     folder, recipe = home

@@ -11,6 +11,8 @@ import signal
 import pytest
 from product import KILLED, artefacts, events_of, forked, product
 
+pytestmark = pytest.mark.slow
+
 PLACES = 60
 
 
@@ -37,7 +39,6 @@ def places(events: list, count: int) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.slow
 def test_killed_at_sixty_places_it_ends_as_if_nothing_had_been(undisturbed, tmp_path):
     recipe, out, events = undisturbed
     expected, wrong = artefacts(out), []

@@ -9,6 +9,8 @@ import yaml
 
 from safebasin.cli.main import app, guarded
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 

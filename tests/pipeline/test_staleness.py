@@ -17,6 +17,8 @@ from safebasin.pipeline.config import read
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.run import Run
 
+pytestmark = pytest.mark.slow
+
 ALL = {"data", "scan", "cut.defended", "train.defended", "measure.start", "measure.defended"}
 
 

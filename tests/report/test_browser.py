@@ -27,7 +27,10 @@ from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published, write_gri
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed"),
+]
 
 ASK = '<img src="http://evil.example/seen">'
 RUN = f"<script>window.ran = true</script><img src=x onerror='window.ran = true'><svg onload='window.ran = true'>{ASK}"

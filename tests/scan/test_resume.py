@@ -9,6 +9,8 @@ from runs import trial
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, Scanned, score_rows
 
+pytestmark = pytest.mark.slow
+
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)
 

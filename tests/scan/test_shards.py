@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from accelerate import PartialState
 from aligned import aligned_model, refusals
 
@@ -11,6 +12,8 @@ from runs import prepare, start
 from safebasin.data.tables import file_digest
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows
+
+pytestmark = pytest.mark.slow
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)

@@ -10,6 +10,8 @@ from killed import KILLED, PLACES, STEPS, TWICE
 
 from safebasin.train.checkpoint import MARK, is_complete, last_checkpoint, mark_complete, remove_checkpoint, rotate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

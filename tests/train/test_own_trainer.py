@@ -10,6 +10,8 @@ from safebasin.train.compose import Composition
 from safebasin.train.trainer import training_arguments
 from safebasin.vector import trainable
 
+pytestmark = pytest.mark.slow
+
 ROWS = random_rows(16, 3, columns=("star",))
 
 

@@ -16,6 +16,8 @@ from safebasin.data.tables import file_digest
 from safebasin.pipeline.config import read
 from safebasin.pipeline.run import Run
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 

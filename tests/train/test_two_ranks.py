@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from two_ranks import FLAGS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
