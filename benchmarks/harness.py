@@ -263,14 +263,11 @@ def run_cli(*words: Any, codes: Sequence[int] = (0,)) -> int:
     return code
 
 
-def local_sets(data: Path | None) -> list[str]:
-    """The options ``--set NAME=FILE`` that put the files of a folder in the place of the public sets."""
-    return [
-        word
-        for name, file in PUBLIC.items()
-        if data and (data / file).is_file()
-        for word in ("--set", f"{name}={data / file}")
-    ]
+def local_sets(data: Path | None, recipe: Path) -> list[str]:
+    """The options ``--set NAME=FILE`` that put files of a folder in the place of the public sets of a recipe."""
+    text = recipe.read_text(encoding="utf-8")
+    files = {name: data / file for name, file in PUBLIC.items() if data is not None and name in text}
+    return [word for name, file in files.items() for word in ("--set", f"{name}={file}")]
 
 
 def load_experiments() -> None:

@@ -102,7 +102,9 @@ def run(
             recipe.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
             part = ["--only", ",".join(attacks)] if attacks else []
             part += ["--seeds", ",".join(map(str, seeds))] if seeds else []
-            failed += [name] * run_cli("bench", recipe, "--out", out, *part, *local_sets(data), codes=(0, FAILED))
+            failed += [name] * run_cli(
+                "bench", recipe, "--out", out, *part, *local_sets(data, recipe), codes=(0, FAILED)
+            )
         if (out / "grid.json").is_file():
             of_grid = json.loads((out / "grid.json").read_text(encoding="utf-8"))
             facts = {key: max((row[key] for row in of_grid if key in row), default=None) for key in ("machine", "date")}

@@ -25,7 +25,7 @@ def options(share: float, seed: int, data: Path, rows: int, change: tuple[str, .
     changes += ["data.poison.skip=100", "train.max_steps=40", "arms.defended.train=[sft]"]
     changes += ["measure.suites.0.asr.limit=100", "measure.suites.0.asr.take=60"]
     changes += ["measure.suites.2.accuracy.data.take=200", f"data.poison_share={share}", *change]
-    return [*(word for each in changes for word in ("--change", each)), *local_sets(data)]
+    return [*(word for each in changes for word in ("--change", each)), *local_sets(data, RECIPE)]
 
 
 def cell(share: float, seed: int, out: Path, data: Path, rows: int, change: tuple[str, ...]) -> dict[str, Any]:
