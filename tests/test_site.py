@@ -216,7 +216,7 @@ def test_the_page_of_files_names_what_the_folder_owns():
 
 
 def test_the_page_of_exit_codes_is_whole():
-    stated = set(re.findall(r"\b(\d+) [a-z]", (cli.__doc__ or "").split("Exit codes:")[1]))
+    stated = set(re.findall(r"\b(\d+)\s[a-z]", (cli.__doc__ or "").split("Exit codes:")[1]))
     listed = {cell for cell in cells(DOCS / "reference" / "exit-codes.md") if cell.isdecimal()}
     assert listed == stated >= {str(code) for code in CODES.values()}
 
