@@ -69,9 +69,9 @@ def test_a_move_by_hand():
     model.weight.data.fill_(2.0), model.bias.data.fill_(2.0)
     d, e = {"weight": torch.ones(1, 1), "bias": torch.ones(1)}, {"weight": torch.full((1, 1), 10.0)}
     with moved(model, [(0.5, d), (-0.1, e)]):
-        assert (float(model.weight), float(model.bias)) == (1.5, 2.5)
+        assert (model.weight.item(), model.bias.item()) == (1.5, 2.5)
     with moved(model, []):
-        assert float(model.weight) == 2.0
+        assert model.weight.item() == 2.0
 
 
 def test_surprise_is_what_the_model_would_not_say():
