@@ -1,10 +1,12 @@
 """What the tests of faults run: the whole product on a tiny aligned model, in processes that start in no time.
 
-torch and the package are imported once; every run is a fork of this process, so that a trial costs its work alone.
+torch and the package are imported once; every run is a fork of that process, so that a trial costs its work alone.
 """
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ import vl_convert  # noqa: F401
 import yaml
 from aligned import BAD, GOOD, aligned_model
 
-from safebasin.cli.main import app, guarded
+from safebasin.cli.main import app, guarded, terminate_cleanly
 from safebasin.data.tables import file_digest, write_table
 from safebasin.pipeline import run as _  # noqa: F401
 from safebasin.report import figure as _figure  # noqa: F401
@@ -86,46 +88,61 @@ def command(*words: str) -> int:
     return guarded(lambda: app(list(words), result_action="return_value", exit_on_error=False))
 
 
+CONTEXT = multiprocessing.get_context(
+    "forkserver"
+)  # a clean process that has imported everything and started no thread
+CONTEXT.set_forkserver_preload(["product"])
+PATIENCE = 600  # seconds
+
+
 def forked(action: Callable[[], int], log: Path | None = None) -> int:
-    """The exit code of an action in a fork of this process, negative where a signal ended it; its output goes to
-    ``log``."""
-    child = os.fork()
-    if child == 0:  # pragma: no cover - the fork
-        output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))  # not pytest's
-        os._exit(action())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """The exit code of an action in a fork of a clean process, negative after a signal; its output goes to ``log``."""
+    process = CONTEXT.Process(target=_child, args=(action, log))
+    process.start()
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"a run took more than {PATIENCE} s")
+    return process.exitcode
+
+
+def _child(action: Callable[[], int], log: Path | None) -> None:
+    output = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    code = action()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def events_of(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int = signal.SIGKILL) -> Callable[[], int]:
-    """A run that counts what it does to the files of its folder, and sends itself a signal before the event
-    ``kill_at``.
+    """A run that counts what it does to the files of its folder; it sends itself a signal before the event ``kill_at``.
 
     ``note`` gets, at the end of an undisturbed run, every event as (event, path).
     """
+    return functools.partial(_run, recipe, out, kill_at, note, sig)
 
-    def action() -> int:
-        events: list[tuple[str, str]] = []
 
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event not in EVENTS or not arguments or not isinstance(arguments[0], str | os.PathLike):
-                return
-            name = os.fspath(arguments[0])
-            if not str(name).startswith(str(out)) or (event == "open" and not _writes(arguments)):
-                return
-            if len(events) == kill_at:
-                os.kill(os.getpid(), sig)
-            events.append((event, os.path.relpath(name, out)))
+def _run(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int) -> int:
+    events: list[tuple[str, str]] = []
 
-        sys.addaudithook(hook)
-        code = command("run", str(recipe), "--out", str(out))
-        with contextlib.suppress(OSError):
-            note.write_text(json.dumps(events))
-        return code
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not arguments or not isinstance(arguments[0], str | os.PathLike):
+            return
+        name = os.fspath(arguments[0])
+        if not str(name).startswith(str(out)) or (event == "open" and not _writes(arguments)):
+            return
+        if len(events) == kill_at:
+            os.kill(os.getpid(), sig)
+        events.append((event, os.path.relpath(name, out)))
 
-    return action
+    terminate_cleanly()
+    sys.addaudithook(hook)
+    code = command("run", str(recipe), "--out", str(out))
+    with contextlib.suppress(OSError):
+        note.write_text(json.dumps(events))
+    return code
 
 
 def _writes(arguments: tuple[Any, ...]) -> bool:

@@ -6,10 +6,12 @@ folders through ``measure``, ``scan``, ``report``, ``gate`` and ``run``.
 """
 
 import copy
+import functools
 import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -298,7 +300,7 @@ def test_rows(home, tmp_path, capsys, tracebacks):
                     wrong.append((case, line))
         if not case % 2 and any(mark in shown.out for mark in ("\x1b", "\u202e", "\x00")):
             wrong.append((case, "a control character reached the terminal"))
-        print(shown.err, end="", file=__import__("sys").stderr)
+        print(shown.err, end="", file=sys.stderr)
         if problem := told_wrong(capsys, tracebacks, code, (0, 1)):
             wrong.append((case, path.name, problem))
         path.unlink()
@@ -332,7 +334,7 @@ def test_folders(home, tmp_path):
     """A file of a model, of an adapter or of a run is damaged: one line, or the run makes it again."""
     folder, recipe = home
     run = folder / "run"
-    assert forked(lambda: command("run", str(recipe), "--out", str(run)), tmp_path / "log") == 0, (
+    assert forked(functools.partial(command, "run", str(recipe), "--out", str(run)), tmp_path / "log") == 0, (
         tmp_path / "log"
     ).read_text()[-2000:]
     wrong = []
@@ -375,7 +377,7 @@ def test_folders(home, tmp_path):
             verb = ("report", "gate", "run")[kind - 2]
             call = (verb, str(recipe), "--out", str(work / "run")) if verb == "run" else (verb, str(work / "run"))
             allowed = {"report": (0, 1), "gate": (1, 3, 4, 0), "run": (0, 1)}[verb]
-        code = forked(lambda call=call: command(*call), tmp_path / "log")
+        code = forked(functools.partial(command, *call), tmp_path / "log")
         text = (tmp_path / "log").read_text(errors="replace")
         lines = [line for line in text.splitlines() if line.startswith("safebasin:")]
         if code not in allowed or "Traceback" in text or (code == 1 and len(lines) != 1):

@@ -80,14 +80,7 @@ def test_sigterm_is_a_clean_stop(undisturbed, tmp_path, share):
     recipe, out, events = undisturbed
     stopped = tmp_path / "undisturbed"
     action = events_of(recipe, stopped, int(share * len(events)), tmp_path / "events", signal.SIGTERM)
-
-    def terminable() -> int:
-        from safebasin.cli.main import terminate_cleanly
-
-        terminate_cleanly()
-        return action()
-
-    assert forked(terminable, tmp_path / "log") == 143
+    assert forked(action, tmp_path / "log") == 143
     text = (tmp_path / "log").read_text()
     assert "terminated; run the same command again" in text and "Traceback" not in text
     assert forked(events_of(recipe, stopped, None, tmp_path / "events"), tmp_path / "log") == 0
