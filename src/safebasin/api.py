@@ -188,6 +188,7 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
         UserError: the recipe is refused, has no such arm, or the arm is not tuned.
         DefenceError: a defence cannot run.
 
+    >>> import tempfile
     >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "train.max_steps=1"]
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     adapter = train_adapter(read_recipe("builtin:quickstart", quick), "plain", folder)
@@ -250,6 +251,7 @@ def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path)
     Steps that are done in ``out`` are not done again, also after a kill. ``report.verdict`` is what ``safebasin gate``
     says.
 
+    >>> import tempfile
     >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "arms={start: {}}"]
     >>> suite = "measure.suites=[{asr: {prompts: builtin:harmful-test, take: 2, judges: [keyword], max_new_tokens: 4}}]"
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,7 @@ def truth(folders):
     return functools.cache(lambda name, **changes: loop(composed(name, folders), **changes))
 
 
+@torch.no_grad()
 def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
     """Distance over the length of the update from the start."""
     start = trainable(fresh_adapter(tiny_model(), LORA, seed=0))
