@@ -10,6 +10,7 @@ from aligned import aligned_model, refusals
 
 from runs import prepare, start
 from safebasin.data.tables import file_digest
+from safebasin.errors import DefenceError
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows
 
@@ -56,6 +57,13 @@ def test_shares_make_up_the_scan(tmp_path):
     counts, result = scanned(ScanJournal(tmp_path / "journal.jsonl", "key", Rank(0, 3)))
     assert [len(counts), *reversed(batches)] == [2, 2, 1]
     assert result == scanned(None)[1]
+
+
+def test_rows_that_nobody_scored_stop_the_scan(tmp_path):
+    """Rank 0 of three scores four of ten rows; the others have written nothing, or a line that is damaged."""
+    (tmp_path / "journal-1.jsonl").write_text('key\n{"rows": [4, 5, 6')
+    with pytest.raises(DefenceError, match="6 rows have no score"):
+        scanned(ScanJournal(tmp_path / "journal.jsonl", "key", Rank(0, 3)))
 
 
 def test_what_others_did_is_not_done_again(tmp_path):
