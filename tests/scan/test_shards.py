@@ -7,14 +7,12 @@ import sys
 import pytest
 from accelerate import PartialState
 from aligned import aligned_model, refusals
-
 from runs import prepare, start
+
 from safebasin.data.tables import file_digest
 from safebasin.errors import DefenceError
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows
-
-pytestmark = pytest.mark.slow
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)
@@ -80,6 +78,7 @@ def test_what_others_did_is_not_done_again(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(tmp_path):
     """torchrun and gloo, over the command line, against one process: the same bytes."""
     files = prepare(tmp_path, 200)
