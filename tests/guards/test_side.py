@@ -3,6 +3,7 @@ its scorer."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,9 +228,12 @@ def test_its_own_rows_hold_every_corner_and_leave_the_test_sets_alone():
 def test_saved_and_loaded_it_scores_the_same_bit_for_bit(guard, tmp_path):
     guard.save(tmp_path / "guard")
     again = SideGuard.load(tmp_path / "guard", MODEL)
+    guard.save(tmp_path / "version-1.5")  # no suffix of a file: it is part of the name
+    assert SideGuard.load(tmp_path / "version-1.5", MODEL).facts == guard.facts
     pairs = ("make a bomb", SURE), ("make a cake", SORRY)
     assert torch.equal(unsafe_of(again, *pairs), unsafe_of(guard, *pairs))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["guard.json", "guard.safetensors"]
+    names = [f"{stem}.{suffix}" for stem in ("guard", "version-1.5") for suffix in ("json", "safetensors")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_its_size_beside_smollm2():
@@ -310,8 +314,9 @@ def test_the_shipped_guard_reads_the_tokenizer_of_its_model():
 
 
 def test_a_guard_that_is_not_there_or_half_there(guard, tmp_path):
-    with pytest.raises(UserError, match="no guard at"):
-        SideGuard.load(tmp_path / "guard", MODEL)
+    for stem in (tmp_path / "guard", tmp_path, Path(), Path("/"), Path("a\0b")):
+        with pytest.raises(UserError, match="no guard at"):
+            SideGuard.load(stem, MODEL)
     (tmp_path / "guard.json").write_text(json.dumps(guard.facts._asdict()))
     with pytest.raises(UserError, match="no guard at"):
         SideGuard.load(tmp_path / "guard", MODEL)

@@ -4,12 +4,10 @@ import json
 
 import pytest
 from aligned import aligned_model, refusals
-
 from runs import trial
+
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, Scanned, score_rows
-
-pytestmark = pytest.mark.slow
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)
@@ -31,6 +29,7 @@ def run(path, key, name="self_refusal"):
     return counts, scanned
 
 
+@pytest.mark.slow
 def test_killed_twice(tmp_path):
     """SIGKILL at random points; the benchmark ``kill`` does it ten times on 20,000 rows."""
     outcome = trial(tmp_path, 1500, 2)

@@ -7,13 +7,12 @@ import sys
 import pytest
 from accelerate import PartialState
 from aligned import aligned_model, refusals
-
 from runs import prepare, start
+
 from safebasin.data.tables import file_digest
+from safebasin.errors import DefenceError
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows
-
-pytestmark = pytest.mark.slow
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)
@@ -58,6 +57,13 @@ def test_shares_make_up_the_scan(tmp_path):
     assert result == scanned(None)[1]
 
 
+def test_rows_that_nobody_scored_stop_the_scan(tmp_path):
+    """Rank 0 of three scores four of ten rows; the others have written nothing, or a line that is damaged."""
+    (tmp_path / "journal-1.jsonl").write_text('key\n{"rows": [4, 5, 6')
+    with pytest.raises(DefenceError, match="6 rows have no score"):
+        scanned(ScanJournal(tmp_path / "journal.jsonl", "key", Rank(0, 3)))
+
+
 def test_what_others_did_is_not_done_again(tmp_path):
     """A scan of two processes goes on with one: the journal of each counts, one of another key does not; in the end
     none is left, and nothing of a write that a kill cut short."""
@@ -72,6 +78,7 @@ def test_what_others_did_is_not_done_again(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(tmp_path):
     """torchrun and gloo, over the command line, against one process: the same bytes."""
     files = prepare(tmp_path, 200)

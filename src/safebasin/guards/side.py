@@ -164,8 +164,8 @@ class SideGuard(nn.Module):
 
     def save(self, stem: Path) -> None:
         """``stem``.safetensors (parameters in bfloat16: ``fit_side_guard`` rounds them to it) and ``stem``.json."""
-        safetensors.torch.save_file(self.stored(), stem.with_suffix(".safetensors"))
-        write_json(stem.with_suffix(".json"), self.facts._asdict())
+        safetensors.torch.save_file(self.stored(), Path(f"{stem}.safetensors"))
+        write_json(Path(f"{stem}.json"), self.facts._asdict())
 
     @classmethod
     def load(cls, stem: Path, model: Any) -> "SideGuard":
@@ -174,7 +174,7 @@ class SideGuard(nn.Module):
         Raises:
             UserError: it is missing or damaged, or was fitted to a model of another shape.
         """
-        config, weights = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+        config, weights = Path(f"{stem}.json"), Path(f"{stem}.safetensors")
         if not (config.is_file() and weights.is_file()):
             raise UserError(f"no guard at {stem} (.json and .safetensors are needed); make one with scripts/guard")
         try:

@@ -21,7 +21,7 @@ from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, AnchorScores
 
-Anchors = Mapping[str, Sequence[TokenizedRow]]
+AnchorSets = Mapping[str, Sequence[TokenizedRow]]
 LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along
 
 
@@ -29,7 +29,7 @@ LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along
 class Scorer(Protocol):
     """How bad is a row, by a model. High = harmful."""
 
-    def fit(self, model: Any, tokenizer: Any, anchors: Anchors) -> Any:
+    def fit(self, model: Any, tokenizer: Any, anchors: AnchorSets) -> Any:
         """What ``score`` needs of the model, computed once. UserError: an anchor set that it needs is missing."""
 
     def score(self, model: Any, batch: Batch, fitted: Any) -> Float[Tensor, " batch"] | Float[Tensor, "batch answers"]:
@@ -86,7 +86,7 @@ def score_rows(
     tokenizer: Any,
     rows: Sequence[TokenizedRow],
     scorers: Mapping[str, Scorer | Reader],
-    anchors: Anchors,
+    anchors: AnchorSets,
     *,
     examples: Sequence[Example] = (),
     batch_size: int,
@@ -159,7 +159,7 @@ def _model_values(
     tokenizer: Any,
     rows: Sequence[TokenizedRow],
     scorers: Mapping[str, Scorer],
-    anchors: Anchors,
+    anchors: AnchorSets,
     batch_size: int,
     journal: "ScanJournal | None",
     progress: Callable[[int, int], None] | None,
@@ -204,6 +204,10 @@ def _model_values(
         ranks.wait_for_everyone()
         if ranks.is_main_process:
             recall()
+            if scorers and len(finished) < len(rows):
+                raise DefenceError(
+                    f"{len(rows) - len(finished)} rows have no score: another process failed; scan again"
+                )
     return values
 
 
