@@ -295,9 +295,9 @@ def launch(
     function, bound, _ = app.parse_args(words)
     name, entry = next((name, entry) for name, entry in EXPERIMENTS.items() if entry.function is function)
     keep = keep or RUNS / (f"{name}-quick" if quick else name)
-    history = Path(__file__).parent / entry.results / "results.json"
-    file = out or (keep / "results.json" if quick else history)
-    if quick and file.resolve() == history:
+    history = Path(__file__).resolve().parent
+    file = out or (keep if quick else history / entry.results) / "results.json"
+    if quick and file.resolve().is_relative_to(history):
         raise UserError(f"{file} holds measured numbers; --quick does not write there")
     bench = Bench(file, keep, replaces=entry.replaces, goals=entry.goals)
     function(bench=bench, **({name: value for name, value in entry.quick.items() if quick} | bound.arguments))

@@ -43,6 +43,7 @@ def test_every_experiment_declares_itself(capsys):
         assert (ROOT / "benchmarks" / entry.results).is_dir(), name
 
 
+@pytest.mark.slow
 def test_there_is_one_entry_point():
     mains = [
         p
@@ -253,6 +254,7 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_memory_is_of_a_process_of_its_own(folders, monkeypatch, tmp_path):
     assert bench.peak("star_dss", folders["aligned"], folders["base"], 1) > 100  # torch alone takes more
     sizes = {"sft": iter([100, 200]), "safegrad": iter([150, 260]), "star_dss": iter([110, 200])}

@@ -48,6 +48,7 @@ def teach(folder: Path, rating: str) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_server_is_killed_in_the_middle(tmp_path):
     """Four answers are rated 1, which is safe. The server dies: the other six are neither safe nor harmful."""
     for name in ("fastapi", "uvicorn", "openai"):
@@ -62,6 +63,7 @@ def test_the_server_is_killed_in_the_middle(tmp_path):
         assert set(harness.FIELDS) <= row.keys()
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_an_error_of_one_line(tmp_path):
     words = ["--model", str(tmp_path / "nothing"), "--timeout", "60", "--out", str(tmp_path / "out.json")]
     with pytest.raises(UserError, match="did not start"):
