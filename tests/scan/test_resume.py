@@ -4,8 +4,8 @@ import json
 
 import pytest
 from aligned import aligned_model, refusals
-
 from runs import trial
+
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, Scanned, score_rows
 

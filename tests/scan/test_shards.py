@@ -7,8 +7,8 @@ import sys
 import pytest
 from accelerate import PartialState
 from aligned import aligned_model, refusals
-
 from runs import prepare, start
+
 from safebasin.data.tables import file_digest
 from safebasin.errors import DefenceError
 from safebasin.scan import scorer

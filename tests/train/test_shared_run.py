@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import yaml
-
 from runs import prepare
+
 from safebasin.cli.main import app, guarded
 from safebasin.data.tables import file_digest
 from safebasin.pipeline.config import read
