@@ -241,26 +241,31 @@ class PrefixGroup(NamedTuple):
 def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
     """Rows in batches, those that begin alike together and by length among them: a shared prompt is run once."""
 
-    def families(group: list[int], depth: int) -> Iterator[tuple[list[int], int]]:
-        """``group`` is sorted by tokens and agrees on the first ``depth``.
+    def families() -> Iterator[tuple[list[int], int]]:
+        """Rows sorted by tokens, in groups that agree on their first ``depth`` tokens.
 
-        A branch that goes on alike, with rows for two batches, is a family of its own.
+        A branch that goes on alike, with rows for two batches, is a family of its own, before the rest of its group.
         """
-        first, last = rows[group[0]].ids, rows[group[-1]].ids
-        while depth < min(len(first), len(last)) and first[depth] == last[depth]:
-            depth += 1
-        rest = []
-        for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + 1]):
-            inside = list(branch)
-            ends = [rows[i].ids[depth : depth + ALIKE] for i in (inside[0], inside[-1])]
-            if 2 * size <= len(inside) < len(group) and ends[0] == ends[1]:
-                yield from families(inside, depth)
-            else:
-                rest += inside
-        if rest:
-            yield rest, depth
+        stack = [(sorted(range(len(rows)), key=lambda i: rows[i].ids), 0, False)] if rows else []
+        while stack:
+            group, depth, split = stack.pop()
+            if split:
+                yield group, depth
+                continue
+            first, last = rows[group[0]].ids, rows[group[-1]].ids
+            while depth < min(len(first), len(last)) and first[depth] == last[depth]:
+                depth += 1
+            rest, branches = list[int](), list[tuple[list[int], int, bool]]()
+            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + 1]):
+                inside = list(branch)
+                ends = [rows[i].ids[depth : depth + ALIKE] for i in (inside[0], inside[-1])]
+                if 2 * size <= len(inside) < len(group) and ends[0] == ends[1]:
+                    branches.append((inside, depth, False))
+                else:
+                    rest += inside
+            stack += [(rest, depth, True)] * bool(rest) + branches[::-1]
 
-    for family, depth in families(sorted(range(len(rows)), key=lambda i: rows[i].ids), 0) if rows else ():
+    for family, depth in families():
         first_answer = min(rows[i].answer.index(True) if True in rows[i].answer else len(rows[i]) for i in family)
         shared = min(depth, first_answer - 1)  # the token before an answer predicts its first one
         order = sorted(family, key=lambda i: (-len(rows[i]), i))

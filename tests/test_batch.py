@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import LORA, PAD, random_rows, tiny_model
 from torch import nn
 
-from safebasin.batch import answer_logits, collate, layout, pack, padded_because, target_logits
+from safebasin.batch import answer_logits, by_prefix, collate, layout, pack, padded_because, target_logits
 from safebasin.encode import TokenizedRow
 from safebasin.models.adapter import fresh_adapter, without_adapter
 from safebasin.train.loss import nll
@@ -93,3 +93,10 @@ def test_rows_are_packed_where_that_is_less_work(alike):
     batch = collate([row(prompt, (i + 1,)) for i, prompt in enumerate(prompts)], PAD)
     assert (layout(WIDE, batch) is batch) == (not alike)
     assert torch.allclose(target_logits(WIDE, batch), answer_logits(WIDE, batch)[batch.mask], atol=1e-9)
+
+
+def test_rows_that_each_go_on_where_another_ends_are_grouped():
+    """1,500 families, one inside the other, are more than the stack of calls holds; every row is in one batch."""
+    ids = [(1,) * 9 * (i + 1) + (2,) for i in range(1500)]
+    groups = list(by_prefix([row(each, (3,)) for each in ids], 1))
+    assert sorted(i for group in groups for i in group.rows) == list(range(1500))
