@@ -18,7 +18,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from benchmarks.harness import ROOT, Bench, experiment
-from safebasin.data.tables import write_json
+from safebasin.data.tables import atomic_write
 from safebasin.stats import Interval, mean, two_level, two_level_counts, two_level_difference, wilson
 
 SPREADS = {"none": (0.0, 1.5, 0.0), "some": (0.3, 1.5, 0.5), "much": (0.7, 1.5, 0.5), "hard prompts": (0.3, 4.0, 0.5)}
@@ -69,7 +69,7 @@ WAYS: dict[str, Callable[[Table, bool], Interval]] = {
 }
 
 
-@experiment("coverage", results="statistics", quick={"draws": 4})
+@experiment("coverage", results="statistics", replaces=("what",), quick={"draws": 4})
 def coverage(*, bench: Bench, draws: Annotated[int, Parameter(help="runs a cell")] = 200, n: int = 90) -> None:
     """How often does a 95 % interval over seeds and prompts hold the truth?"""
     chance = np.random.default_rng(0)
@@ -102,19 +102,18 @@ def coverage(*, bench: Bench, draws: Annotated[int, Parameter(help="runs a cell"
 @experiment("intervals", results="statistics", replaces=("what",), quick={"write": False})
 def intervals(*, bench: Bench, write: Annotated[bool, Parameter(help="change the files")] = True) -> None:
     """The intervals of the stored results over seeds, made again by the two-level method."""
-    for name in ("quickstart", "grid", "methods"):
+    for name in ("quickstart", "methods"):
         file = ROOT / "benchmarks" / name / "results.json"
-        rows, changed, without = json.loads(file.read_text(encoding="utf-8")), 0, 0
+        text = file.read_text(encoding="utf-8")
+        rows, changed = json.loads(text), 0
         for row in rows:
             shares = [value for value in (row.get("seeds") or {}).values() if value is not None]
-            if row.get("unit") not in ("share", "share of tokens", "F1") or len(shares) < 2:
-                continue
-            n = row.get("fewest", row["n"])
-            row["interval"] = [*two_level_counts(shares, n)[1]] if len(shares) > 2 and n else None
-            row["interval_of"] = "seeds and prompts, from shares by seed" if row["interval"] else "none: two seeds"
-            changed, without = changed + 1, without + (row["interval"] is None)
+            if row.get("unit") in ("share", "share of tokens", "F1") and len(shares) > 2 and row["n"]:
+                row["interval"] = [*two_level_counts(shares, row.get("fewest", row["n"]))[1]]
+                row["interval_of"], changed = "seeds and prompts, from the shares by seed", changed + 1
         if write:
-            write_json(file, rows)
-        bench.record(
-            f"intervals.{name}", changed - without, n=changed, unit=f"records; {without} of two seeds have none"
-        )
+            first = text.splitlines()[1]
+            with atomic_write(file) as part:
+                indent = len(first) - len(first.lstrip())
+                part.write_text(json.dumps(rows, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        bench.record(f"intervals.{name}", changed, n=len(rows), unit="records")

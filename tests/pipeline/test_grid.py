@@ -140,7 +140,8 @@ def test_the_worst_attack_ranks_not_the_mean(stub, tmp_path):
 
 
 def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
-    """steady loses 10 points in one seed of one attack and none in three others: -2.5; two seeds give no interval."""
+    """steady loses 10 points in one seed of one attack and none in three others: -2.5, and the pairs are of one attack
+    and seed."""
     stub.outcomes["benign", "steady"] = [
         of("asr", 45, 50, judge="keyword"),
         of("asr", 5, 50, judge="classifier"),
@@ -149,7 +150,8 @@ def test_each_judges_worst_and_the_task_against_plain_tuning(stub, tmp_path):
     stub.outcomes["explicit", "steady", 1] = [of("asr", 0, 50, judge="keyword"), of("accuracy", 35, 50)]
     ranks = {rank.defence: rank for rank in bench(grid_of(tmp_path), tmp_path / "out")}
     assert ranks["steady"].judges == {"keyword": (0.9, "benign"), "classifier": (0.1, "benign")}
-    assert ranks["steady"].against_plain == (pytest.approx(-0.025), None)
+    value, (low, high) = ranks["steady"].against_plain
+    assert value == pytest.approx(-0.025) and low == pytest.approx(-0.025 - 3.18245 * 0.05 / 2) and high > 0
     assert ranks["plain"].against_plain is None
     record = next(
         r for r in json.loads((tmp_path / "out" / "grid.json").read_text()) if r["what"] == "explicit.steady.accuracy"
@@ -248,7 +250,8 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
 
 
 def test_numbers_over_seeds(stub, tmp_path):
-    """20 % and 40 %: mean 0.3, and two seeds do not say how much seeds vary: no interval. One seed: its own."""
+    """20 % and 40 %: mean 0.3, t(0.975, 1) = 12.706, s / sqrt(2) = 0.1, so 0.3 +- 1.27, cut to 0 and 1. One seed: its
+    own interval."""
     agreement = [
         Measurement("asr", "agreement", kappa, None, None, 50, unit="kappa", judge="keyword, other")
         for kappa in (0.5, 0.7)
@@ -265,38 +268,12 @@ def test_numbers_over_seeds(stub, tmp_path):
     both, one = by_name["explicit.plain.asr.keyword"], by_name["benign.plain.asr.keyword"]
     assert (both["value"], both["interval"], both["n"], both["kappa"]) == (
         pytest.approx(0.3),
-        None,
+        [0.0, 1.0],
         100,
         pytest.approx(0.6),
     )
     assert (one["value"], one["interval"], one["seeds"]) == (0.2, [0.1, 0.9], {"0": 0.2, "1": None})
     assert {"machine", "date", "seconds", "unscored", "off_task"} <= both.keys()
-
-
-def test_intervals_over_seeds_and_prompts(stub, tmp_path):
-    """Three seeds on the same 50 prompts are 50 prompts, not 150: 10 of them are right in every seed, so Wilson's
-    interval of 10 of 50 holds, [0.112, 0.330] (the bootstrap's is a little to its left), where 30 of 150 would have
-    [0.144, 0.271]. Without a difference between
-    arms in any prompt, its interval is that of two prompts more: -+ 1.96 / 50."""
-
-    def answered(folder):
-        rows = [{"suite": "accuracy", "id": str(i), "prompt": "p", "answer": "a", "verdicts": {}} for i in range(50)]
-        for arm in ("plain", "steady"):
-            write_table(
-                folder / "arms" / arm / "answers.jsonl", [row | {"correct": int(row["id"]) < 10} for row in rows]
-            )
-
-    stub.outcomes |= {(a, arm): [of("accuracy", 10, 50)] for a in ("explicit", "benign") for arm in ("plain", "steady")}
-    out, grid = tmp_path / "out", grid_of(tmp_path, seeds=[0, 1, 2])
-    bench(grid, out)
-    for folder in out.glob("*-*"):
-        answered(folder)
-    ranks = write_grid(out, list(cells(grid.recipes(), out)), {}, parse_gate({}), "plain")
-    by_name = {record["what"]: record for record in json.loads((out / "grid.json").read_text())}
-    assert by_name["explicit.steady.accuracy"]["interval"] == pytest.approx([0.112, 0.330], abs=0.013)
-    value, interval = next(rank for rank in ranks if rank.defence == "steady").against_plain
-    assert value == 0 and interval == pytest.approx((-1.96 / 50, 1.96 / 50), abs=1e-5)
-    assert by_name["steady.against_plain"]["n"] == 6
 
 
 def test_another_configuration_is_to_do_again(stub, tmp_path):
@@ -307,7 +284,7 @@ def test_another_configuration_is_to_do_again(stub, tmp_path):
     )
     outcomes = {(cell.defence, cell.outcome) for cell in cells(changed.recipes(), out)}
     assert outcomes == {("start", "measured"), ("plain", "measured"), ("steady", "to do")}
-    assert not [r for r in records(list(cells(changed.recipes(), out)), {}) if r["defence"] == "steady"], (
+    assert not [r for r in records(list(cells(changed.recipes(), out))) if r["defence"] == "steady"], (
         "numbers of another configuration"
     )
     again = grid_of(tmp_path, base=TREE["base"] | {"train": {"adapter": {"r": 4}}})

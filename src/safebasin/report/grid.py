@@ -6,8 +6,7 @@
 Attack success is unknown where the gate would be inconclusive, where the defence could not run, and where the cell is
 still to do. What is unknown is never zero and enters no maximum. A suite that decides nothing on any defence (its
 answers are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so
-the worst by each judge is stated too. The cost to the task is the difference to plain tuning on the same prompts, by
-attack and seed. Intervals are over seeds and prompts (``stats.two_level``): of one seed over its prompts, of two none.
+the worst by each judge is stated too. The cost to the task is the difference to plain tuning by attack and seed.
 """
 
 import datetime
@@ -24,21 +23,17 @@ from safebasin.console import printable
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Gate, MetricKey, page
-from safebasin.report.compare import Value, hits_of
-from safebasin.report.files import answers_of, measurements_of
+from safebasin.report import QUANTITIES, Gate, page
+from safebasin.report.files import measurements_of
 from safebasin.report.manifest import Manifest, read_manifest
-from safebasin.stats import mean, two_level, two_level_counts, two_level_difference
+from safebasin.stats import mean
 
 START = "start"  # the model as it was: it is in the tables and not in the ranking
 MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "could not run"
 TASK = ("accuracy", "token_accuracy", "rouge1", "rouge2", "rougeL")  # quantities of what the user tunes for
 SHARES = ("share", "share of tokens", "F1")  # units that the tables show
 Record = dict[str, Any]  # of grid.json
-Ends = tuple[float, float] | list[float] | None
-Paired = tuple[float, Ends]  # mean difference over attacks and seeds, and its interval over seeds and prompts
-By = tuple[str, str, MetricKey]  # attack, defence, what was measured
-Outcomes = dict[By, dict[str, dict[str, Value]]]  # -> seed -> prompt -> outcome
+Paired = tuple[float, tuple[float, float] | None]  # mean difference, and its interval over pairs of attack and seed
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -73,11 +68,12 @@ class Rank(NamedTuple):
     ours: float | None  # under the attack that is nearest to the published setting
 
 
-def records(cells: Sequence[Cell], outcomes: Outcomes) -> Iterator[Record]:
-    """The time of all steps, then a record for each attack, defence, suite and judge. Fills ``outcomes``.
+def records(cells: Sequence[Cell]) -> Iterator[Record]:
+    """The time of all steps, then a record for each attack, defence, suite and judge.
 
-    A cell with a reason has a record without a value. n, unscored, off_task and seconds are sums over seeds; ``fewest``
-    is the least n of a seed; kappa is the least with any other judge.
+    A cell with a reason has a record without a value. The interval is over seeds, or over prompts if one seed was
+    scored; n, unscored, off_task and seconds are sums over seeds; ``fewest`` is the least n of a seed; kappa is the
+    least with any other judge.
 
     Raises:
         UserError: a manifest or measurements of a run are missing or damaged.
@@ -97,16 +93,14 @@ def records(cells: Sequence[Cell], outcomes: Outcomes) -> Iterator[Record]:
                 seeds = {str(cell.seed): None}
                 reason = {"value": None, "seeds": seeds, "reason": printable(cell.reason)}
                 yield {"what": what, **about, "quantity": cell.outcome, **reason}
-        yield from _measured(about, [cell for cell in group if cell.outcome == MEASURED], manifests, outcomes)
+        yield from _measured(about, [cell for cell in group if cell.outcome == MEASURED], manifests)
 
 
 def _seconds(manifest: Manifest, steps: Sequence[str]) -> float:
     return sum((manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps), 0.0)
 
 
-def _measured(
-    about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest], outcomes: Outcomes
-) -> Iterator[Record]:
+def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest]) -> Iterator[Record]:
     """Records of one attack and one defence, whose cells are the seeds."""
     by_key: dict[tuple[str, str, str], dict[str, Measurement]] = {}  # suite, quantity, judge -> seed -> measurement
     for cell in cells:
@@ -122,12 +116,6 @@ def _measured(
             if not m.category:
                 key = printable(m.suite), printable(m.what), printable(m.judge)
                 by_key.setdefault(key, {})[str(cell.seed)] = m
-        keys = [
-            MetricKey(printable(m.what), printable(m.suite), printable(m.judge)) for m in measured if not m.category
-        ]
-        for (_, each), hits in hits_of(keys, answers_of(cell.folder, [arm], [])).items():
-            scored = {prompt: hit for prompt, hit in hits.items() if hit is not None}
-            outcomes.setdefault((cell.attack, arm, each), {})[str(cell.seed)] = scored
     agreement = {
         key: average([m.value for m in seeds.values()]) for key, seeds in by_key.items() if key[1] == "agreement"
     }
@@ -138,10 +126,7 @@ def _measured(
             k for (s, _, pair), k in agreement.items() if s == suite and judge in pair.split(", ") and k is not None
         ]
         name = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
-        value, interval = over_seeds(
-            list(seeds.values()),
-            outcomes.get((about["attack"], about["defence"], MetricKey(quantity, suite, judge)), {}),
-        )
+        value, interval = over_seeds(list(seeds.values()))
         yield {
             "what": ".".join(filter(None, (about["attack"], about["defence"], name, judge))),
             **about,
@@ -154,37 +139,14 @@ def _measured(
         }
 
 
-def against(rows: list[Record], plain: str | None, outcomes: Outcomes) -> None:
-    """Add to every record of the task its differences to plain tuning, seed by seed, and a record for each defence:
-    the mean over attacks, with an interval over seeds and prompts where the answers are at hand."""
+def against(rows: Sequence[Record], plain: str | None) -> None:
+    """Add to every record of the task its differences to plain tuning, seed by seed."""
     base = {(r["attack"], r["suite"], r["quantity"]): r["seeds"] for r in rows if r["defence"] == plain and _task(r)}
     for record in rows:
         if _task(record) and record["defence"] not in (START, plain) and record["value"] is not None:
             seeds = base.get((record["attack"], record["suite"], record["quantity"]), {})
             pairs = {seed: (value, seeds.get(seed)) for seed, value in record["seeds"].items()}
             record["against_plain"] = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
-    for defence in dict.fromkeys(r["defence"] for r in rows if r.get("against_plain")):
-        values = [each for r in rows if r["defence"] == defence for each in r.get("against_plain", {}).values()]
-        facts = {"attack": "", "defence": defence, "quantity": "against_plain", "value": average(values)}
-        interval = _over_attacks(defence, plain, outcomes)
-        rows.append(
-            {"what": f"{defence}.against_plain", **facts, "interval": interval, "n": len(values), "unit": "share"}
-        )
-
-
-def _over_attacks(defence: str, plain: str | None, outcomes: Outcomes) -> Ends:
-    """Interval of the mean difference to plain tuning; a prompt that several attacks share counts once a seed."""
-    differences: dict[str, dict[str, list[float]]] = {}  # seed -> prompt -> one for each attack and suite
-    for (attack, arm, key), seeds in outcomes.items():
-        if arm != defence or key.quantity not in TASK:
-            continue
-        for seed, hits in seeds.items():
-            theirs = outcomes.get((attack, plain or "", key), {}).get(seed, {})
-            for prompt in hits.keys() & theirs.keys():
-                row = differences.setdefault(seed, {}).setdefault(f"{key.suite} {prompt}", [])
-                row.append(float(hits[prompt]) - float(theirs[prompt]))
-    tables = [{prompt: sum(row) / len(row) for prompt, row in rows.items()} for rows in differences.values()]
-    return None if len(tables) in (0, 2) else two_level_difference(tables)[1]
 
 
 def _task(record: Record) -> bool:
@@ -197,29 +159,13 @@ def average(values: Sequence[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def over_seeds(
-    measured: Sequence[Measurement], outcomes: Mapping[str, Mapping[str, Value]]
-) -> tuple[float | None, Ends]:
-    """Mean and interval over the seeds that were scored; of one seed, its own value and interval; of two, no interval.
-
-    Args:
-        outcomes: by seed and prompt. Without them the seeds' shares decide, as if all had the same prompts.
-    """
+def over_seeds(measured: Sequence[Measurement]) -> tuple[float | None, tuple[float | None, float | None] | None]:
+    """Mean and interval over the seeds that were scored; of one seed, its own value and interval."""
     scored = [(m.value, m) for m in measured if m.value is not None]
-    values = [value for value, _ in scored]
-    if not scored:
-        return None, None
-    if len(scored) == 1:
-        value, m = scored[0]
-        return value, None if m.low is None or m.high is None else (m.low, m.high)
-    if len(scored) == 2:
-        return average(values), None
-    if scored[0][1].unit not in SHARES:
-        value, (low, high) = mean(values)
-        return value, (low, high)
-    if len([1 for hits in outcomes.values() if hits]) == len(scored):
-        return average(values), two_level(list(outcomes.values()))[1]
-    return two_level_counts(values, min(m.n for _, m in scored))
+    if len(scored) > 1:
+        value, (low, high) = mean([each for each, _ in scored])
+        return value, (max(low, 0.0), min(high, 1.0)) if scored[0][1].unit == "share" else (low, high)
+    return next(((value, None if m.low is None else (m.low, m.high)) for value, m in scored), (None, None))
 
 
 def ranking(
@@ -244,8 +190,6 @@ def ranking(
         worst = max(largest, key=largest.__getitem__, default="")
         judged = sorted((r["value"], r["judge"], attack) for attack, every in asr.items() for r in every)
         differences = [value for r in own for value in r.get("against_plain", {}).values()]
-        interval = next((r["interval"] for r in own if r["quantity"] == "against_plain"), None)
-        mean_difference = average(differences)
         refusals = [r["value"] for r in own if r["quantity"] == "over_refusal" and r["value"] is not None]
         paper = published.get(defence)
         rank = Rank(
@@ -254,7 +198,7 @@ def ranking(
             attack=worst,
             judges={judge: (value, attack) for value, judge, attack in judged},  # the last one is the largest
             accuracy=average([r["value"] for r in own if _task(r)]),
-            against_plain=None if mean_difference is None else (mean_difference, interval),
+            against_plain=_paired(differences),
             over_refusal=max(refusals, default=None),
             missing=tuple(missing),
             published=paper,
@@ -266,6 +210,12 @@ def ranking(
 
 def _order(rank: Rank) -> tuple[int, float, float]:
     return len(rank.missing), math.inf if rank.worst is None else round(rank.worst, 6), -(rank.accuracy or 0.0)
+
+
+def _paired(differences: Sequence[float]) -> Paired | None:
+    if len(differences) < 2:
+        return (differences[0], None) if differences else None
+    return mean(differences)
 
 
 def _asr(record: Record, attack: str) -> bool:
@@ -290,9 +240,8 @@ def write_grid(
     out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None
 ) -> list[Rank]:
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``. ``plain``: the defence that is plain tuning."""
-    outcomes: Outcomes = {}
-    rows = list(records(cells, outcomes))
-    against(rows, plain, outcomes)
+    rows = list(records(cells))
+    against(rows, plain)
     ranks = write_page(out, rows, cells, published, gate)
     write_json(out / "grid.json", rows)
     return ranks
