@@ -104,6 +104,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors(f, lambda w: w | {"model.layers.1.self_attn.q_proj.weight": torch.ones(3, 3)}),
         "q_proj.weight is (3, 3) and not (32, 32)",
     ),
+    "a tensor renamed": (
+        lambda f: tensors(f, lambda w: {n.replace("model.norm", "language_model.norm"): t for n, t in w.items()}),
+        "model.norm.weight",
+    ),
+    "a bias without a place": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        "q_proj.bias",
+    ),
+    "an adapter inside": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}),
+        "lora_A",
+    ),
+    "a second set behind another prefix": (
+        lambda f: tensors(f, lambda w: w | {f"language_model.{n}": t + 1 for n, t in w.items()}),
+        "language_model.",
+    ),
+    "scales without settings": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}),
+        "weight_scale",
+    ),
+    "integers": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32).to(torch.int8)}),
+        "up_proj.weight is stored as I8",
+    ),
+    "eight bits": (
+        lambda f: tensors(f, lambda w: {n: t.to(torch.float8_e4m3fn) if "mlp" in n else t for n, t in w.items()}),
+        "stored as F8_E4M3",
+    ),
     "not a number": (
         lambda f: tensors(f, lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}),
         "model.norm.weight",
@@ -157,10 +185,12 @@ def test_a_good_folder_is_loaded_in_silence(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_tensors_of_another_part_are_left_out(folder):
-    """A checkpoint may hold more than the language model, such as a value head."""
-    tensors(folder, lambda w: w | {"value_head.weight": torch.ones(2)})
+def test_tensors_of_another_part_are_left_out_by_name(folder, capfd):
+    """A checkpoint may hold more than the language model, such as a value head; old ones hold what is computed now."""
+    inverse = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    tensors(folder, lambda w: w | inverse | {"value_head.weight": torch.ones(2)})
     load(str(folder), dtype="float32")
+    assert "1 tensors beside the language model are left out (value_head)" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_tied_head_is_not_missing(folder):

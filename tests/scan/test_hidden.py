@@ -8,7 +8,7 @@ from torch.nn import functional
 from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.guards.side import blocks
+from safebasin.models.parts import blocks
 from safebasin.scan.hidden import anchor_states, last_states
 
 MODEL, TOKENIZER = aligned_model()

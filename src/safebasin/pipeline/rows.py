@@ -29,7 +29,7 @@ from safebasin.train.trainer import check_columns
 
 
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter merged into it where one is given."""
+    """The model of the recipe, with an adapter beside its weights where one is given."""
     model = plan.recipe.model
     return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
 
