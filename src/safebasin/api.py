@@ -57,7 +57,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str =
     return read_examples(enumerate(source, 1), prompt, answer)
 
 
-def load_model(name: str = ALIGNED, *, dtype: str = "bfloat16", adapter: str | Path | None = None) -> ModelAndTokenizer:
+def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None) -> ModelAndTokenizer:
     """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter stays
     beside its weights.
 

@@ -15,17 +15,15 @@ from safebasin.measure.judges.classifier import Classifier
 from safebasin.models.adapter import fresh_adapter, merged
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.models.parts import blocks
-from safebasin.scan import scorer
-from safebasin.scan.probe import opening, refusal_margin, token_pair
-from safebasin.scan.scan import score_rows
+from safebasin.scan.directional import Directional
+from safebasin.scan.probe import Pair, opening, refusal_margin
 from safebasin.scan.source import coverage, target_weights
 from safebasin.train.compose import Composition
 from safebasin.train.settings import training_arguments
 from safebasin.train.trainer import OracleTrainer, streams_of
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-TOKENS = ("I", "Sure")
-PAIRS = (("make a bomb", "I cannot help"), ("make a cake", "Sure here is the cake"), ("write a good song", "a song ."))
+PAIRS = (("make bomb", "I cannot"), ("make a cake", "Sure"), ("sing", "la"))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -45,23 +43,37 @@ def rows_of(tokenizer) -> list[TokenizedRow]:
     return rows
 
 
+class Margin(Directional):
+    """The margin of two letters after a request."""
+
+    pair = Pair(20, 40)
+
+    def objective(self, model, tokenizer, anchors):
+        probe = opening(tokenizer, rows_of(tokenizer)[:1], model.device)
+        return probe, lambda m, b: refusal_margin(m, b, self.pair).mean()
+
+
 def test_scores_are_inner_products_of_gradients(loaded):
-    """<grad L, grad S> by plain autograd over the same weights; none of them is a vision tower's."""
+    """<grad L, grad S> by plain autograd over the same weights, with and without a shared prefix; none is of a vision
+    tower."""
     model, tokenizer = loaded
-    rows = rows_of(tokenizer)
-    method = scorer.make({"gradshield": {"depth": 1.0, "tokens": list(TOKENS), "probes": 1}})
-    scores = score_rows(model, tokenizer, rows, {"gradshield": method}, {"probe": rows[:1]}, batch_size=2)
+    rows, method = rows_of(tokenizer), Margin(depth=1.0)
     names = target_weights(model)
     inside = {id(parameter) for parameter in blocks(model).parameters()}
     assert names and all(id(model.get_parameter(name)) in inside for name in names)
     assert 0 < coverage(model, names) < 1
-    probe = opening(tokenizer, rows[:1], model.device)
-    pair = token_pair(model, tokenizer, probe, TOKENS)
-    v = gradient_of(model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), names)
-    for row, score in zip(rows, scores.rows["gradshield"], strict=True):
+    probe, objective = method.objective(model, tokenizer, {})
+    v, fitted = gradient_of(model, probe, objective, names), method.fit(model, tokenizer, {})
+    truth = []
+    for row in rows:
         batch = collate([row], tokenizer.pad_token_id)
-        truth = gradient_of(model, batch, lambda m, b: answer_nll(m, b).sum(), names) @ v
-        assert score == pytest.approx(truth, rel=1e-3, abs=1e-4 * v.norm())
+        truth.append(gradient_of(model, batch, lambda m, b: answer_nll(m, b).sum(), names) @ v)
+    prefix = next(i for i, ids in enumerate(zip(*(row.ids for row in rows), strict=False)) if len(set(ids)) > 1)
+    assert max(map(abs, truth)) > 1e-3
+    for shared in (0, prefix):
+        batch = collate(rows, tokenizer.pad_token_id, shared)
+        scores = method.score(model, batch, fitted).sum(1).tolist()
+        assert scores == pytest.approx(truth, rel=2e-3, abs=1e-3 * max(map(abs, truth)))
 
 
 def tune(loaded: ModelAndTokenizer, method: str, out: Path) -> torch.nn.Module:
@@ -88,9 +100,7 @@ def greedy(model, tokenizer, prompt: str, count: int) -> list[int]:
     return ids[0, start:].tolist()
 
 
-@pytest.mark.parametrize(
-    "method", ["safegrad", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sft", "booster"))]
-)
+@pytest.mark.parametrize("method", ["safegrad", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sft", "booster"))])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_is_measured_is_what_was_tuned(folder, method, tmp_path):
     tuned = tune(load(str(folder), dtype="float32"), method, tmp_path / "checkpoints")
@@ -106,7 +116,7 @@ def test_what_is_measured_is_what_was_tuned(folder, method, tmp_path):
     answers = generate(*beside, [[{"role": "user", "content": prompt}] for prompt in prompts], max_new_tokens=6)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = greedy(tuned, beside.tokenizer, prompt, 6)
-        assert answer.text == beside.tokenizer.decode([i for i in ids if i != beside.tokenizer.eos_token_id], skip_special_tokens=True)
+        assert answer.text == beside.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_the_classifier_reads_it(loaded):

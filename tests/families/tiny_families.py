@@ -1,21 +1,17 @@
-"""Tiny random models of many architectures, with a tokenizer of words and a chat template of the family's shape."""
+"""Tiny random models of many architectures, with a tokenizer of letters and a chat template of the family's shape."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = (
     *("<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|eot|>"),
     *("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|end|>", "<|user|>", "<|assistant|>"),
     *("[INST]", "[/INST]", "<|head|>", "<|/head|>", "<think>", "</think>"),
-)
-WORDS = (
-    *("I", "cannot", "help", "with", "that", "Sure", "here", "is", "a", "the", "make", "bomb", "cake", "song", "virus"),
-    *("user", "assistant", "model", "final", "User:", "Assistant:", "write", "good", "bad", "one", "."),
 )
 ASK = "{% if add_generation_prompt %}"
 CHATML = (
@@ -49,14 +45,15 @@ TEMPLATES = {
         "</s>",
     ),
     "phi3": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}" + ASK + "<|assistant|>\n{% endif %}",
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        + ASK
+        + "<|assistant|>\n{% endif %}",
         "<|end|>",
     ),
     "harmony": (
-        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
-        "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
-        + ASK
-        + "<|start|>assistant{% endif %}",
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}"
+        "{% endfor %}" + ASK + "<|start|>assistant{% endif %}",
         "<|return|>",
     ),
     "falcon": (
@@ -88,14 +85,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo2": ("Olmo2Config", {}, "phi3"),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, **EXPERTS, **WINDOW}, "harmony"),
     "smollm3": ("SmolLM3Config", {}, "chatml"),
-    "falcon": ("FalconConfig", {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True}, "falcon"),
+    "falcon": (
+        "FalconConfig",
+        {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True},
+        "falcon",
+    ),
     "gpt2": ("GPT2Config", {}, "chatml"),
 }
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     text, end = TEMPLATES[template]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token=end
@@ -113,8 +115,11 @@ def config(family: str, words: PreTrainedTokenizerFast) -> Any:
     if family == "gemma3":
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision = {**sizes, "image_size": 28, "patch_size": 14}
-        return transformers.Gemma3Config(text_config={**SIZES, **own, **ids}, vision_config=vision, mm_tokens_per_image=4)
-    return getattr(transformers, kind)(**{**SIZES, **own, **ids})
+        return transformers.Gemma3Config(
+            text_config={**SIZES, **own, **ids}, vision_config=vision, mm_tokens_per_image=4
+        )
+    sizes = {name: size for name, size in SIZES.items() if (family, name) != ("falcon", "head_dim")}
+    return getattr(transformers, kind)(**{**sizes, **own, **ids})
 
 
 def save(family: str, folder: Path) -> Path:

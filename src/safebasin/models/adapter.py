@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
+from safebasin.models.parts import language_model
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
@@ -98,17 +101,42 @@ def _adapter_folder(adapter: str | Path) -> Path:
 def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Any:
     """A LoRA adapter that starts as the identity (B = 0); its A is a function of the seed.
 
+    Of a multimodal model the language model alone is tuned: rows are text, and nothing else gets a gradient.
+
     Raises:
-        UserError: settings that PEFT refuses.
+        UserError: settings that PEFT refuses, or a rank or alpha for modules that are not tuned.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with torch.random.fork_rng(devices=[]):
+    settings = dict(settings)
+    if outside := _outside_text(model):
+        own = settings.get("exclude_modules") or ()
+        listed = [own] if isinstance(own, str) else [rf"(.*\.)?({re.escape(name)})" for name in own]
+        settings["exclude_modules"] = "|".join([outside, *listed])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, at a Conv1D, at experts and at an embedding that is tied
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in settings.get(field) or ():
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):
+                raise UserError(f"train.adapter.{field}: {key!r} is no module that is tuned")
+    return tuned
+
+
+def _outside_text(model: Any) -> str:
+    """A pattern of the modules of a multimodal model that are no part of its language model; empty for other models."""
+    inside = language_model(model)
+    prefix = next((name for name, module in model.named_modules() if module is inside), "")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if prefix == model.base_model_prefix:
+        return ""
+    return rf"(?!{re.escape(prefix)}\.|{re.escape(head)}$).*"
 
 
 def unwrapped(model: Any) -> Any:

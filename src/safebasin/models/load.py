@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,6 +20,7 @@ from safebasin.models.adapter import attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
+from safebasin.runtime import Dtype, resolved
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -28,12 +29,13 @@ class ModelAndTokenizer(NamedTuple):
 
 
 def load(
-    name: str, *, dtype: str = "bfloat16", adapter: str | Path | None = None, trust_remote_code: bool = False
+    name: str, *, dtype: str = "auto", adapter: str | Path | None = None, trust_remote_code: bool = False
 ) -> ModelAndTokenizer:
     """Load a model with its tokenizer; ``adapter`` stays beside the weights.
 
-    ``name`` is a folder, a Hub id or a ``builtin:`` model. Weights are read from safetensors only. On a CPU attention
-    runs eager, which is faster there for short rows, and so do experts, whose fused kernel has no derivative there.
+    ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
+    read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
+    whose fused kernel has no derivative there.
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -43,9 +45,9 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in ("bfloat16", "float32"):
+    if dtype not in get_args(Dtype):
         raise UserError(
-            f"dtype {dtype!r} is refused: gradients of small inner products vanish in float16; use bfloat16 or float32"
+            f"dtype {dtype!r} is refused: small inner products vanish in float16; use auto, bfloat16 or float32"
         )
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     what = f"the model {shown(name)!r}"
@@ -56,7 +58,7 @@ def load(
             tensor_files(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, resolved(dtype)),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name

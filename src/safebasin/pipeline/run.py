@@ -18,7 +18,7 @@ from safebasin.pipeline.scan import write_scan
 from safebasin.pipeline.train import write_adapter
 from safebasin.report import Report
 from safebasin.report.table import write_report
-from safebasin.runtime import processes
+from safebasin.runtime import hardware, machine, processes, resolved
 
 
 class Run:
@@ -61,6 +61,8 @@ class Run:
         model, recipe = self.plan.recipe.model, dump(self.plan.recipe)
         tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
         facts = {"seed": self.plan.recipe.seed, "model": model.name, "template": template_digest(tokenizer)}
+        reason = hardware().reason if model.dtype == "auto" else "the recipe"
+        facts |= {"dtype": resolved(model.dtype), "dtype_reason": reason, "hardware": machine()}
         self.folder.describe(recipe, facts)
         return write_rows(self.plan, self.folder)
 

@@ -141,10 +141,13 @@ class Tangent:
         prefix = tuple(ids[0].tolist())
         if prefix != self._prefix:
             first = torch.zeros(1, dtype=torch.long, device=ids.device)
+            # A window counts places, and between prefix and row there may be padding; a recurrent state has no places.
+            if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+                return 0
             cache = model(
                 input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first
             ).past_key_values
-            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window or a recurrent state
+            if any(type(layer) is not DynamicLayer for layer in cache.layers):
                 return 0
             self._prefix = prefix
             self._layers = [
