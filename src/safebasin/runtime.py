@@ -47,7 +47,7 @@ def hardware() -> Arithmetic:
     return arithmetic(cpu_facts().get("flags", "").split(), gpu)
 
 
-def resolved(dtype: Dtype) -> str:
+def resolved(dtype: str) -> str:
     """The type of the weights: ``auto`` as this machine has it."""
     return hardware().dtype if dtype == "auto" else dtype
 
@@ -67,6 +67,11 @@ def machine() -> str:
     facts = cpu_facts()
     numbers = [f"{name} {facts[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in facts]
     return facts.get("model name", platform.processor()) + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+def processes() -> PartialState:
+    """The processes that share a run: mostly one. They may wait for one another for weeks."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=4))
 
 
 def keep_memory() -> None:

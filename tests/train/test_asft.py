@@ -34,7 +34,7 @@ def dense(d, update, projector, k=2):
 def test_by_hand(projector, expected):
     """d = diag(3, 4), |d| = 5, B = (1, 1)^T, A = (1, 0), so B A = [[1, 0], [1, 0]].
 
-    official: C = diag(9, 16) / 5 = diag(1.8, 3.2) has 3.2 > 2, so C = diag(9, 16) / 16; (1 - 9 / 16)^2 + 0 = 0.19140625.
+    official: C = diag(9, 16) / 5 = diag(1.8, 3.2) is above 2, so C = diag(9, 16) / 16; (7 / 16)^2 = 0.19140625.
     topk, k = 1: U = e_2, only the first row remains: 1.      rank1: |B A|^2 - <B A, d>^2 / |d|^2 = 2 - 9 / 25 = 1.64.
     """
     d, b, a = torch.diag(torch.tensor([3.0, 4.0])), torch.ones(2, 1), torch.tensor([[1.0, 0.0]])

@@ -72,7 +72,7 @@ def merged(model: nn.Module) -> nn.Module:
             layer = module.get_base_layer()
             for part, weight in list(layer.named_parameters(recurse=False)):
                 setattr(layer, part, nn.Parameter(weight.detach().clone(), requires_grad=False))
-            module.merge()  # type: ignore[operator]
+            module.merge()
             if not name.endswith(".base_layer"):
                 model.set_submodule(name, layer)
         elif isinstance(module, ModulesToSaveWrapper):

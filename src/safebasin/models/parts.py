@@ -19,13 +19,14 @@ def language_model(model: Any) -> nn.Module:
 
 
 def blocks(model: Any) -> nn.ModuleList:
-    """The transformer blocks of the language model, in their order.
+    """The transformer blocks of the language model, in their order; without a configuration its first list of modules.
 
     Raises:
         UserError: the model has no list of as many blocks as its configuration says.
     """
-    count = text_config(model).num_hidden_layers
-    for module in language_model(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+    plain = getattr(model, "config", None) is None
+    inside, count = (model, None) if plain else (language_model(model), text_config(model).num_hidden_layers)
+    for module in inside.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == (count or len(module)):
             return module
     raise UserError(f"{type(model).__name__} has no list of its {count} blocks; its hidden states cannot be read")
