@@ -170,7 +170,9 @@ def test_a_bias_that_is_not_there_is_missed(tmp_path):
     fresh_adapter(LlamaForCausalLM(config), settings, seed=0).save_pretrained(tmp_path)
     attach(LlamaForCausalLM(config), tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
-    save_file({k: v for k, v in weights.items() if not k.endswith("base_layer.bias")}, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if not k.endswith("base_layer.bias")}, tmp_path / WEIGHTS, {"format": "pt"}
+    )
     assert len(load_file(tmp_path / WEIGHTS)) == len(weights) - 1
     assert "of another model" in refused(tmp_path, LlamaForCausalLM(config))
 

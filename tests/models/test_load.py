@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from safebasin.errors import UserError
+from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
 
 
@@ -249,3 +250,23 @@ def test_code_of_a_model_is_not_run_unless_asked(folder, tmp_path):
     settings(folder, "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"})
     refused(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_revision_of_a_hub_id(folder, tmp_path, monkeypatch):
+    """Two commits in the cache of the Hub's client; a branch, a tag and a commit name them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    stored = tmp_path / "hub" / "models--org--tiny"
+    (stored / "refs").mkdir(parents=True)
+    for name, commit, number in (("main", "a" * 40, 1.0), ("v1", "b" * 40, 2.0)):
+        tensors(folder, lambda w, x=number: w | {"model.norm.weight": torch.full((32,), x)})
+        shutil.copytree(folder, stored / "snapshots" / commit)
+        (stored / "refs" / name).write_text(commit)
+    for revision, number in ((None, 1.0), ("v1", 2.0), ("a" * 40, 1.0), ("b" * 40, 2.0)):
+        model = load("org/tiny", dtype="float32", revision=revision).model
+        assert model.model.norm.weight[0] == number
+        assert model_fingerprint("org/tiny", revision) == ("a" if number == 1 else "b") * 40
+    with pytest.raises(UserError, match="cannot load the model 'org/tiny'"):
+        load("org/tiny", revision="v2")
+    with pytest.raises(UserError, match="has no revision 'v1'"):
+        load(str(folder), revision="v1")

@@ -29,9 +29,14 @@ class ModelAndTokenizer(NamedTuple):
 
 
 def load(
-    name: str, *, dtype: str = "auto", adapter: str | Path | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelAndTokenizer:
-    """Load a model with its tokenizer; ``adapter`` stays beside the weights.
+    """Load a model with its tokenizer; ``adapter`` stays beside the weights, ``revision`` is of a Hub id.
 
     ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
     read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
@@ -49,7 +54,7 @@ def load(
         raise UserError(
             f"dtype {dtype!r} is refused: small inner products vanish in float16; use auto, bfloat16 or float32"
         )
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     what = f"the model {shown(name)!r}"
     eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager", "experts_implementation": "eager"}
     with loading(what):
@@ -62,11 +67,12 @@ def load(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
+            revision=revision or "main",
             trust_remote_code=trust_remote_code,
             **eager,
         )
     model, report = loaded
-    _check_tensors(what, model, report, _folder(path))
+    _check_tensors(what, model, report, _folder(path, revision))
     if getattr(model, "peft_config", None):  # a fresh adapter would take its place, and its alignment with it
         raise UserError(f"{what} is an adapter, not a model; merge it into its base, save that, and name the folder")
     _fit_tokenizer(what, model, tokenizer)
@@ -79,7 +85,7 @@ def load(
     return ModelAndTokenizer(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, with its chat template.
 
     Raises:
@@ -90,6 +96,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     what = f"the model {shown(name)!r}"
     with loading(what):
         path = resolve(name)
+        if revision and Path(path).exists():
+            raise UserError(f"{what} is on this machine and has no revision {shown(revision)!r}; leave it out")
         if Path(path).is_dir():
             if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
                 raise UserError(
@@ -102,7 +110,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         else:
             what += " (no such folder)"
             validate_repo_id(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     check_template(tokenizer)
     if not tokenizer.is_fast:
         raise UserError(
@@ -111,9 +121,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def _folder(path: str) -> Path:
+def _folder(path: str, revision: str | None) -> Path:
     """The folder of a model that was loaded: of a Hub id, its snapshot in the cache."""
-    return Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "config.json")).parent
+    return Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "config.json", revision=revision)).parent
 
 
 def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Path) -> None:

@@ -27,7 +27,13 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 class Model:
     name: str = "builtin:smollm2-aligned"
     dtype: Dtype = "auto"  # bfloat16 where the hardware computes in it, float32 elsewhere
+    revision: str | None = None  # of a Hub id: a branch, a tag or a commit
     trust_remote_code: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of what loads the model: where its files come from."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -78,7 +78,7 @@ def _plain(value: Any) -> Any:
         return {"rows": _rows(value.path), "fields": fields}
     if isinstance(value, Model):
         return {
-            "weights": model_fingerprint(value.name),
+            "weights": model_fingerprint(value.name, value.revision),
             "dtype": resolved(value.dtype),
             "remote": value.trust_remote_code,
         }
