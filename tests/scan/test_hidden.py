@@ -49,6 +49,9 @@ def test_a_model_without_a_list_of_blocks():
     class Blockless(torch.nn.Module):
         config = MODEL.config
 
+        def get_decoder(self):
+            return self
+
     assert list(blocks(MODEL)) == list(MODEL.model.layers)
     with pytest.raises(UserError, match="no list of its 3 blocks"):
         blocks(Blockless())
