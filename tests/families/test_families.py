@@ -7,7 +7,7 @@ import torch
 from tiny import answer_nll, gradient_of
 from tiny_families import FAMILIES, save
 
-from safebasin.batch import collate
+from safebasin.batch import answer_logits, collate, target_logits
 from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow, encode
 from safebasin.measure.generate import generate
@@ -68,6 +68,9 @@ def test_scores_are_inner_products_of_gradients(loaded):
     for row in rows:
         batch = collate([row], tokenizer.pad_token_id)
         truth.append(gradient_of(model, batch, lambda m, b: answer_nll(m, b).sum(), names) @ v)
+    batch = collate(rows, tokenizer.pad_token_id)
+    padded = answer_logits(model, batch)[batch.mask]
+    assert torch.allclose(target_logits(model, batch), padded, atol=1e-3 * float(padded.abs().max()))
     prefix = next(i for i, ids in enumerate(zip(*(row.ids for row in rows), strict=False)) if len(set(ids)) > 1)
     assert max(map(abs, truth)) > 1e-3
     for shared in (0, prefix):

@@ -16,7 +16,7 @@ from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
-from safebasin.models.parts import language_model
+from safebasin.models.parts import language_model, text_config
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
@@ -55,7 +55,7 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
         return attached
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: Any) -> Any:
     """A copy in float32 with its adapter folded into the weights; the model itself where it has no adapter.
 
     Its logits are those of the adapter beside the weights but for rounding. A weight that two layers share is parted
@@ -77,6 +77,9 @@ def merged(model: nn.Module) -> nn.Module:
                 model.set_submodule(name, layer)
         elif isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, module.modules_to_save[module.active_adapter])  # type: ignore[index]
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False  # else saving would drop it
     del model.peft_config
     return model
 
