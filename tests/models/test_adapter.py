@@ -106,9 +106,9 @@ def test_what_was_trained_is_what_is_loaded_and_what_is_merged(kind, tmp_path):
     assert torch.equal(logits(loaded), expected)
     assert torch.allclose(logits(merged(loaded)), expected, atol=1e-5)
     assert torch.equal(logits(loaded), expected)  # the copy was merged, not the model
-    merged(loaded).save_pretrained(tmp_path / "whole")
-    whole = LlamaForCausalLM.from_pretrained(tmp_path / "whole", attn_implementation="eager")
-    assert torch.allclose(logits(whole), expected, atol=1e-5)
+    merged(loaded).save_pretrained(tmp_path / "exported")
+    exported = LlamaForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
+    assert torch.allclose(logits(exported), expected, atol=1e-5)
 
 
 def test_a_small_update_lives_beside_bfloat16_weights_and_not_inside(tmp_path):
