@@ -33,6 +33,7 @@ from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.models.adapter import reference, unwrapped
 from safebasin.models.hooks import captured
+from safebasin.models.parts import blocks, text_config
 from safebasin.registry import explain
 
 SHIPPED = Path(__file__).parent / "smollm2-aligned"  # of builtin:smollm2-aligned, from scripts/guard
@@ -76,26 +77,13 @@ def own_rows(take: int, seed: int = 0) -> list[Example]:
 
 def base_digest(model: Any) -> str:
     """Digest of the model's shape by its configuration; two trainings of one shape have the same."""
-    config = model.config.get_text_config().to_dict()
+    config = text_config(model).to_dict()
     return hashlib.blake2b(json.dumps([config.get(name) for name in CONFIG]).encode(), digest_size=8).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of the vocabulary, added tokens included: under another one the same ids are other words."""
     return hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
-
-
-def blocks(model: Any) -> nn.ModuleList:
-    """The transformer blocks, in their order.
-
-    Raises:
-        UserError: the model has no list of as many blocks as its configuration says.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__} has no list of its {count} blocks; its hidden states cannot be read")
 
 
 @torch.no_grad()
@@ -245,14 +233,14 @@ def fit_side_guard(
         raise UserError(
             f"guard: rows need the column 'unsafe', true in some, false in others; found {sorted(map(str, labels))[:5]}"
         )
-    coded, bad = encode_all(tokenizer, rows, model.config.max_position_embeddings)
+    coded, bad = encode_all(tokenizer, rows, text_config(model).max_position_embeddings)
     if bad:
         raise UserError(
             f"guard: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows of {len(rows)}); leave it out"
         )
     unsafe = torch.tensor([float(row.row["unsafe"]) for row in rows])
     weights = torch.where(unsafe > 0, 0.5 / unsafe.mean(), 0.5 / (1 - unsafe.mean()))
-    layers = sorted({max(1, round(depth * model.config.num_hidden_layers)) for depth in depths})
+    layers = sorted({max(1, round(depth * text_config(model).num_hidden_layers)) for depth in depths})
     states: dict[int, Tensor] = {}  # row -> [layers, tokens, size]
     for some in by_length(coded, batch_size):
         batch = collate([coded[i] for i in some], tokenizer.pad_token_id).to(model.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache, Tokens, digest
+from safebasin.models.parts import text_config
 
 
 class Answer(NamedTuple):
@@ -31,7 +32,7 @@ def prompt_ids(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens:
         UserError: a prompt and an answer of ``max_new_tokens`` do not fit into the context of the model.
     """
     prompts: list[Tokens] = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     for i, ids in enumerate(prompts):
         if context and len(ids) + max_new_tokens > context:
             raise UserError(

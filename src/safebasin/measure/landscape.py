@@ -30,6 +30,7 @@ from safebasin.measure.mechanics import prompt_rows
 from safebasin.measure.subject import Subject
 from safebasin.models.hooks import perturbed
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.parts import text_config
 from safebasin.stats import Interval, wilson
 from safebasin.vector import Vector
 
@@ -84,10 +85,10 @@ def moved_verdicts(
 ) -> list[Verdict]:
     """The judged answers of the moved model; those that surprise the start model are unscored."""
     turns, reader = subject.turns(prompts), subject.start or subject.loaded
-    with moved(subject.loaded.model, moves):
-        answers = generate(*subject.loaded, turns, max_new_tokens=max_new_tokens, cache=subject.cache)
+    with moved(subject.merged.model, moves):
+        answers = generate(*subject.merged, turns, max_new_tokens=max_new_tokens, cache=subject.cache)
     texts = [answer.text for answer in answers]
-    limit = SURPRISE * math.log(reader.model.config.vocab_size)
+    limit = SURPRISE * math.log(text_config(reader.model).vocab_size)
     judgements = judge_answers(judge, texts, subject.labels, prompts)
     return [
         Verdict.UNSCORED if judgement.verdict in HARM and not nats <= limit else judgement.verdict

@@ -1,6 +1,7 @@
 """What is measured: a model under an arm's name, how its prompts are written, its judges, and the answers it gave."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import Judge, Verdict, judge_answers
+from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
 
@@ -32,6 +34,11 @@ class Subject:
     start: ModelAndTokenizer | None = None  # the model that tuning started from; None: not at hand
     cache: AnswerCache | None = None
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def merged(self) -> ModelAndTokenizer:
+        """The model for suites that move or compare its weights: an adapter is folded into them, in float32."""
+        return self.loaded._replace(model=merged(self.loaded.model))
 
     def turns(self, prompts: Sequence[str]) -> list[Sequence[Mapping[str, Any]]]:
         first = [{"role": "system", "content": self.system}] if self.system else []

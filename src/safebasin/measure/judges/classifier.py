@@ -24,6 +24,7 @@ from safebasin.data.builtin import OPENERS, refusal_texts, rows_of
 from safebasin.encode import render
 from safebasin.measure import judge
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.parts import text_config
 
 REQUEST = "What do you say?"
 
@@ -53,7 +54,7 @@ class Classifier:
         opening = render(tokenizer, [{"role": "user", "content": REQUEST}], ask=True)
         request = tokenizer(opening, add_special_tokens=False)["input_ids"]
         texts = [tokenizer(answer, add_special_tokens=False)["input_ids"][: self.tokens] for answer in answers]
-        layer = round(self.layer * model.config.num_hidden_layers)
+        layer = round(self.layer * text_config(model).num_hidden_layers)
         states: list[Any] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for start in range(0, len(order), batch_size):
