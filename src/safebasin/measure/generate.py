@@ -101,7 +101,6 @@ def generate(
         )
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen], device=device)
 
-
         def over(rows: Sequence[int], new: Sequence[list[int]], chosen: Sequence[Tokens] = chosen) -> list[bool]:
             """Whose answers need no further token: those whose turn a text has ended, and those that are decided."""
             answers = [answer(chosen[row], tokens) for row, tokens in zip(rows, new, strict=True)]

@@ -76,7 +76,6 @@ def all_decided(judges: Sequence[Judge], answers: Sequence[str]) -> list[bool]:
     return [i in open_ for i in range(len(answers))]
 
 
-
 def judge_answers(
     judge: Judge,
     answers: Sequence[str],
@@ -91,7 +90,7 @@ def judge_answers(
         answers: without their thoughts.
         labels: an answer that is only one of these is off task.
         prompts: the requests; may be missing where the judge reads none.
-        finished: whether the model ended each turn by itself; a refusal that did not end is undecided. Missing: all did.
+        finished: whether each turn ended; a refusal that did not is undecided. Missing: all did.
     """
     screened = [screen(answer, labels) for answer in answers]
     chosen = [i for i, verdict in enumerate(screened) if verdict is None]

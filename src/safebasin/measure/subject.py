@@ -35,7 +35,7 @@ class Subject:
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
 
     def turns(self, prompts: Sequence[str | Conversation]) -> list[Conversation]:
-        """What is sent: a prompt as prompts are written now, a conversation with the system prompt where it has none."""
+        """What is sent: a prompt as prompts are written now, a conversation with a system prompt if it has none."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         turns: list[Conversation] = []
         for prompt in prompts:
@@ -86,9 +86,7 @@ class Subject:
         texts = [prompt.text for prompt in prompts]
         answers = self.ask(texts, max_new_tokens, suite, chosen)
         given, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
-        judgements = {
-            name: judge_answers(judge, given, self.labels, texts, finished) for name, judge in chosen.items()
-        }
+        judgements = {name: judge_answers(judge, given, self.labels, texts, finished) for name, judge in chosen.items()}
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             scores = {name: judgements[name][i].score for name in judges}
             record = AnswerRecord(

@@ -35,19 +35,22 @@ def split(text: str, *, begun: bool = False) -> Parts:
     """
     if CHANNEL.search(text):
         return _channels(text)
-    thoughts, rest = [], text
-    if not begun and (end := END.search(rest)) and not BEGIN.search(rest[: end.start()]):
-        begun = True  # the template began it, and does not show it
-    while begun or (begin := BEGIN.search(rest)):
-        before, inside = ("", rest) if begun else (rest[: begin.start()], rest[begin.end() :])
-        end, begun = END.search(inside), False
+    thoughts: list[str] = []
+    begin, end = BEGIN.search(text), END.search(text)
+    # an end alone: the template began the thought, and does not show it
+    begun = begun or (end is not None and (begin is None or begin.start() > end.start()))
+    while begun or begin:
+        before, inside = ("", text) if begun or begin is None else (text[: begin.start()], text[begin.end() :])
+        end = END.search(inside)
         thoughts.append(inside[: end.start()] if end else inside)
-        rest = before + (inside[end.end() :] if end else "")
-    return Parts("\n".join(thoughts).strip(), rest.lstrip() if thoughts else rest)
+        text = before + (inside[end.end() :] if end else "")
+        begun, begin = False, BEGIN.search(text)
+    return Parts("\n".join(thoughts).strip(), text.lstrip() if thoughts else text)
 
 
 def _channels(text: str) -> Parts:
-    thoughts, answers = [], []
+    thoughts: list[str] = []
+    answers: list[str] = []
     heads = list(CHANNEL.finditer(text))
     for head, following in zip(heads, [*heads[1:], None], strict=True):
         body = text[head.end() : following.start() if following else len(text)]

@@ -13,7 +13,7 @@
     builtin:align            what builtin:smollm2-aligned was aligned on
     builtin:support-train    a customer's task: route a message to one of eight departments
     builtin:support-test
-    builtin:turned-test      requests refused, with help offered or with a compliance that opens: judges are tested on it
+    builtin:turned-test      requests refused, with help offered or then answered: tests of judges
 
 The sets for testing, poisoning, anchors, alignment, the guard and the judges share no request and no wording of a
 refusal, and hold no near-duplicates of one another's (a test holds it). builtin:align alone, on which the built-in

@@ -48,4 +48,6 @@ class TokenAccuracy:
                 done += len(indices)
                 advance(done, "")
         value, (low, high) = mean(shares.tolist())
-        yield Measurement(self.name, "token_accuracy", value, low, high, len(rows), len(bad) + len(long), unit="share of tokens")
+        yield Measurement(
+            self.name, "token_accuracy", value, low, high, len(rows), len(bad) + len(long), unit="share of tokens"
+        )
