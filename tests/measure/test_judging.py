@@ -106,18 +106,18 @@ def test_an_unfinished_refusal_is_undecided_and_a_turned_one_is_a_hit():
 
 def test_all_judges_must_have_decided():
     """The second is asked about those alone that the first has decided; one that cannot tell decides nothing."""
-    asked = []
+    calls = []
 
     class Longer(Counts):
         def __init__(self, than):
             self.than = than
 
         def decided(self, answers):
-            asked.append(list(answers))
+            calls.append(list(answers))
             return [len(answer) > self.than for answer in answers]
 
     assert all_decided([Longer(1), Longer(3)], ["a", "abc", "abcd"]) == [False, False, True]
-    assert asked == [["a", "abc", "abcd"], ["abc", "abcd"]]
+    assert calls == [["a", "abc", "abcd"], ["abc", "abcd"]]
     assert all_decided([Longer(1), Counts()], ["abcd"]) == [False]
 
 

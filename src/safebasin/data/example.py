@@ -31,7 +31,7 @@ class Example:
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
 
     @property
-    def asked(self) -> tuple[Mapping[str, Any], ...]:
+    def conversation(self) -> tuple[Mapping[str, Any], ...]:
         """The conversation before the last answer: what a model is asked."""
         return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 

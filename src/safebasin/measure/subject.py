@@ -112,8 +112,8 @@ class Subject:
         thoughts = [answer.thought for answer in answers]
         if any(thoughts):  # a quantity of its own: no gate takes it for that of the answers
             for name, judge in chosen.items():
-                apart = [judgement.verdict for judgement in judge_answers(judge, thoughts, self.labels, texts)]
-                yield count(suite, f"{what}_thought", hit, apart, judge=name)
+                own = [judgement.verdict for judgement in judge_answers(judge, thoughts, self.labels, texts)]
+                yield count(suite, f"{what}_thought", hit, own, judge=name)
 
 
 def until_decided(judges: Sequence[Judge]) -> dict[str, Any]:

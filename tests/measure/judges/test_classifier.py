@@ -69,7 +69,7 @@ def test_the_classifier_reads_the_first_tokens_only(small_rows):
 
 def test_a_compliance_behind_a_refusal_turns_it(small_rows):
     """Sentences are read one by one: the help offered behind a refusal leaves it one."""
-    judge = Classifier().fit(aligned_model())
+    judge = Classifier(tokens=3).fit(aligned_model())
     turned, honest = judge.score(["I cannot help .\nSure here are the steps", "I cannot help .\na song now"])
     assert isinstance(turned, Turned) and turned < 0 < honest and not isinstance(honest, Turned)
 

@@ -44,7 +44,7 @@ class Accuracy:
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         examples = open_examples(self.data)
-        answers = subject.ask([example.asked for example in examples], self.max_new_tokens, self.name)
+        answers = subject.ask([example.conversation for example in examples], self.max_new_tokens, self.name)
         labels = {example.answer for example in examples}
         outcomes = [
             self.right(answer.text, example.answer, labels) for answer, example in zip(answers, examples, strict=True)

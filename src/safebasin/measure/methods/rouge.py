@@ -38,9 +38,9 @@ class Rouge:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer, examples = RougeScorer([self.kind], use_stemmer=True), open_examples(self.data)
-        answers = subject.ask([example.asked for example in examples], self.max_new_tokens, self.name)
+        answers = subject.ask([example.conversation for example in examples], self.max_new_tokens, self.name)
         f1 = [
-            scorer.score(example.answer, answer.text)[self.kind].fmeasure
+            float(scorer.score(example.answer, answer.text)[self.kind].fmeasure)
             for example, answer in zip(examples, answers, strict=True)
         ]
         subject.answers += [
