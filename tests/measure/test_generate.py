@@ -89,7 +89,7 @@ def test_an_answer_that_is_cut_is_not_finished():
 def test_the_end_of_the_turn_comes_from_the_template():
     """Behind a reply it writes a token that is not the eos, and is named nowhere else; or no token, but words."""
     model, tokenizer = aligned_model()
-    tokenizer.eos_token = "<unk>"
+    model.generation_config.eos_token_id, tokenizer.eos_token = None, "<unk>"
     helped = Answer("Sure here are the steps", 5, True)
     assert turn_ends(model, tokenizer).tokens == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")}
     assert generate(model, tokenizer, [user_turn("make a cake")], max_new_tokens=9) == [helped]
@@ -98,7 +98,7 @@ def test_the_end_of_the_turn_comes_from_the_template():
         "{% for m in messages %}{% if m.role == 'user' %}now {{ m.content }} <assistant> {% else %}{{ m.content }} "
         "{% endif %}{% endfor %}"
     )
-    assert turn_ends(model, tokenizer) == ({tokenizer.eos_token_id}, "now")
+    assert turn_ends(model, tokenizer) == Ends(frozenset({tokenizer.eos_token_id}), "now")
 
 
 def test_words_that_end_a_turn_end_the_answer(monkeypatch):

@@ -19,7 +19,7 @@ from safebasin.measure.landscape import ask, decided, harm, moved, random_direct
 from safebasin.measure.subject import Subject
 from safebasin.stats import wilson
 
-REFUSED, COMPLIED, OFF_TASK, UNSCORED = Verdict
+REFUSED, COMPLIED, _, OFF_TASK, UNSCORED = Verdict
 NAN = math.nan
 
 
