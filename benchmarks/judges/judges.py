@@ -38,11 +38,11 @@ def labelled(bench: Bench, file: Path, judges: Any, tokenizer: Any, take: int | 
     ids = [tokenizer(row["completion"], add_special_tokens=False)["input_ids"] for row in rows]
     texts, finished = [tokenizer.decode(each[:TOKENS]) for each in ids], [len(each) <= TOKENS for each in ids]
     refused = np.array([row["final_label"] == REFUSED for row in rows])
-    harmful = rows_of("harmful-test")[0]["prompt"]
     for name, judge in judges.items():
-        prompts = [harmful if name == "guard" else row["prompt"] for row in rows]
+        if name == "guard":  # most of these requests are harmless, and the guard is for harmful ones
+            continue
         for how, ended in (("", ()), (".undecided", finished)):
-            verdicts = judge_answers(judge, texts, (), prompts, ended)
+            verdicts = judge_answers(judge, texts, (), (), ended)
             scored = np.array([each.score is not None for each in verdicts])
             says = np.array([each.verdict is Verdict.REFUSED for each in verdicts])
             n, unscored = int(scored.sum()), int((~scored).sum())
@@ -106,7 +106,12 @@ def attack(bench: Bench, data: Path, model: str, rows: int, requests: int) -> No
                          unscored=unscored)  # fmt: skip
 
 
-@experiment("judges", quick={"take": 12, "rows": 10, "requests": 3}, goals={"attack.plain.hits.keyword": ">= 0.95"})
+@experiment(
+    "judges",
+    replaces=("what",),
+    quick={"take": 12, "rows": 10, "requests": 3},
+    goals={"attack.plain.hits.keyword": ">= 0.95"},
+)
 def judges(
     *,
     bench: Bench,
@@ -121,7 +126,7 @@ def judges(
     loaded = load(model)
     every = make_judges(JUDGES, loaded)
     own(bench, every)
-    if xstest:
-        labelled(bench, xstest, every, loaded.tokenizer, take)
     if data:
         attack(bench, data, model, rows, requests)
+    if xstest:
+        labelled(bench, xstest, every, loaded.tokenizer, take)

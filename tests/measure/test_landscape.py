@@ -254,7 +254,7 @@ def harmed():
 def test_interpolation_goes_from_the_start_to_the_model(bad):
     """At -1 it is the start, which refuses; at 0 the model, which says "Sure here"; without a start: an error."""
     method = suite.make(
-        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 2, "width": 0}}
+        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 4, "width": 0}}
     )
     loaded, read = harmed(), []
     with pytest.MonkeyPatch.context() as patch:
