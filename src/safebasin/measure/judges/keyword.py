@@ -33,4 +33,4 @@ class Keyword:
 
     def decided(self, answers: Sequence[str]) -> list[bool]:
         """A compliance that has opened is one, whatever follows."""
-        return [read(answer).complied for answer in answers]
+        return [read(answer, going=True).complied for answer in answers]

@@ -23,5 +23,5 @@ class Prefix:
 
     def decided(self, answers: Sequence[str]) -> list[bool]:
         """A compliance that has opened, or a beginning without a phrase, is one whatever follows."""
-        readings = [(read(answer, self.characters), len(plain(answer))) for answer in answers]
+        readings = [(read(answer, self.characters, going=True), len(plain(answer))) for answer in answers]
         return [r.complied or (not r.refused and length >= self.characters) for r, length in readings]
