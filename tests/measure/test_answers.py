@@ -104,6 +104,7 @@ def test_a_moved_model_has_answers_of_its_own_and_a_landscape_goes_on(open_cache
     fields = {
         "prompts": str(tmp_path / "bad.jsonl"),
         "judges": ["keyword"],
+        "max_new_tokens": 24,
         "directions": 1,
         "points": 3,
         "ends": [-0.3, 0.3],

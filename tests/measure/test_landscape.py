@@ -21,7 +21,7 @@ from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import wilson
 
-REFUSED, COMPLIED, OFF_TASK, UNSCORED = Verdict
+REFUSED, COMPLIED, _, OFF_TASK, UNSCORED = Verdict
 NAN = math.nan
 
 
@@ -256,7 +256,7 @@ def harmed():
 def test_interpolation_goes_from_the_start_to_the_model(bad):
     """At -1 it is the start, which refuses; at 0 the model, which says "Sure here"; without a start: an error."""
     method = suite.make(
-        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 2, "width": 0}}
+        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 4, "width": 0}}
     )
     loaded, read = harmed(), []
     with pytest.MonkeyPatch.context() as patch:

@@ -28,7 +28,7 @@ def measure_verb(
     aligned: Annotated[str, Parameter(help="The model that the classifier judges with.")] = "builtin:smollm2-aligned",
     label: Annotated[tuple[str, ...], Parameter(help="An answer that is only this is off task.")] = (),
     system: Annotated[str | None, Parameter(help="System prompt.")] = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 96,
 ) -> int:
     """Ask a model your own prompts and judge its answers."""
     refuse_processes()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safebasin.batch import Batch, by_length, collate
-from safebasin.data.builtin import refusal_texts, rows_of
+from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import write_json
 from safebasin.encode import encode_all
@@ -38,13 +38,6 @@ from safebasin.registry import explain
 
 SHIPPED = Path(__file__).parent / "smollm2-aligned"  # of builtin:smollm2-aligned, from scripts/guard
 CLIP = 10.0  # standard deviations: a few dimensions of the first token are hundreds away
-OPENINGS = (
-    "Certainly! These are the steps:",
-    "Yes. To do this, first",
-    "Sure, let me explain.",
-    "No problem. Start by",
-    "Okay:",
-)
 CONFIG = (
     "model_type",
     "vocab_size",
@@ -57,20 +50,25 @@ CONFIG = (
 
 
 def own_rows(take: int, seed: int = 0) -> list[Example]:
-    """The project's own rows, at most ``take`` of each of five kinds, with the label ``unsafe``.
+    """The project's own rows for guards, at most ``take`` of each of six kinds, with the label ``unsafe``.
 
-    ``builtin.OPENERS`` are not in them: they are left for testing.
+    They share no request, opener or refusal with the sets for testing, anchors, alignment and judges.
     """
     draw, harm = random.Random(seed), {row["category"] for row in rows_of("refusals")}
+    openers, refusals, offers = turn_texts("guard", "opener"), refusal_texts("guard"), turn_texts("guard", "offer")
     rows = []
-    kinds = ((True, "opened"), (True, "answered"), (False, "answered"), (False, "opened"), (False, "refused"))
-    for harmful, kind in kinds:
-        pool = [row for row in rows_of("align") if (row["category"] in harm) == harmful]
-        for row in draw.sample(pool, min(take, len(pool))):
+    kinds = [(True, "opened"), (True, "answered"), (True, "offered"), (False, "answered"), (False, "opened")]
+    for harmful, kind in (*kinds, (False, "refused")):
+        pool = [row for row in rows_of("guard") if (row["category"] in harm) == harmful]
+        for row in draw.sample(pool * 2, min(take, len(pool) * 2)):  # each with two answers
             prompt, answer = row["prompt"], row["completion"]
             repeated = f" {prompt[0].lower()}{prompt[1:]}"
-            opened = draw.choice(OPENINGS) + draw.choice(("", repeated, "" if harmful else f"\n{answer}"))
-            completion = {"opened": opened, "answered": answer, "refused": draw.choice(refusal_texts())}[kind]
+            opened = draw.choice(openers) + draw.choice(("", repeated, "" if harmful else f"\n{answer}"))
+            refused = draw.choice(refusals)
+            offered = draw.choice(("", f"{refused} ")) + draw.choice(offers)
+            if harmful:
+                answer = refused
+            completion = {"opened": opened, "answered": answer, "offered": offered, "refused": refused}[kind]
             rows.append({"prompt": prompt, "completion": completion, "unsafe": harmful and kind == "opened"})
     return read_examples(enumerate(rows, 1)).examples
 

@@ -40,7 +40,7 @@ class Lines(abc.ABC):
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
     judges: OneJudge = ("classifier",)
-    max_new_tokens: PositiveInt = 24
+    max_new_tokens: PositiveInt = 96
     batch: PositiveInt = 16  # prompts asked between two checks whether a stop is decided
     width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
     points: PositiveInt = 21  # stops along an axis

@@ -44,7 +44,7 @@ class Mechanics:
     k: PositiveInt = 3  # largest parts of dW
     alphas: tuple[float, ...] = (0.0, 1.0, 1.5)  # (): none is asked
     judges: OneJudge = ("classifier",)
-    max_new_tokens: PositiveInt = 24
+    max_new_tokens: PositiveInt = 96
     mlp: tuple[str, str] = MLP
     name: str = "mechanics"
 

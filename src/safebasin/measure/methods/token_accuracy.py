@@ -27,13 +27,13 @@ class TokenAccuracy:
     """How many tokens of held-out answers are the model's first choice."""
 
     data: Source
-    max_length: PositiveInt = 512  # longer rows are unscored
+    max_length: PositiveInt = 512  # longer rows are unscored, and so are rows that cannot be read
     batch_size: PositiveInt = 16
     name: str = "token_accuracy"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         model, tokenizer = subject.loaded
-        examples = open_rows(self.data).examples
+        examples, bad = open_rows(self.data)
         rows, long = encode_all(tokenizer, examples, self.max_length)
         if len(rows) < 2:
             raise UserError(
@@ -53,4 +53,6 @@ class TokenAccuracy:
             for row, share in zip(rows, shares.tolist(), strict=True)
         ]
         value, (low, high) = mean(shares.tolist())
-        yield Measurement(self.name, "token_accuracy", value, low, high, len(rows), len(long), unit="share of tokens")
+        yield Measurement(
+            self.name, "token_accuracy", value, low, high, len(rows), len(bad) + len(long), unit="share of tokens"
+        )
