@@ -20,9 +20,13 @@ import pytest
 import yaml
 from product import command, product
 
+from safebasin.report.manifest import read_manifest
+
 pytestmark = pytest.mark.slow
 
 RECIPES, ROWS, FOLDERS = 900, 400, 200
+SUBJECTS = (*["model"] * 6, *["adapter"] * 5, *["gate"] * 3, *["report"] * 2, "run")  # a run costs seconds
+NEEDED = {"config.json", "model.safetensors", "tokenizer.json", "adapter_config.json", "adapter_model.safetensors"}
 PATIENCE = 60  # seconds a case may take; one that hangs is a fault too
 NAN, INF = float("nan"), float("inf")
 NOT_A_NUMBER = (NAN, INF, -INF, "x", "", "3", True, [], {}, [1, 2], {"a": 1}, "1e999")
@@ -356,29 +360,31 @@ def test_folders(home, tmp_path, capsys, tracebacks):
     asks = ("--prompts", str(folder / "prompts.jsonl"), "--take", "2", "--judge", "keyword", "--max-new-tokens", "2")
     assert command("run", str(recipe), "--out", str(run)) == 0, capsys.readouterr().err[-2000:]
     capsys.readouterr()
+    written = {path for step in read_manifest(run)["steps"].values() for path in step["outputs"]}
     for case in range(FOLDERS):
         chance = random.Random(20_000 + case)
         shutil.rmtree(work, ignore_errors=True)
-        model = str(folder / "model")
-        if case % 5 < 2:
-            source = folder / "model" if case % 5 == 0 else run / "arms" / "plain" / "adapter"
-            shutil.copytree(source, work / "copy")
-            what = damage(chance, chance.choice(sorted((work / "copy").iterdir())))
-            parts = (
-                ("--model", str(work / "copy"))
-                if case % 5 == 0
-                else ("--model", model, "--adapter", str(work / "copy"))
+        subject = chance.choice(SUBJECTS)
+        if subject in ("model", "adapter"):
+            shutil.copytree(
+                folder / "model" if subject == "model" else run / "arms" / "plain" / "adapter", work / "copy"
             )
-            call, allowed = ("measure", *parts, *asks, "--out", str(work / "m")), (0, 1)
+            target = chance.choice(sorted((work / "copy").iterdir()))
+            what, name = damage(chance, target), target.name
+            models = ("--model", str(folder / "model"), "--adapter") if subject == "adapter" else ("--model",)
+            call = ("measure", *models, str(work / "copy"), *asks, "--out", str(work / "m"))
+            allowed = (1,) if name in NEEDED and not what.endswith("noise") else (0, 1)
         else:
             shutil.copytree(run, work / "run")
-            files = [path for path in sorted((work / "run").rglob("*")) if path.is_file() and path.name != ".lock"]
-            what = damage(chance, chance.choice(files))
-            verb, allowed = (("report", (0, 1)), ("gate", (0, 1, 3, 4)), ("run", (0, 1)))[case % 5 - 2]
-            call = (verb, *((str(recipe), "--out") if verb == "run" else ()), str(work / "run"))
+            target = chance.choice([path for path in sorted((work / "run").rglob("*")) if path.is_file()])
+            what, name = damage(chance, target), target.relative_to(work / "run").as_posix()
+            call = (
+                ("run", str(recipe), "--out", str(work / "run")) if subject == "run" else (subject, str(work / "run"))
+            )
+            allowed = (0, 1) if subject != "gate" else (1, 4) if name in written else (0, 1, 3, 4)
         code = in_time(*call)
         if problem := told_wrong(capsys, tracebacks, code, allowed):
-            wrong.append((case, call[0], what, problem))
+            wrong.append((case, subject, what, problem))
     assert not wrong, f"{len(wrong)} of {FOLDERS}:\n" + "\n".join(map(str, wrong[:40]))
 
 
