@@ -16,6 +16,7 @@ from safebasin.pipeline.config import Recipe, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
+from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
 from safebasin.train.settings import check_settings, training_arguments
@@ -109,6 +110,13 @@ class Plan:
                     f"arms.{name}.columns.{column}: {source!r} is not among scan.scorers ({names}): {error}"
                 ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
+
+    def check_gate(self) -> None:
+        """UserError where it is not said which arm a report of this run would judge."""
+        roles = roles_of(plain(self.recipe.arms), self.gate)
+        if roles.judged is None:
+            names = ", ".join(roles.defended or self.recipe.arms)
+            raise UserError(f"gate.arm is missing: name the arm that the gate judges, one of {names}")
 
     @property
     def attacked_scorers(self) -> tuple[str, ...]:

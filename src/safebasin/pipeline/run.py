@@ -85,6 +85,7 @@ class Run:
 
     def report(self, *, show_text: bool = False) -> Report | None:
         """Every arm measured, and the report; None where another process writes it."""
+        self.plan.check_gate()
         _ = self.rows  # what is wrong with the rows is said before anything else
         for arm in self.plan.recipe.arms:
             console.print(f"[bold]arm {arm}[/bold]")
