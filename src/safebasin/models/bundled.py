@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from safebasin.data.tables import file_digest, shown
 from safebasin.errors import UserError
@@ -79,10 +78,10 @@ def _gguf() -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     """GGUF (4 bits) to a plain folder in bfloat16, once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as gguf
 
-    # its bar has no switch of transformers', and its settings are read when tqdm is imported
-    modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=True)
+    gguf.tqdm = functools.partial(gguf.tqdm, disable=True)  # no setting of transformers silences this bar
     settings = GgufConfig(gguf_file=source.name, dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=settings
