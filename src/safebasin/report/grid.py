@@ -38,7 +38,6 @@ MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "cou
 TASK = ("accuracy", "token_accuracy", "rouge1", "rouge2", "rougeL")  # quantities of what the user tunes for
 SHARES = ("share", "share of tokens", "F1")  # units that the tables show
 Record = dict[str, Any]  # of grid.json
-Ends = tuple[float | None, float | None]
 # attack, rate, defence, suite, quantity, judge -> seed -> prompt -> a hit or a score; None: not scored
 Outcomes = dict[tuple[Any, ...], dict[str, Mapping[str, float | None]]]
 Paired = tuple[float, tuple[float, float] | None]  # mean difference, and its interval over pairs of attack and seed
@@ -155,11 +154,12 @@ def _measured(
         by_seed = outcomes.get((attack, rate, defence, suite, quantity, judge), {})
         value, interval = over_seeds(list(seeds.values()), list(by_seed.values()))
         filled = [{prompt: 1.0 if x is None else x for prompt, x in each.items()} for each in by_seed.values()]
+        upper = _interval(two_level, filled) if quantity == "asr" and filled else None
         yield {
             "what": ".".join(filter(None, (_named(about), name, judge))),
             **about,
             **{"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval},
-            **({"upper": _interval(two_level, filled)[1]} if quantity == "asr" and filled else {}),
+            **({"upper": upper.high} if upper else {}),
             **{count: sum(getattr(m, count) for m in seeds.values()) for count in ("n", "unscored", "off_task")},
             "fewest": min(m.n for m in seeds.values()),
             "unit": next(iter(seeds.values())).unit,
@@ -193,14 +193,14 @@ def average(values: Sequence[float | None]) -> float | None:
 
 def over_seeds(
     measured: Sequence[Measurement], hits: Sequence[Mapping[str, float | None]] = ()
-) -> tuple[float | None, Ends | None]:
+) -> tuple[float | None, tuple[float, float] | None]:
     """Mean over the seeds that were scored, and its interval over seeds and prompts; of one seed, its own.
 
     Without answers by prompt (``hits``) the interval of a share is that of its counts; other units have none.
     """
     scored = [(m.value, m) for m in measured if m.value is not None]
     if len(scored) < 2:
-        return next(((value, None if m.low is None else (m.low, m.high)) for value, m in scored), (None, None))
+        return next(((value, _ends(m)) for value, m in scored), (None, None))
     value, rows = sum(v for v, _ in scored) / len(scored), [_scored(each) for each in hits]
     if all(rows) and len(rows) == len(scored):
         return value, _interval(two_level, rows)
@@ -211,16 +211,17 @@ def over_seeds(
     )
 
 
+def _ends(m: Measurement) -> tuple[float, float] | None:
+    return None if m.low is None or m.high is None else (m.low, m.high)
+
+
 def _scored(hits: Mapping[str, float | None]) -> dict[str, float]:
     return {prompt: value for prompt, value in hits.items() if value is not None}
 
 
-def _interval(function: Callable[[Any], tuple[float, Interval]], seeds: Sequence[Any]) -> Ends:
-    """An interval over seeds; two seeds do not say how much seeds vary."""
-    if len(seeds) == 2:
-        return None, None
-    _, (low, high) = function(seeds)
-    return low, high
+def _interval(function: Callable[[Any], tuple[float, Interval]], seeds: Sequence[Any]) -> Interval | None:
+    """An interval over seeds; two seeds do not say how much seeds vary, and have none."""
+    return None if len(seeds) == 2 else function(seeds)[1]
 
 
 def ranking(
@@ -297,9 +298,12 @@ def summary(rows: Sequence[Record], ranks: Sequence[Rank], outcomes: Outcomes, p
         worst = {"value": None if mute else upper, "worst": attack, "n": n, "interval": None}
         yield {"what": f"asr_upper.worst.{rank.defence}", **facts, "quantity": "worst asr, upper end", **worst}
         if losses := _losses(rank.defence, outcomes, plain):
-            low, high = _interval(two_level_difference, losses)
             values = [value for each in losses for value in each.values()]
-            cost = {"value": sum(values) / len(values), "n": len(values), "interval": (low, high)}
+            cost = {
+                "value": sum(values) / len(values),
+                "n": len(values),
+                "interval": _interval(two_level_difference, losses),
+            }
             yield {"what": f"accuracy.loss.{rank.defence}", **facts, "quantity": "loss", **cost}
 
 
