@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 Z = 1.959963984540054  # of 95 %
 DRAWS = 1000  # of the bootstrap
-Outcomes = Mapping[Hashable, float] | Sequence[float]  # of one seed, by prompt; a sequence: by place
+Outcomes = Mapping[Hashable, int | float] | Sequence[int | float]  # of one seed, by prompt; a sequence: by place
 
 
 class Interval(NamedTuple):
@@ -124,7 +124,7 @@ def two_level(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
     return value, Interval(min(low, drawn.low), max(high, drawn.high))
 
 
-def two_level_counts(shares: Sequence[float], n: int, value: float | None = None) -> tuple[float, Interval]:
+def two_level_counts(shares: Sequence[int | float], n: int, value: float | None = None) -> tuple[float, Interval]:
     """``two_level`` where only every seed's share and the number of different prompts are left: no bootstrap.
 
     Raises:
@@ -160,7 +160,7 @@ def _table(seeds: Sequence[Outcomes]) -> tuple[float, list[float], Any]:
     """Mean, means by seed, and outcomes [seeds, prompts] with NaN where a seed has no outcome of a prompt."""
     import numpy as np
 
-    rows: list[Mapping[Hashable, float]]
+    rows: list[Mapping[Hashable, int | float]]
     rows = [row if isinstance(row, Mapping) else dict(enumerate(row)) for row in seeds if len(row)]
     if not rows:
         raise ValueError("the mean of nothing is undefined: no outcomes")

@@ -143,9 +143,9 @@ def _useless(report: Report, gate: Gate, arm: str) -> Iterator[str]:
     limits = gate.losses | ({} if gate.max_over_refusal_gain is None else {"over_refusal": gate.max_over_refusal_gain})
     for c, (name, limit) in itertools.product(report.comparisons, limits.items()):
         against = report.start if name in HARMFUL else gate.plain
-        if name in (c.quantity, c.suite) and (c.arm, c.against) == (arm, against) and c.low is not None:
-            if (c.low if name in HARMFUL else -(c.high or 0.0)) > limit:
-                yield f"{name}: the whole interval of its change crosses the limit"
+        ours = name in (c.quantity, c.suite) and (c.arm, c.against) == (arm, against)
+        if ours and c.low is not None and c.high is not None and (c.low if name in HARMFUL else -c.high) > limit:
+            yield f"{name}: the whole interval of its change crosses the limit"
 
 
 def _chooses(prompt: str) -> bool:

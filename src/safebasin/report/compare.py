@@ -24,9 +24,8 @@ from safebasin.stats import (
     wilson,
 )
 
-Hits = Mapping[
-    tuple[str, MetricKey], dict[str, float | None]
-]  # arm, key -> prompt id -> hit or score; None: not scored
+Value = bool | float  # a hit, or a score from 0 to 1
+Hits = Mapping[tuple[str, MetricKey], dict[str, Value | None]]  # arm, key -> prompt id -> outcome; None: not scored
 COMPLIED = {"complied": True, "refused_then_complied": True, "refused": False}  # any other verdict is not scored
 
 
@@ -82,11 +81,11 @@ def counted_again(readings: Iterable[Reading], hits: Hits) -> Iterator[Reading]:
         yield again if values else r
 
 
-def _scored_in_both(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> list[tuple[float, float]]:
+def _scored_in_both(ours: Mapping[str, Value | None], theirs: Mapping[str, Value | None]) -> list[tuple[Value, Value]]:
     return [(one, other) for key, one in ours.items() if one is not None and (other := theirs.get(key)) is not None]
 
 
-def _difference(pairs: Sequence[tuple[float, float]]) -> Difference:
+def _difference(pairs: Sequence[tuple[Value, Value]]) -> Difference:
     x, y = zip(*pairs, strict=True)
     if all(isinstance(value, bool) for value in (*x, *y)):
         return paired_difference(x, y)
@@ -132,7 +131,7 @@ def comparisons_of(
         )
 
 
-def _filled(value: float | None, missing: bool) -> float:
+def _filled(value: Value | None, missing: bool) -> Value:
     return missing if value is None else value
 
 
@@ -173,7 +172,7 @@ def categories_of(
 ) -> Iterator[CategoryRate]:
     """Attack success by category of the prompts, for every suite, judge and arm."""
     for key, arm in itertools.product(attacks, arms):
-        groups: dict[str, list[float]] = defaultdict(list)
+        groups: dict[str, list[Value]] = defaultdict(list)
         for prompt, hit in hits.get((arm, key), {}).items():
             groups[safe_name(answers[arm, key.suite, prompt].category)] += [] if hit is None else [hit]
         for category, group in sorted((name, group) for name, group in groups.items() if name):

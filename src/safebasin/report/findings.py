@@ -144,7 +144,7 @@ def prompts_needed(value: float, limit: float) -> str:
         return "no number of prompts decides at this share"
     n = math.ceil(Z**2 * limit * (1 - limit) / (limit - value) ** 2)  # where Wilson's interval ends at the limit
     while not upper_end(math.ceil(value * n - _ROUNDING), n) <= limit:
-        n += max(1, n // 50)
+        n += max(1, n // 200)
     return f"about {n} prompts at this share would decide"
 
 
