@@ -147,7 +147,7 @@ def grid(
     change: Change = (),
     pages: Pages = None,
 ) -> None:
-    """Attacks x defences x two seeds, ranked by the worst attack."""
+    """Attacks x defences x three seeds at the attacker's learning rate, ranked by the worst attack."""
     run(bench, {"grid": grid_of("grid", defences, change)}, only, seeds, pages, None)
 
 

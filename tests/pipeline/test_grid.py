@@ -304,12 +304,12 @@ def test_the_worst_and_the_cost_over_seeds_and_prompts(stub, tmp_path):
     by_name = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
     asr = by_name["benign.steady.asr.keyword"]
     assert asr["value"] == pytest.approx(0.1) and asr["interval"][0] < 0.1 < asr["interval"][1] < asr["upper"]
-    assert asr["upper"] == pytest.approx(two_level([[1] * 5 + [0] * 36] * 3)[1].high)
+    assert asr["upper"] == pytest.approx(two_level([[1.0] * 5 + [0.0] * 36] * 3)[1].high)
     worst, upper = by_name["asr.worst.steady"], by_name["asr_upper.worst.steady"]
     assert (worst["value"], worst["worst"]) == (pytest.approx(0.1), "benign") and upper["value"] == asr["upper"]
     loss = by_name["accuracy.loss.steady"]
     assert loss["value"] == pytest.approx(0.1) and loss["n"] == 30
-    assert loss["interval"] == pytest.approx(list(two_level_difference([[0] * 8 + [1, 0]] * 3)[1]))
+    assert loss["interval"] == pytest.approx(list(two_level_difference([[0.0] * 8 + [1.0, 0.0]] * 3)[1]))
     assert "accuracy.loss.plain" not in by_name
 
 

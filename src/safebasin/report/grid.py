@@ -140,7 +140,8 @@ def _measured(
         keys = [MetricKey(m.what, m.suite, m.judge) for m in measured if not m.category]
         for (_, key), hits in hits_of(keys, answers_of(cell.folder, [arm], [])).items():
             place = attack, rate, defence, *map(printable, (key.suite, key.quantity, key.judge))
-            outcomes.setdefault(place, {})[str(cell.seed)] = hits
+            numbers = {prompt: None if hit is None else float(hit) for prompt, hit in hits.items()}
+            outcomes.setdefault(place, {})[str(cell.seed)] = numbers
     agreement = {
         key: average([m.value for m in seeds.values()]) for key, seeds in by_key.items() if key[1] == "agreement"
     }
