@@ -133,7 +133,7 @@ def two_level_counts(shares: Sequence[int | float], n: int, value: float | None 
     value = sum(shares) / len(shares) if value is None else value
     variance, t = _variance(shares, value * (1 - value) / n, n)
     effective = min(n, value * (1 - value) / variance * (Z / t) ** 2) if 0 < value < 1 else n
-    return value, _wilson(value, effective)
+    return value, _wilson(value, float(effective))
 
 
 def two_level_difference(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:

@@ -341,8 +341,8 @@ def test_the_attacker_chooses_the_learning_rate(stub, tmp_path):
     ]
     assert (ranks["plain"].worst, ranks["steady"].worst) == (0.8, 0.6)
     marked = (out / "grid.md").read_text()
-    asked = marked.split("(asr, keyword)")[1]
-    assert "80.0 %" in asked and "60.0 %" in asked and "20.0 %" not in asked and "40.0 %" not in asked
+    table = marked.split("(asr, keyword)")[1]
+    assert "80.0 %" in table and "60.0 %" in table and "20.0 %" not in table and "40.0 %" not in table
     log = list(stub.log)
     bench(grid, out)
     assert len(stub.log) == len(log) + 12, "the stub measures again what a run would skip, and no other rate"
