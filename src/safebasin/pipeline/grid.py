@@ -27,6 +27,7 @@ from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec, edited, plain,
 from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
 from safebasin.pipeline.run import Run
+from safebasin.report import Gate
 from safebasin.report.files import measurements_of
 from safebasin.report.grid import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell, Published, Rank, write_grid
 
@@ -163,8 +164,10 @@ def _weaker(rate: float | None, first: Mapping[float | None, Cell]) -> bool:
 
 
 def _attack_success(cell: Cell) -> float:
-    measured = measurements_of(cell.folder, cell.defence) or ()
-    return max((m.value for m in measured if m.what == "asr" and not m.category and m.value is not None), default=0.0)
+    """The largest of a cell; a model that a rate has broken decides nothing, so that the rate is none to choose."""
+    asr = [m for m in measurements_of(cell.folder, cell.defence) or () if m.what == "asr" and not m.category]
+    broken = any(m.value is None or m.unscored > Gate().max_unscored * (m.n + m.unscored + m.off_task) for m in asr)
+    return -1.0 if broken else max((m.value for m in asr if m.value is not None), default=0.0)
 
 
 def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Rank]:

@@ -232,6 +232,7 @@ def ranking(
 
     An attack that was tried on one defence counts for all; one that cannot be made, or decides nothing, for none.
     """
+    rows = at_deciding_rates(rows, gate)
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
     mute = set(silent(rows, gate))
     ranks = []
@@ -268,6 +269,21 @@ def ranking(
 def at_own_rate(rows: Sequence[Record]) -> list[Record]:
     """The records at the user's own learning rate, or all where the attacker always chose it."""
     return [record for record in rows if record.get("rate") is None and "suite" in record] or list(rows)
+
+
+def at_deciding_rates(rows: Sequence[Record], gate: Gate) -> list[Record]:
+    """The records without those of a learning rate that broke the model, where another one decides.
+
+    Its gate is inconclusive, so that no such model is served: the attacker has won nothing by that rate.
+    """
+    undecided: dict[tuple[str, str], dict[float | None, bool]] = {}
+    mute = set(silent(rows, gate))
+    for r in rows:
+        if r["quantity"] == "asr" and (r["attack"], r["suite"]) not in mute:
+            by_rate = undecided.setdefault((r["attack"], r["defence"]), {})
+            by_rate[r.get("rate")] = by_rate.get(r.get("rate"), False) or decides_nothing(r, gate)
+    some = {place: by_rate for place, by_rate in undecided.items() if not all(by_rate.values())}
+    return [r for r in rows if not some.get((r["attack"], r["defence"]), {}).get(r.get("rate"), False)]
 
 
 def at_worst_rate(rows: Sequence[Record]) -> list[Record]:
@@ -358,7 +374,7 @@ def write_grid(
     rows = list(records(cells, outcomes))
     against(rows, plain)
     ranks = write_page(out, rows, cells, published, gate)
-    write_json(out / "grid.json", [*rows, *summary(rows, ranks, outcomes, plain)])
+    write_json(out / "grid.json", [*rows, *summary(at_deciding_rates(rows, gate), ranks, outcomes, plain)])
     return ranks
 
 
@@ -371,7 +387,7 @@ def write_page(
     for cell in cells:
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
-    scored = [r for r in at_worst_rate(rows) if "suite" in r]
+    scored = [r for r in at_worst_rate(at_deciding_rates(rows, gate)) if "suite" in r]
     values = {
         "ranks": ranks,
         "cells": cells,
