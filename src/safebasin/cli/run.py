@@ -150,9 +150,9 @@ def bench_verb(
     attacks = [part.strip() for part in only.split(",") if only]
     numbers = [int(part) for part in seeds.split(",") if seeds]
     if list_:
-        for cell in cells(settings.recipes(attacks, numbers), folder):
+        for cell in cells(settings.recipes(attacks, numbers), folder, settings.recipes()):
             reason = f" ({cell.reason})" if cell.reason else ""
-            say(f"{cell.attack}-{cell.seed} {cell.defence}: {cell.outcome}{reason}")
+            say(f"{cell.folder.name} {cell.defence}: {cell.outcome}{reason}")
         return 0
     for place, rank in enumerate(bench(settings, folder, only=attacks, seeds=numbers), 1):
         worst = "not measured" if rank.worst is None else f"{rank.worst:.1%} ({rank.attack})"

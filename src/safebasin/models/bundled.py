@@ -79,7 +79,9 @@ def _gguf() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """GGUF (4 bits) to a plain folder in bfloat16, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as gguf
 
+    gguf.tqdm = functools.partial(gguf.tqdm, disable=True)  # no setting of transformers silences this bar
     settings = GgufConfig(gguf_file=source.name, dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=settings

@@ -16,7 +16,7 @@ from safebasin.measure.phrases import plain, read
 class Prefix:
     """Whether an answer holds one of the phrases of ``keyword`` at its very beginning, and does not turn."""
 
-    characters: PositiveInt = 60
+    characters: PositiveInt = 60  # characters of the answer in which a refusal must begin
 
     def score(self, answers: Sequence[str], prompts: Sequence[str] = ()) -> list[float | None]:
         return phrase_scores(answers, self.characters)

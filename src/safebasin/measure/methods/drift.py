@@ -38,7 +38,7 @@ class Drift:
 
     data: Source  # ordinary rows with answers
     harmful: SetName  # prompts
-    harmless: SetName
+    harmless: SetName  # prompts
     take: Annotated[int, Field(ge=2)] | None = None  # of each prompt file
     max_length: PositiveInt = 512  # longer rows are unscored
     batch_size: PositiveInt = 16

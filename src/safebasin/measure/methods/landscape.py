@@ -36,7 +36,7 @@ class Lines(abc.ABC):
 
     prompts: SetName
     column: str = "prompt"
-    limit: PositiveInt | None = None
+    limit: PositiveInt | None = None  # rows looked at; the rest of the file may be the attack's
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
     judges: OneJudge = ("classifier",)
@@ -97,7 +97,7 @@ class Lines(abc.ABC):
 class Landscape(Lines):
     """How deep the safe region is around the model's weights."""
 
-    directions: PositiveInt = 3
+    directions: PositiveInt = 3  # random lines or planes; the mean is over them
     dimensions: PositiveInt = 1  # 2: planes, of points * points stops each
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
@@ -109,8 +109,8 @@ class Landscape(Lines):
 class Interpolation(Lines):
     """Where safety is lost between the start model and this one."""
 
-    points: PositiveInt = 11
-    ends: tuple[float, float] = (-1.0, 0.0)
+    points: PositiveInt = 11  # stops along the axis
+    ends: tuple[float, float] = (-1.0, 0.0)  # of a: -1 is the start model, 0 the tuned one
     name: str = "interpolation"
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:

@@ -21,7 +21,7 @@ from safebasin.models.parts import text_config
 class LmEval:
     """What the model can do beside the task, by the tasks of lm-evaluation-harness."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]  # of lm-evaluation-harness, by name
     folder: str | None = None  # of tasks of your own
     limit: PositiveInt | None = None  # samples a task
     batch_size: PositiveInt = 8

@@ -38,14 +38,14 @@ class Mechanics:
     """How far safe and unsafe requests lie from each other in every block, and what the change of the weights does."""
 
     safe: SetName  # prompts
-    unsafe: SetName
+    unsafe: SetName  # prompts that ask for harm
     take: Annotated[int, Field(ge=2)] | None = None  # of each file
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # of the drawing of prompts
     k: PositiveInt = 3  # largest parts of dW
     alphas: tuple[float, ...] = (0.0, 1.0, 1.5)  # (): none is asked
     judges: OneJudge = ("classifier",)
     max_new_tokens: PositiveInt = 96
-    mlp: tuple[str, str] = MLP
+    mlp: tuple[str, str] = MLP  # the up and the down projection of a block, by the ends of their names
     name: str = "mechanics"
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Rouge:
     """How much of an expected summary the model's own has."""
 
     data: Source
-    kind: Literal["rouge1", "rouge2", "rougeL"] = "rougeL"
+    kind: Literal["rouge1", "rouge2", "rougeL"] = "rougeL"  # single words, pairs of words, longest common subsequence
     max_new_tokens: PositiveInt = 96
     name: str = "rouge"
 

@@ -71,7 +71,7 @@ class AsFT:
     lam: NonNegativeFloat = 1.0  # lambda
     base: str = ""  # folder of the weights before alignment, or a builtin: name
     aligned: str = ""  # folder of the weights after it: the model that is tuned
-    projector: Literal["official", "topk", "rank1"] = "official"
+    projector: Literal["official", "topk", "rank1"] = "official"  # the form of C, equations above
     k: PositiveInt = 8  # singular vectors of topk
     scale: PositiveFloat = 1.0  # s: 1 in the official code; lora_alpha / r for the update as the model applies it
 
