@@ -17,7 +17,7 @@ import cyclopts
 
 from safebasin.console import printable
 from safebasin.data.tables import masked
-from safebasin.errors import DefenceError, UserError
+from safebasin.errors import DefenceError, Terminated, UserError
 
 app = cyclopts.App(
     name="safebasin",
@@ -38,10 +38,6 @@ VERBS = {
 for _module, _names in VERBS.items():
     for _name in _names:
         app.command(f"safebasin.cli.{_module}:{_name}_verb", name=_name)
-
-
-class Terminated(BaseException):
-    """SIGTERM came: the run ends cleanly, and the same command goes on from where it was."""
 
 
 def guarded(action: Callable[[], Any]) -> int:
