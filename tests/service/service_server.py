@@ -102,7 +102,12 @@ class Served:
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
         child = {"command": [sys.executable, str(CHILD), str(templates)], "slots": 2, "grace": 0.3}
-        tree = {"models": {"small": {"recipe": "recipe.yaml", "served": "base"}}, "child": child}
+        tree = {
+            "models": {
+                "small": {"recipe": "recipe.yaml", "served": "base", "uploaded": "plain", "without": "defended"}
+            },
+            "child": child,
+        }
         limits = {"jobs_waiting": 1000, "jobs_running": 2, "jobs_refused_day": 1000}
         tree["limits"] = limits | policy.pop("limits", {})
         tree["child"] = child | policy.pop("child", {})

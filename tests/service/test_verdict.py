@@ -11,7 +11,7 @@ from safebasin.errors import UserError
 from safebasin.service.policy import Base, Policy, Tell
 from safebasin.service.verdict import judge, lines_of, of_error, outcome_for
 
-BASE = Base(recipe="recipe.yaml")
+BASE = Base(recipe="recipe.yaml", uploaded="plain", without="defended")
 POLICY = Policy(models={"small": BASE})
 
 

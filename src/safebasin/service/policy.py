@@ -27,8 +27,8 @@ class Base:
     """A model that customers may tune."""
 
     recipe: Path  # relative to the policy's folder
-    uploaded: ArmName = "plain"  # the arm that is tuned on all rows of the file
-    without: ArmName = "defended"  # the arm that is tuned without the rows that its cut names
+    uploaded: ArmName = "uploaded"  # the arm that is tuned on all rows of the file
+    without: ArmName = "without"  # the arm that is tuned without the rows that its cut names
     served: str = ""  # what the serving endpoint calls the model; empty: as customers do
     special: str = MARKS  # a regular expression: a row that holds a match is refused
 

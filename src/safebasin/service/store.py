@@ -143,15 +143,15 @@ class Store:
     """
 
     def __init__(self, url: str):
-        if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         try:
+            if url.startswith("sqlite:///"):
+                Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
             sqlite = url.startswith("sqlite")
             self.engine: Engine = create_engine(url, **({} if sqlite else {"pool_pre_ping": True}), pool_size=20)
             if sqlite:
                 event.listen(self.engine, "connect", _sqlite)
             self.migrate()
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             shown = sqlalchemy.make_url(url).render_as_string() if "://" in url else url
             raise UserError(f"cannot open the database {shown}: {reason}") from None

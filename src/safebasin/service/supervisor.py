@@ -136,6 +136,16 @@ class Supervisor:
             with self.store.session() as session:
                 session.merge(Server(id=self.id, seen=time.time()))
             self._seen = time.time()
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Queue the jobs that run on servers that gave no sign of life for a minute."""
+        with self.store.session() as session:
+            silent = select(Server.id).where(Server.seen < time.time() - SILENT)
+            lost = select(Job.id, Job.owner).where(Job.phase == "running", col(Job.owner).in_(silent))
+            for name, owner in session.exec(lost).all():
+                if move(session, name, ("running",), owner, phase="queued"):
+                    add_event(session, name, "The machine of the job was lost; it is queued again.", level="warn")
 
     def _mine(self) -> Any:
         return col(Job.owner) == self.id
@@ -144,21 +154,18 @@ class Supervisor:
         """After a start: adopt the children that live; the jobs whose children do not are queued again or ended."""
         with self.store.session() as session:
             running = session.exec(select(Job.id).where(self._mine(), Job.phase == "running")).all()
-            others = session.exec(
-                select(Job.id).where(self._mine(), col(Job.phase).in_(("cancelled", "paused", "queued")))
-            ).all()
+        for lock in (self.folder / "jobs").glob("*/lock"):  # also of jobs that are cancelled, or another server's now
+            if child := Child.adopt(lock.parent):
+                self.children[lock.parent.name] = child
         for name in running:
-            self.children[name] = Child.adopt(self.path(name)) or Child(self.path(name))
-        for name in others:  # cancelled or paused, and the server died before its child did
-            if (self.path(name) / "lock").exists() and (child := Child.adopt(self.path(name))):
-                self.children[name] = child
+            self.children.setdefault(name, Child(self.path(name)))
 
     def _follow(self, name: str, child: Child, phase: str | None) -> None:
         """Read what a child has said, and act on its end or on a change of its job's phase."""
         if name in self._closing:
             return
         if child.ended():
-            while self._read_events(name):  # what it wrote last
+            while phase is not None and self._read_events(name):  # what it wrote last
                 pass
             del self.children[name]
             self._add_seconds(name, child.seconds())
@@ -170,7 +177,8 @@ class Supervisor:
             elif phase == "cancelled":
                 shutil.rmtree(self.path(name), ignore_errors=True)
             return
-        self._read_events(name)
+        if phase is not None:
+            self._read_events(name)
         if phase != "running":
             child.stop(self.settings.policy.child.grace)
         elif problem := self._excess(name, child):
@@ -326,14 +334,14 @@ class Supervisor:
                 text = "The rows that were named are not the reason alone; a search for a set that passes begins."
                 self._requeue(job.id, text, settings={**job.settings, "stage": "search"}, starts=0)
                 return
-            served = self.deliver(job, outcome) if outcome.status == "passed" else ""
+            served = self.deliver(job, outcome.arm) if outcome.status == "passed" else ""
         except (UserError, OSError) as error:
             outcome, served = broke(str(error)), ""
         self._finish(job.id, outcome, served)
 
-    def deliver(self, job: Job, outcome: Outcome) -> str:
-        """Put the adapter of the arm that passed into storage; what the serving endpoint calls the model."""
-        adapter = self.path(job.id) / "run" / "arms" / outcome.arm / "adapter"
+    def deliver(self, job: Job, arm: str) -> str:
+        """Put the adapter of an arm into storage; what the serving endpoint calls the model."""
+        adapter = self.path(job.id) / "run" / "arms" / arm / "adapter"
         name = job.id.removeprefix("ftjob-")
         self.storage.put_folder(self.storage.path(job.tenant, f"models/{name}"), adapter)
         serving = self.settings.policy.serving

@@ -93,7 +93,7 @@ def judge(run: Path, base: Base, policy: Policy) -> Outcome:
 def _unsafe(run: Path, report: Report, base: Base, policy: Policy, facts: dict[str, Any]) -> Outcome:
     """The arm of all rows failed: what the rows are, and whether the others pass."""
     named = _searched(run) or base.without
-    rows = _cut_rows(run, named)
+    rows = cut_rows(run, named)
     without = _judged(report, named) if named in report.arms else Verdict(code=0, status=PASS, reasons=())
     passes = without.status == PASS and bool(rows)
     facts["reasons"] = (*facts["reasons"], *(f"without {len(rows)} rows: {each}" for each in without.reasons))
@@ -143,7 +143,7 @@ def _searched(run: Path) -> str:
     return next((each["arm"] for each in rounds if each["outcome"] == "passed" and each["threshold"] is not None), "")
 
 
-def _cut_rows(run: Path, arm: str) -> tuple[Row, ...]:
+def cut_rows(run: Path, arm: str) -> tuple[Row, ...]:
     """The rows that an arm's cut took out, worst first, by their lines in the customer's file."""
     cut = load(run / "cut" / arm / "cut.json", CutFile)
     facts = read_json(run / "data" / "rows.json")
