@@ -99,6 +99,7 @@ class Served:
 
     def __init__(self, folder: Path, templates: Path, **policy: Any):
         self.folder, self.port = folder, free_port()
+        self.requests: list[str] = []  # paths that were asked for, where the server is in this process
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
         child = {"command": [sys.executable, str(CHILD), str(templates)], "slots": 2, "grace": 0.3}
@@ -160,7 +161,12 @@ class Served:
 def in_thread(served: Served) -> Iterator[Served]:
     """The server in a thread of this process."""
     app = create_app(served.settings)
-    config = uvicorn.Config(app, port=served.port, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+
+    async def recorded(scope: Any, receive: Any, send: Any) -> None:
+        served.requests.append(scope.get("path", ""))
+        await app(scope, receive, send)
+
+    config = uvicorn.Config(recorded, port=served.port, log_level="error", lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
