@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from folders import run
 
 from safebasin import console, events
-from safebasin.errors import DefenceError, Terminated, UserError
+from safebasin.cli.main import Terminated, guarded
+from safebasin.errors import DefenceError, UserError
 
 
 def lines(path):
@@ -19,8 +21,9 @@ def lines(path):
 
 def test_lines_and_the_end(tmp_path):
     path = tmp_path / "new" / "events.jsonl"
-    with events.EventLog(path):
-        events.emit("step", step="data", state="started")
+    events.open_log(path)
+    events.emit("step", step="data", state="started")
+    events.close_log(0)
     events.emit("step", step="scan", state="started")  # no log is open: nothing
     first, last = lines(path)
     assert first["event"] == "step" and first["step"] == "data" and first["time"] > 1.7e9
@@ -32,32 +35,42 @@ def test_lines_and_the_end(tmp_path):
     [(UserError, 1), (DefenceError, 2), (ZeroDivisionError, 2), (KeyboardInterrupt, 130), (Terminated, 143)],
 )
 def test_the_end_has_the_exit_code(tmp_path, error, code):
-    with pytest.raises(error), events.EventLog(tmp_path / "events"):
-        raise error("why")
-    assert [(each["code"], each["message"]) for each in lines(tmp_path / "events")] == [(code, "why")]
+    def action():
+        events.open_log(tmp_path / "events")
+        raise error("token=abc why")
+
+    assert guarded(action) == code
+    [end] = lines(tmp_path / "events")
+    assert end["code"] == code and end["message"] and "abc" not in end["message"]
 
 
 def test_a_broken_line_is_closed(tmp_path):
     path = tmp_path / "events"
     path.write_text('{"event": "st')
-    with events.EventLog(path):
-        pass
+    events.open_log(path)
+    events.close_log(0)
     broken, end = path.read_text().splitlines()
     assert broken == '{"event": "st' and json.loads(end)["event"] == "end"
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(UserError, match=r"--events .*: cannot write"), events.EventLog(tmp_path):
-        pass
+    with pytest.raises(UserError, match=r"--events .*: cannot write"):
+        events.open_log(tmp_path)
+    events.open_log(Path("/dev/full"))
+    with pytest.raises(UserError, match=r"--events .*: cannot write: No space"):
+        events.emit("step")
+    events.close_log(1)  # says nothing more
 
 
 def test_progress_every_five_seconds_and_at_the_end(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with events.EventLog(tmp_path / "events"), console.progress("scan", 20) as advance:
+    events.open_log(tmp_path / "events")
+    with console.progress("scan", 20) as advance:
         for done in range(1, 21):
             now[0] = float(done)
             advance(done, "")
+    events.close_log(0)
     done = [each["done"] for each in lines(tmp_path / "events") if each["event"] == "progress"]
     assert done == [6, 12, 18, 20]
 

@@ -1,4 +1,4 @@
-"""The errors of the package, and the exit code that each one has on the command line."""
+"""The three errors of the package, and the exit code that each one has on the command line."""
 
 
 class UserError(Exception):
@@ -13,13 +13,3 @@ class AttackFails(UserError):
 
 class DefenceError(RuntimeError):
     """A defence that cannot run. It stops the run; it is never a warning. Exit code 2."""
-
-
-class Terminated(BaseException):
-    """SIGTERM came: the run ends cleanly, and the same command goes on from where it was. Exit code 143."""
-
-
-def exit_code(error: BaseException | None) -> int:
-    """The exit code of a run that an error ended; 0 for none."""
-    codes = {UserError: 1, KeyboardInterrupt: 130, Terminated: 143}
-    return 0 if error is None else next((code for kind, code in codes.items() if isinstance(error, kind)), 2)

@@ -10,65 +10,52 @@ import json
 import os
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from safebasin.errors import UserError, exit_code
+from safebasin.errors import UserError
 
 SECONDS = 5.0  # between two events of progress
-_log: "EventLog | None" = None  # that of this process
+_log: tuple[int, Path] | None = None  # that of this process, as it is open
 
 
-class EventLog:
-    """``with EventLog(path):`` what the run does is appended to a file; the last line has the exit code.
-
-    One line is one write, so that a reader sees complete lines. A line that a killed run has broken off is closed.
+def open_log(path: Path) -> None:
+    """From now on what the run does is appended to a file. A line that a killed run has broken off is closed.
 
     Raises:
         UserError: the file cannot be written.
     """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = -1
-
-    def __enter__(self) -> "EventLog":
-        global _log
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            with contextlib.suppress(OSError):  # a pipe has no end to look at
-                if (
-                    os.lseek(self._file, 0, os.SEEK_END)
-                    and os.pread(self._file, 1, self.path.stat().st_size - 1) != b"\n"
-                ):
-                    self._write(b"\n")
-        except OSError as error:
-            raise UserError(f"--events {self.path}: cannot write: {error.strerror}") from error
-        _log = self
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        global _log
-        _log = None
-        try:
-            self.add("end", code=exit_code(error), message="" if error is None else str(error)[:2000])
-        finally:
-            os.close(self._file)
-
-    def add(self, event: str, **facts: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str)
-        try:
-            self._write(line.encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"--events {self.path}: cannot write: {error.strerror}") from error
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._file, data) :]
+    global _log
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _log = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666), path
+        size = path.stat().st_size if path.is_file() else 0  # a pipe has none
+        if size and os.pread(_log[0], 1, size - 1) != b"\n":
+            os.write(_log[0], b"\n")
+    except OSError as error:
+        raise UserError(f"--events {path}: cannot write: {error.strerror}") from error
 
 
 def emit(event: str, **facts: Any) -> None:
-    """Add an event to the log of this process, where it has one."""
+    """Add an event to the log of this process, where it has one; one line is one write.
+
+    Raises:
+        UserError: the disk is full, or the reader of a pipe has gone.
+    """
+    if _log is None:
+        return
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, default=str)
+    try:
+        os.write(_log[0], line.encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"--events {_log[1]}: cannot write: {error.strerror}") from error
+
+
+def close_log(code: int, message: str = "") -> None:
+    """The last event of a run: its exit code, and what it said."""
+    global _log
     if _log is not None:
-        _log.add(event, **facts)
+        file, _log = _log[0], None
+        end = {"time": round(time.time(), 3), "event": "end", "code": code, "message": message[:2000]}
+        with contextlib.suppress(OSError):
+            os.write(file, json.dumps(end).encode() + b"\n")
+        os.close(file)

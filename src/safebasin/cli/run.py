@@ -1,29 +1,25 @@
 """Verbs that walk a recipe: run, train, search, bench."""
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from safebasin.cli.options import Changes, RunFolderOption, Sets, ShowText, out, refuse_processes, say, start_torch
+from safebasin.cli.options import (
+    Changes,
+    Events,
+    RunFolderOption,
+    Sets,
+    ShowText,
+    out,
+    refuse_processes,
+    say,
+    start_events,
+    start_torch,
+)
 from safebasin.errors import UserError
-from safebasin.events import EventLog, emit
-
-EventsOption = Annotated[
-    Path | None,
-    Parameter(
-        name="--events", help="File to which steps, progress, losses and the verdict are appended as JSON lines."
-    ),
-]
-
-
-def event_log(path: Path | None) -> contextlib.AbstractContextManager[object]:
-    """The log of a run's events, where a file is named; of processes that share a run, the first one writes."""
-    return EventLog(path) if path and os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+from safebasin.events import emit
 
 
 def run_verb(
@@ -46,7 +42,7 @@ def run_verb(
     json_: Annotated[
         bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
     ] = False,
-    events: EventsOption = None,
+    events: Events = None,
 ) -> int:
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
 
@@ -54,20 +50,7 @@ def run_verb(
     run worked; `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
     `torchrun --nproc-per-node 8 -m safebasin run ...`.
     """
-    with event_log(events):
-        return _run(recipe, out_, seed, set_, change, dry_run, show_text, json_)
-
-
-def _run(
-    recipe: Path,
-    out_: Path | None,
-    seed: int | None,
-    set_: Sequence[str],
-    change: Sequence[str],
-    dry_run: bool,
-    show_text: bool,
-    json_: bool,
-) -> int:
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.plan import Plan
@@ -138,15 +121,11 @@ def search_verb(
     out_: RunFolderOption = None,
     set_: Sets = (),
     change: Changes = (),
-    events: EventsOption = None,
+    events: Events = None,
 ) -> int:
     """Search the cut that keeps the model safe and useful (GradShield's algorithm 1); exit code 3 where none does."""
-    with event_log(events):
-        return _search(recipe, arm, rounds, out_, set_, change)
-
-
-def _search(recipe: Path, arm: str, rounds: int, out_: Path | None, set_: Sequence[str], change: Sequence[str]) -> int:
     refuse_processes()
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.recipes import read_recipe

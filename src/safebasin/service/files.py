@@ -55,7 +55,7 @@ class Storage:
             Refused: it is larger than ``most`` bytes (413), or compressed (415).
         """
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        size, hasher = 0, hashlib.blake2b(digest_size=16)
+        size, hasher, complete = 0, hashlib.blake2b(digest_size=16), False
         try:
             with self.fs.open(path, "wb") as target:
                 while block := source.read(BLOCK):
@@ -66,10 +66,10 @@ class Storage:
                         raise Refused(f"The file is larger than {most / 1e6:.0f} MB.", 413)
                     hasher.update(block)
                     target.write(block)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.fs.rm(path)
-            raise
+            complete = True
+        finally:
+            if not complete:
+                self.remove(path)
         return size, hasher.hexdigest()
 
     def open(self, path: str) -> IO[bytes]:
