@@ -79,6 +79,12 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside DDP and PEFT; the adapter's layers stand in it all the same."""
+    inner = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 @contextlib.contextmanager
 def reference(model: Any) -> Iterator[None]:
     """Inside, the model is the one that tuning started from: its adapter is switched off, without a copy.
