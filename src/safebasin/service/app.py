@@ -55,7 +55,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)  # type: ignore[no-any-return]
+            return await self.app(scope, receive, send)
         most = self.upload + (1 << 20) if scope["path"] == "/v1/files" else JSON_BYTES
         too_large = Refused(f"The request is larger than {most / 1e6:.0f} MB.", 413)
         size = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
@@ -127,6 +127,17 @@ def _gone(_: Any, error: Any) -> JSONResponse:
     return _answer("The client closed the connection.", "client_closed", None, 400)
 
 
+_HANDLERS: dict[Any, Any] = {
+    ApiError: _api_error,
+    NotOwned: _not_owned,
+    Refused: _refused,
+    RequestValidationError: _invalid,
+    HTTPException: _http,
+    ClientDisconnect: _gone,
+    Exception: _broke,
+}
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The server of a policy.
 
@@ -151,15 +162,7 @@ def create_app(settings: Settings) -> FastAPI:
         title="safebasin",
         lifespan=lifespan,
         middleware=[Middleware(Guard, upload=1e6 * limits.file_megabytes)],
-        exception_handlers={
-            ApiError: _api_error,
-            NotOwned: _not_owned,
-            Refused: _refused,
-            RequestValidationError: _invalid,
-            HTTPException: _http,
-            ClientDisconnect: _gone,
-            Exception: _broke,
-        },
+        exception_handlers=_HANDLERS,
         docs_url=None,
         redoc_url=None,
     )

@@ -6,36 +6,27 @@ import sys
 from pathlib import Path
 
 from safebasin.errors import UserError
-from safebasin.pipeline.config import Model
 from safebasin.service.executor import environment
-from safebasin.service.policy import Settings
-
-_MERGE = """
-import sys
-from safebasin.models.load import load
-name, dtype, adapter, target = sys.argv[1:]
-model, tokenizer = load(name, dtype=dtype, adapter=adapter)
-model.save_pretrained(target)
-tokenizer.save_pretrained(target)
-"""
+from safebasin.service.policy import Policy
 
 
-def merged(model: Model, adapter: Path, target: Path, *, merge: bool, settings: Settings) -> None:
-    """Put a model where the serving endpoint finds it, whole or not at all.
+def deliver(run: Path, arm: str, target: Path, policy: Policy) -> None:
+    """Put a model where the serving endpoint finds it, complete or not at all.
 
     Raises:
         UserError: the merge failed.
     """
     if target.is_dir():
         return
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    if merge:
-        words = [sys.executable, "-c", _MERGE, model.name, model.dtype, str(adapter), str(part)]
-        names = environment(settings.policy.child.environment)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if policy.serving is not None and policy.serving.merge:
+        words = [sys.executable, "-m", "safebasin", "export", str(run), "--arm", arm, "--to", str(target), "--merge"]
+        names = environment(policy.child.environment)
         done = subprocess.run(words, env=names, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the adapter could not be merged: {done.stderr.strip().splitlines()[-1:]}")
-    else:
-        shutil.copytree(adapter, part)
+            raise UserError(f"the adapter could not be merged: {''.join(done.stderr.strip().splitlines()[-1:])}")
+        return
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(run / "arms" / arm / "adapter", part)
     part.rename(target)

@@ -90,7 +90,7 @@ class Child:
         else:
             lock = _lock(self.folder)
             if gone := lock is not None:
-                os.close(lock)  # type: ignore[arg-type]
+                os.close(lock)
             elif pid := self.pid:  # a grandchild may hold the lock when the leader is gone
                 gone = not _exists(pid)
         if gone:

@@ -73,7 +73,7 @@ class Storage:
         return size, hasher.hexdigest()
 
     def open(self, path: str) -> IO[bytes]:
-        return self.fs.open(path, "rb")  # type: ignore[no-any-return]
+        return self.fs.open(path, "rb")
 
     def blocks(self, path: str) -> Iterator[bytes]:
         with self.open(path) as source:

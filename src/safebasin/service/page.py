@@ -218,7 +218,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         left_out = "All rows were learned." if arm == base.uploaded else "The rows that were named are left out."
         with store.session() as session:
             model = jobs.succeed(session, settings, job, served)
-            values = {"phase": "succeeded", "finished": time.time(), "fine_tuned_model": model}
+            values: dict[str, Any] = {"phase": "succeeded", "finished": time.time(), "fine_tuned_model": model}
             if not move(session, name, ("review",), **values):
                 raise ApiError("The job was decided meanwhile.")
             shown = job.outcome or {}
@@ -235,7 +235,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             shown = job.outcome or {}
             message = " ".join(filter(None, [str(shown.get("message", "")), printable(text, 1000)]))
             error = {"code": shown.get("verdict", "refused"), "message": message, "param": "training_file"}
-            values = {"phase": "failed", "finished": time.time(), "error": error}
+            values: dict[str, Any] = {"phase": "failed", "finished": time.time(), "error": error}
             if not move(session, name, ("review",), **values):
                 raise ApiError(f"The job is {job.phase}; it does not wait for a decision.")
             data = {**shown, "rows": shown["rows"][: policy.tell.rows]} if "rows" in shown else shown

@@ -22,7 +22,7 @@ from sqlmodel import Session, col, select
 from safebasin.console import printable
 from safebasin.errors import UserError
 from safebasin.service import jobs
-from safebasin.service.deliver import merged
+from safebasin.service.deliver import deliver
 from safebasin.service.executor import LOG, Busy, Child, environment
 from safebasin.service.files import Storage
 from safebasin.service.policy import Settings
@@ -341,15 +341,13 @@ class Supervisor:
 
     def deliver(self, job: Job, arm: str) -> str:
         """Put the adapter of an arm into storage; what the serving endpoint calls the model."""
-        adapter = self.path(job.id) / "run" / "arms" / arm / "adapter"
-        name = job.id.removeprefix("ftjob-")
-        self.storage.put_folder(self.storage.path(job.tenant, f"models/{name}"), adapter)
+        run, name = self.path(job.id) / "run", job.id.removeprefix("ftjob-")
+        self.storage.put_folder(self.storage.path(job.tenant, f"models/{name}"), run / "arms" / arm / "adapter")
         serving = self.settings.policy.serving
         if serving is None:
             return name
         target = self.folder / "models" / name
-        recipe = self.settings.recipes[job.model]
-        merged(recipe.model, adapter, target, merge=serving.merge, settings=self.settings)
+        deliver(run, arm, target, self.settings.policy)
         return str(target) if serving.name == "path" else name
 
     def _finish(self, name: str, outcome: Outcome, served: str = "") -> None:
