@@ -36,6 +36,7 @@ VERBS = {
     "measure": ("measure",),
     "report": ("report", "gate"),
     "export": ("export",),
+    "serve": ("serve",),
 }
 for _module, _names in VERBS.items():
     for _name in _names:
