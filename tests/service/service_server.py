@@ -112,6 +112,7 @@ class Served:
         limits = {"jobs_waiting": 1000, "jobs_running": 2, "jobs_refused_day": 1000}
         tree["limits"] = limits | policy.pop("limits", {})
         tree["child"] = child | policy.pop("child", {})
+        tree["models"] = policy.pop("models", tree["models"])
         self.policy = folder / "policy.yaml"
         self.policy.write_text(yaml.safe_dump(tree | policy))
         self.settings = read_policy(self.policy)
@@ -138,11 +139,11 @@ class Served:
         with self.client(name) as client:
             return client.fine_tuning.jobs.create(model="small", training_file=file, **more)
 
-    def ended(self, job: str, name: str = "acme") -> Any:
+    def ended(self, job: str, name: str = "acme", seconds: float = 60) -> Any:
         """The job when it is over."""
         with self.client(name) as client:
             over = ("succeeded", "failed", "cancelled")
-            return wait_for(lambda: (now := client.fine_tuning.jobs.retrieve(job)).status in over and now)
+            return wait_for(lambda: (now := client.fine_tuning.jobs.retrieve(job)).status in over and now, seconds)
 
     def event(self, job: str, text: str, name: str = "acme") -> Any:
         """The first event of a job whose message holds a text."""

@@ -156,6 +156,7 @@ def test_policies_that_cut_and_that_search(serve):
 
 def test_old_files_go(serve):
     served = serve(limits={"files_days": 1e-9})
+    over = served.ended(served.job("user_error").id)
     file = served.upload("safe")
     job = served.job("forever")
     from safebasin.service.files import Storage
@@ -165,7 +166,11 @@ def test_old_files_go(serve):
     store, storage = Store(served.settings.database), Storage(served.settings.storage)
     sweeper = object.__new__(Supervisor)
     sweeper.store, sweeper.storage, sweeper.settings = store, storage, served.settings
+    sweeper.id = (served.settings.folder / "server").read_text()
+    sweeper.folder = served.settings.folder
+    assert served.path(over.id).exists()
     sweeper.sweep()
+    assert not served.path(over.id).exists() and served.client().fine_tuning.jobs.retrieve(over.id) == over
     store.close()
     assert [each.id for each in served.client().files.list()] == [job.training_file]  # a job waits for it
     with pytest.raises(openai.NotFoundError):
@@ -189,3 +194,29 @@ def test_the_same_request_at_once_by_many_threads(served):
         thread.join()
     assert len(seen) == 5 and len(set(seen)) == 1
     served.client().fine_tuning.jobs.cancel(seen[0])
+
+
+def test_a_verdict_that_breaks_is_an_end(served, monkeypatch):
+    """A fault of ours while a verdict is being made: the job ends, and the next ones go on."""
+    from safebasin.service import supervisor
+
+    def broken(*_):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "judge", broken)
+        job = served.ended(served.job("safe").id)
+    assert job.error.code == "server_error"
+    assert served.ended(served.job("safe").id).status == "succeeded"
+
+
+def test_hours_are_counted(served):
+    from safebasin.service.store import Job, Store
+
+    job = served.ended(served.job("slow").id)
+    store = Store(served.settings.database)
+    with store.session() as session:
+        row = session.get(Job, job.id)
+        assert 1 < row.seconds <= row.finished - row.started + 1
+    store.close()

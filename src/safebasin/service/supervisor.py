@@ -7,7 +7,9 @@ table; a child that still lives is adopted, and one that does not is queued agai
 
 import json
 import logging
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -16,7 +18,7 @@ from typing import Any
 
 import filelock
 from sqlalchemy import case, func, or_, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
 from safebasin.console import printable
@@ -28,6 +30,7 @@ from safebasin.service.files import Storage
 from safebasin.service.policy import Settings
 from safebasin.service.store import (
     LIVE,
+    OVER,
     SILENT,
     File,
     Job,
@@ -103,13 +106,17 @@ class Supervisor:
         return self.folder / "jobs" / job
 
     def _loop(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.look()
-            except OperationalError as error:  # the database is away for a while: children go on
-                _log.error("the database does not answer: %s", error.orig)
-            self._wake.wait(TICK)
-            self._wake.clear()
+        try:
+            while not self._stop.is_set():
+                try:
+                    self.look()
+                except (SQLAlchemyError, OSError) as error:  # the database or the disk is away for a while
+                    _log.error("no look around: %s", error)
+                self._wake.wait(TICK)
+                self._wake.clear()
+        finally:
+            if not self._stop.is_set():  # a fault of ours: no server is better than one that runs no job
+                os.kill(os.getpid(), signal.SIGTERM)
 
     # --- one look around
     # ----------------------------------------------------------------------------------------------------------------
@@ -125,6 +132,7 @@ class Supervisor:
             self._follow(name, child, phases.get(name))
         for name, thread in list(self._closing.items()):
             if not thread.is_alive():
+                self._finish(name, broke("the verdict broke; the server's log has the traceback"))  # if it did
                 del self._closing[name]
         self._start_next()
         if time.time() - self._swept > 3600:
@@ -168,7 +176,7 @@ class Supervisor:
             while phase is not None and self._read_events(name):  # what it wrote last
                 pass
             del self.children[name]
-            self._add_seconds(name, child.seconds())
+            self._add_seconds(name)
             excess = self._excesses.pop(name, "")
             if phase == "running":
                 thread = threading.Thread(target=self._close, args=(name, excess), name=f"close {name}")
@@ -194,9 +202,13 @@ class Supervisor:
             return f"it took more than {limits.job_hours:g} hours"
         return ""
 
-    def _add_seconds(self, name: str, seconds: float) -> None:
+    def _add_seconds(self, name: str) -> None:
+        """Count the time of a child: from its start to its last event, whichever server saw that."""
+        path = self.path(name) / "events.jsonl"
+        end = path.stat().st_mtime if path.is_file() else time.time()
+        used = case((col(Job.started) < end, end - col(Job.started)), else_=0.0)
         with self.store.session() as session:
-            session.execute(update(Job).where(col(Job.id) == name).values(seconds=col(Job.seconds) + seconds))
+            session.execute(update(Job).where(col(Job.id) == name).values(seconds=col(Job.seconds) + used))
 
     # --- starts
     # ----------------------------------------------------------------------------------------------------------------
@@ -405,7 +417,7 @@ class Supervisor:
         session.execute(update(Job).where(col(Job.id) == job.id).values(result_file=file.id))
 
     def sweep(self) -> None:
-        """Remove files that are older than the policy keeps them and that no job waits for."""
+        """Remove files and run folders that are older than the policy keeps them and that no job waits for."""
         with self.store.session() as session:
             used = select(Job.training_file).where(col(Job.phase).in_(LIVE))
             held_out = select(func.coalesce(Job.validation_file, "")).where(col(Job.phase).in_(LIVE))
@@ -414,6 +426,10 @@ class Supervisor:
             for file in session.exec(old).all():
                 self.storage.remove(self.storage.path(file.tenant, file.id))
                 session.delete(file)
+            over = select(Job.id).where(self._mine(), col(Job.phase).in_(OVER), col(Job.finished) < before)
+            folders = [self.path(name) for name in session.exec(over).all()]
+        for folder in folders:  # the rows and the run; the model and the table's lines stay
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_of(folder: Path) -> tuple[int | None, str]:
