@@ -138,7 +138,7 @@ def read_table(path: str | Path) -> list[tuple[int, Any]]:
     if kind == ".csv":
         return _csv_rows(path, read_text(path))
     if kind != ".json":
-        return [(n, _json_line(n, line)) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        return [(n, json_line(n, line)) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(
@@ -177,7 +177,8 @@ def _integer(digits: str) -> int | float:
 JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # marks what ``flaw`` is to find in a row
 
 
-def _json_line(number: int, line: str) -> Any:
+def json_line(number: int, line: str) -> Any:
+    """The row of a line of JSON, or a ``BadRow``."""
     try:
         return _checked(number, JSON.decode(line))
     except json.JSONDecodeError as error:
