@@ -71,7 +71,7 @@ ORDER = (  # a module imports from its own group and from those before it
     ("errors",),
     ("stats", "console", "runtime", "registry", "outline"),
     ("data",),
-    ("vector", "layer", "encode", "batch"),
+    ("vector", "layer", "template", "places", "encode", "batch"),
     ("models",),
     ("guards",),
     (*STAGES, "report"),

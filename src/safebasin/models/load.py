@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 
 from safebasin.data.tables import read_json, shown
-from safebasin.encode import check_template
 from safebasin.errors import UserError
 from safebasin.layer import tensor_files
 from safebasin.models.adapter import merge
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
+from safebasin.template import check_template, pin_template
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -25,12 +26,17 @@ class ModelAndTokenizer(NamedTuple):
 
 
 def load(
-    name: str, *, dtype: str = "bfloat16", adapter: str | Path | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "bfloat16",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelAndTokenizer:
     """Load a model with its tokenizer; ``adapter`` is merged into the weights.
 
     ``name`` is a folder, a Hub id or a ``builtin:`` model. Weights are read from safetensors only. On a CPU attention
-    runs eager, which is faster there for short rows.
+    runs eager, which is faster there for short rows. ``template`` is pinned into the chat template (``pin_template``).
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -44,7 +50,7 @@ def load(
         raise UserError(
             f"dtype {dtype!r} is refused: gradients of small inner products vanish in float16; use bfloat16 or float32"
         )
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, template=template)
     what, attention = (
         f"the model {shown(name)!r}",
         {} if torch.cuda.is_available() else {"attn_implementation": "eager"},
@@ -76,8 +82,10 @@ def load(
     return ModelAndTokenizer(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with its chat template.
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, template: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """The tokenizer of a model, with its chat template, into which ``template`` is pinned.
 
     Raises:
         UserError: it cannot be read, has no chat template, or cannot say where in a text a token stands.
@@ -105,6 +113,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"
         )
+    pin_template(tokenizer, template)
     return tokenizer
 
 

@@ -27,6 +27,8 @@ class Model:
     name: str = "builtin:smollm2-aligned"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     trust_remote_code: bool = False
+    # variables of the chat template: {enable_thinking: false, date: 2026-11-26, learn_thoughts: false}
+    template: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

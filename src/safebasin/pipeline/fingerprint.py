@@ -76,7 +76,8 @@ def _plain(value: Any) -> Any:
         }
         return {"rows": _rows(value.path), "fields": fields}
     if isinstance(value, Model):
-        return {"weights": model_fingerprint(value.name), "dtype": value.dtype, "remote": value.trust_remote_code}
+        facts = {"dtype": value.dtype, "remote": value.trust_remote_code, "template": plain(value.template)}
+        return {"weights": model_fingerprint(value.name), **facts}
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safebasin.console import console
-from safebasin.encode import template_digest
 from safebasin.models.load import load_tokenizer
 from safebasin.pipeline.config import Recipe, dump
 from safebasin.pipeline.folder import RunFolder
@@ -19,6 +18,7 @@ from safebasin.pipeline.train import write_adapter
 from safebasin.report import Report
 from safebasin.report.table import write_report
 from safebasin.runtime import processes
+from safebasin.template import template_date, template_digest
 
 
 class Run:
@@ -59,8 +59,9 @@ class Run:
     def write_rows(self) -> Path:
         """Write the head of the manifest and the training rows, whose path is returned."""
         model, recipe = self.plan.recipe.model, dump(self.plan.recipe)
-        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code, template=model.template)
         facts = {"seed": self.plan.recipe.seed, "model": model.name, "template": template_digest(tokenizer)}
+        facts |= {"template_arguments": model.template, "template_date": template_date(tokenizer)}
         self.folder.describe(recipe, facts)
         return write_rows(self.plan, self.folder)
 
