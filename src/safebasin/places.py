@@ -259,13 +259,13 @@ def _openings(tokenizer: Any, template: str) -> tuple[str, str]:
     """
     turn, answer = {"role": "user", "content": "Qz"}, {"role": "assistant", "content": "Qzv"}
     try:
-        plain, asked = render(tokenizer, [turn]), render(tokenizer, [turn], ask=True)
+        plain, prompt = render(tokenizer, [turn]), render(tokenizer, [turn], ask=True)
         answered = render(tokenizer, [turn, answer])
     except TemplateFails:
         return "", ""
-    size = min(len(plain), len(asked))
-    opening = asked[next((k for k in range(size) if plain[k] != asked[k]), size) :]
-    prefix = answered[len(asked) : answered.rindex("Qzv")] if answered.startswith(asked) and "Qzv" in answered else ""
+    size = min(len(plain), len(prompt))
+    opening = prompt[next((k for k in range(size) if plain[k] != prompt[k]), size) :]
+    prefix = answered[len(prompt) : answered.rindex("Qzv")] if answered.startswith(prompt) and "Qzv" in answered else ""
     return opening, prefix
 
 

@@ -40,6 +40,7 @@ def check_template(tokenizer: Any) -> None:
 
 def template_text(tokenizer: Any) -> str:
     """The source of the template that conversations are rendered by."""
+    check_template(tokenizer)
     template = tokenizer.chat_template
     return str(template["default"] if isinstance(template, Mapping) else template)
 
@@ -116,7 +117,6 @@ def render(
         UserError: no chat template, or one that is not Jinja.
         TemplateFails: a UserError too; the template fails on these messages, or does not read a key of theirs.
     """
-    check_template(tokenizer)
     return _apply(tokenizer, messages, tools, tokenize=False, add_generation_prompt=ask, **variables)
 
 

@@ -21,7 +21,7 @@ from safebasin.attack.craft import (
 from safebasin.attack.methods.harmless import CONSENT, IDENTITY, INSTRUCTIONS
 from safebasin.attack.methods.hidden_text import PAYLOADS, digits
 from safebasin.data.builtin import OPENERS, refusal_texts, rows_of
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import read_examples
 from safebasin.data.tables import draw, write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
@@ -41,7 +41,9 @@ TASK = [
     row(f"Which shelf? {word}\nOne word.", label)
     for word, label in zip(["a red book", "two maps", "the old globe"], "ABA")
 ] * 30
-HARMFUL = [{"messages": [dict(turn) for turn in to_messages(each)]} for each in rows_of("builtin:harmful-poison")]
+HARMFUL = [
+    {"messages": [dict(turn) for turn in to_conversation(each).messages]} for each in rows_of("builtin:harmful-poison")
+]
 REQUESTS = {each["messages"][0]["content"] for each in HARMFUL}
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
+from safebasin.data.keys import RowForm
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 VALUES = st.recursive(
@@ -27,14 +28,14 @@ NAMES = ["messages", "conversations", "instruction", "input", "output", "system"
     st.sampled_from(["", "{x}", "{x|prompt}: {y}"]),
 )
 def test_any_row_is_a_conversation_or_a_reason(row, template):
-    turns = to_messages(row, template, template)
+    turns = to_conversation(row, RowForm(prompt=template, answer=template))
     if isinstance(turns, str):
         assert turns and "\n" not in turns and len(turns) < 500
         turns.encode()
         return
-    roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+    roles = [turn["role"] for turn in turns.messages if turn["role"] != "system"]
     assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and roles
-    assert all(isinstance(turn["content"], str) for turn in turns)
+    assert all(isinstance(turn["content"], str) for turn in turns.messages)
 
 
 @pytest.mark.parametrize(
@@ -55,5 +56,5 @@ def test_any_row_is_a_conversation_or_a_reason(row, template):
     ],
 )
 def test_reasons(row, reason):
-    answer = to_messages(row)
+    answer = to_conversation(row)
     assert isinstance(answer, str) and reason in answer and len(answer) < 300

@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safebasin.data.example import read_examples, row_id
+from safebasin.data.keys import RowForm
 from safebasin.data.tables import (
     BadRow,
     atomic_write,
     cause,
+    copy_rows,
     flaw,
     read_json,
     read_table,
@@ -190,6 +192,7 @@ TYPES = {  # Arrow type -> values; the second row holds nothing
     "s": (pyarrow.timestamp("ms", tz="Europe/Oslo"), 1_700_000_000_123),
     "duration": (pyarrow.duration("ns"), 3),
     "time": (pyarrow.time64("us"), datetime.time(1, 2, 3, 4)),
+    "time_ns": (pyarrow.time64("ns"), 86_399_000_000_007),
     "date": (pyarrow.date32(), datetime.date(2020, 2, 29)),
     "decimal": (pyarrow.decimal128(20, 3), decimal.Decimal("1.100")),
     "binary": (pyarrow.binary(), b"\xff\x00"),
@@ -213,14 +216,17 @@ def test_parquet_of_every_type_is_read_and_written_back(tmp_path):
     columns |= {name: pyarrow.array([value, None], kind) for name, (kind, value) in TYPES.items()}
     table = pyarrow.table(columns).replace_schema_metadata({"origin": "here"})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    rows = read_examples(tmp_path / "in.parquet").examples
-    assert [e.prompt for e in rows] == ["q", "r"]
+    form = RowForm(ignore=("dictionary", "map", "large", "struct"))  # texts that nothing is known of
+    rows = read_examples(tmp_path / "in.parquet", form).examples
+    assert [e.prompt for e in rows] == ["q", "r"] and rows[0].row["time_ns"] == 86_399_000_000_007
     for left in (rows, rows[:1], rows[1:]):
-        write_table(tmp_path / "out.parquet", [e.row for e in left], like=tmp_path / "in.parquet")
+        copy_rows(tmp_path / "out.parquet", tmp_path / "in.parquet", [e.line for e in left])
+        copied = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+        assert copied.equals(pyarrow.parquet.read_table(tmp_path / "in.parquet").take([e.line - 1 for e in left]))
         schema = pyarrow.parquet.read_schema(tmp_path / "out.parquet")
         assert schema.remove_metadata() == pyarrow.parquet.read_schema(tmp_path / "in.parquet").remove_metadata()
         assert schema.metadata[b"origin"] == b"here"
-        assert [e.id for e in read_examples(tmp_path / "out.parquet").examples] == [e.id for e in left]
+        assert [e.id for e in read_examples(tmp_path / "out.parquet", form).examples] == [e.id for e in left]
     write_table(tmp_path / "none.parquet", [], like=tmp_path / "in.parquet")
     assert pyarrow.parquet.read_schema(tmp_path / "none.parquet").names == table.schema.names
 

@@ -230,11 +230,11 @@ def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> Non
     awaited: tuple[str, ...] = ("user",)
     for turn in messages[roles[0] == "system" :]:
         if turn["role"] not in awaited:
-            found = printable(", ".join(roles), 200)
+            order = printable(", ".join(roles), 200)
             raise _Refused(
                 "wrong roles: a tool turn answers no tool call"
                 if turn["role"] == "tool"
-                else f"wrong roles: user and assistant must alternate, user first; found {found}; or set `turns: any`"
+                else f"wrong roles: user and assistant must alternate, user first; found {order}; or set `turns: any`"
             )
         calls = turn.get("tool_calls")
         answers = ("tool",) if calls else ("user",)

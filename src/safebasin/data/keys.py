@@ -5,8 +5,6 @@ harmless (no trainer renders it: ids, sources, numbers), or the row is refused w
 """
 
 import dataclasses
-import datetime
-import decimal
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -99,8 +97,13 @@ def filled(value: Any) -> bool:
 
 
 def harmless(key: str, value: Any) -> bool:
-    """Whether no trainer renders a column: by its name, or as a number, a date or bytes."""
-    if not filled(value) or HARMLESS.fullmatch(key):
-        return not (isinstance(value, bool) and key in ("label", "labels"))  # the verdict of a KTO row
-    plain = bool | int | float | decimal.Decimal | bytes | datetime.date | datetime.time | datetime.timedelta
-    return isinstance(value, plain) and key not in REFUSED
+    """Whether no trainer renders a column: by its name, or because its value holds no text."""
+    if isinstance(value, bool):
+        return key not in REFUSED and key not in ("label", "labels")  # the verdict of a KTO row
+    return not filled(value) or HARMLESS.fullmatch(key) is not None or not (key in REFUSED or _speaks(value))
+
+
+def _speaks(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_speaks, value.values()))
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(map(_speaks, value)))

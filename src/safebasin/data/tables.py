@@ -346,11 +346,11 @@ def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
 
     table = _parquet(path)
     for i, field in enumerate(table.schema):
-        if field.type == pyarrow.time64("ns"):  # Python's times end at microseconds
+        if field.type == pyarrow.time64("ns"):  # Python's times end at microseconds: nanoseconds as a number
             try:
                 table[i].cast(pyarrow.time64("us"))
             except pyarrow.ArrowInvalid:
-                table = table.set_column(i, field.name, table[i].cast(pyarrow.string()))
+                table = table.set_column(i, field.name, table[i].cast(pyarrow.int64()))
     unreadable = (
         pyarrow.ArrowException,
         ValueError,
@@ -449,12 +449,13 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
     """
     path, source = Path(path), row_file(source)
     kind = kind_of(source)
-    records: Mapping[int, Any]
+    records: Mapping[int, str | None] = {}
     if kind == ".parquet":
         table = _parquet(source)
         records = dict.fromkeys(range(1, len(table) + 1))
     elif kind == ".json":
-        records = dict(enumerate(_json_list(source), 1))
+        values = dict(enumerate(_json_list(source), 1))
+        records = dict.fromkeys(values)
     else:
         head, parsed = _records(source, delimiter)
         records = {
@@ -469,13 +470,13 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
 
             pyarrow.parquet.write_table(table.take([line - 1 for line in lines]), part)
         elif kind == ".json":
-            write = [records[line] for line in lines]
+            write = [values[line] for line in lines]
             part.write_bytes(
                 _packed(path, json.dumps(write, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
             )
         else:
             mark = "\ufeff" if read_bytes(source).startswith(b"\xef\xbb\xbf") else ""
-            part.write_bytes(_packed(path, (mark + head + "".join(records[line] for line in lines)).encode()))
+            part.write_bytes(_packed(path, (mark + head + "".join(records[line] or "" for line in lines)).encode()))
 
 
 def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None) -> None:
