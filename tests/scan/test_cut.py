@@ -182,6 +182,28 @@ def test_rows_that_stay_are_written_as_they_came(tmp_path, name):
         assert gzip.decompress(path.read_bytes()).count(b"\n") == 40
 
 
+def test_every_row_stays_goes_or_is_refused(tmp_path):
+    """Line 2 cannot be read, line 4 was left out of the scan; the lines that stay are the bytes that came in."""
+    lines = [
+        '{"prompt":"q","completion":"a"}',
+        "{",
+        '{"prompt": "r",  "completion": "b"}\r',
+        '{"prompt":"s","answer":"c"}',
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes("\n".join(lines).encode())
+    rows = read_examples(source)
+    result = cut_by(rows.examples[:2], [0.0, 1.0], threshold=5.0)
+    with pytest.raises(UserError, match="line 4 has no score"):
+        write_cut(tmp_path / "cut", source, rows, result, "it")
+    assert not (tmp_path / "cut").exists()
+    path = write_cut(tmp_path / "cut", source, rows, result, "it", unscored={rows.examples[2].id: "over-long"})
+    assert path.read_bytes() == f"{lines[0]}\n{lines[2]}\n".encode()
+    facts = json.loads((path.parent / "cut.json").read_text())
+    assert facts["read"] == 4 == facts["kept"] + len(facts["removed"]) + len(facts["refused"])
+    assert [row["line"] for row in facts["refused"]] == [2, 4] and facts["refused"][1]["reason"] == "over-long"
+
+
 def test_cut_with_anchors(tmp_path):
     _, rows = examples(tmp_path, 4)
     result = cut_by(

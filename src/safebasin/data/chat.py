@@ -88,7 +88,8 @@ def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
     """By the names of the columns; a column that is neither read nor harmless refuses the row."""
     mapped = {theirs: ours for ours, theirs in form.columns.items() if ours not in TURN_KEYS}
     names = {mapped.get(name, name): name for name in row if name not in form.ignore}  # ours -> the row's own
-    if twice := next((name for name in mapped.values() if name in row and names.get(name, name) != name), ""):
+    both = [ours for theirs, ours in mapped.items() if ours != theirs and theirs in row and ours in row]
+    if twice := next((name for name in both if name not in form.ignore), ""):
         raise _Refused(f"`columns` maps {_name(twice)}, and the row has a column of that name too; add it to `ignore`")
     view = {name: row[own] for name, own in names.items()}
     if not form.chosen and (pair := next((name for name in ("chosen", "rejected") if filled(view.get(name))), "")):
