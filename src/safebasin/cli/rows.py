@@ -148,9 +148,8 @@ def cut_verb(
 ) -> int:
     """Cut a scored data set; the rows that stay are written in the format they came in."""
     from safebasin.data.example import read_examples
-    from safebasin.pipeline.rows import unscored_rows
     from safebasin.scan.cut import cut_rows, write_cut
-    from safebasin.scan.scores import read_scores
+    from safebasin.scan.scores import read_scores, unscored_rows
 
     rows = read_examples(data, form)
     result = cut_rows(rows.examples, read_scores(scores), scorer, threshold, estimator=estimator)

@@ -79,13 +79,14 @@ class RowForm:
         delimiter: of a CSV file; empty: a comma, in a .tsv file a tab.
     """
 
-    prompt: str = ""
-    answer: str = ""
+    prompt: str = ""  # a template over the columns: "Classify: {text}"
+    answer: str = ""  # the same for the answer
+    # names of the table of keys, and the names that the rows have for them: {messages: dialog, content: text}
     columns: Mapping[Key, str] = dataclasses.field(default_factory=dict)
-    ignore: tuple[str, ...] = ()
-    turns: Literal["alternate", "any"] = "alternate"
-    chosen: bool = False
-    delimiter: str = ""
+    ignore: tuple[str, ...] = ()  # columns that no trainer renders
+    turns: Literal["alternate", "any"] = "alternate"  # any: users or answers in a row, system and developer anywhere
+    chosen: bool = False  # of preference pairs, learn the chosen answer
+    delimiter: str = ""  # of a CSV file; empty: a comma, in a .tsv file a tab
 
 
 PLAIN = RowForm()

@@ -16,7 +16,7 @@ from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
-from safebasin.data.tables import BadRow, copy_rows, read_json, write_json, write_table
+from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
@@ -25,7 +25,7 @@ from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
-from safebasin.scan.scores import read_scores
+from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.trainer import check_columns
 
 
@@ -85,16 +85,6 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
             how: dict[str, Any] = {"unscored": unscored_rows(scores_file), "delimiter": plan.recipe.data.task.delimiter}
             write_cut(folder.cut(arm), source, rows, cut, settings.scorer, **how)
     return target
-
-
-def unscored_rows(scores_file: Path) -> dict[str, str]:
-    """Why a scan left rows out, by their ids: what its run folder says beside the scores."""
-    listed = scores_file.with_name(PROBLEMS), scores_file.parents[1] / "data" / "rows.json"
-    if not all(file.is_file() for file in listed):
-        return {}
-    problems, ids = (read_json(file) for file in listed)
-    reasons = {problem["line"]: problem["reason"] for problem in problems}
-    return {row["id"]: reasons[row["line"]] for row in ids if row["line"] in reasons}
 
 
 def scan_inputs(plan: Plan) -> dict[str, Any]:
