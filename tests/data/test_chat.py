@@ -173,3 +173,9 @@ def test_the_text_of_alpaca_says_nothing_new():
         "### Instruction:\nq\n\n### Response:\na"
     )
     assert list(to_conversation({"instruction": "q", "input": "", "output": "a", "text": text}).messages) == ONE
+
+
+@pytest.mark.parametrize("text", ['["\\ud83d"]', "[" * 500 + "]" * 500, "[1e999]", "{"])
+def test_json_inside_a_text_is_looked_at_as_rows_are(text):
+    for row in ({"messages": ONE, "tools": text}, {"messages": [ONE[0], ONE[1] | {"tool_calls": text}]}):
+        assert "\n" not in to_conversation(row) and ("tool" in to_conversation(row))

@@ -24,6 +24,7 @@ from safebasin.data.keys import (
     filled,
     harmless,
 )
+from safebasin.data.tables import flaw
 
 ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once more
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -170,13 +171,21 @@ def _text(turn: Any) -> Any:
 
 def _listed(turns: Any, name: str) -> list[Any]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a CSV file has no lists
-        try:
-            turns = json.loads(turns)
-        except (ValueError, RecursionError):
-            raise _Refused(f"column {name!r} is text that is no JSON list of turns") from None
+        turns = _parsed(turns, f"column {name!r}")
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
         raise _Refused("the conversation is empty or not a list")
     return list(turns)
+
+
+def _parsed(text: str, what: str) -> Any:
+    """The value of JSON inside a text of a row."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _Refused(f"{what}: text that is no JSON") from None
+    if reason := flaw(value, finite=True):
+        raise _Refused(f"{what}: {reason}")
+    return value
 
 
 def _history(pairs: Any) -> Iterator[dict[str, Any]]:
@@ -191,10 +200,7 @@ def _history(pairs: Any) -> Iterator[dict[str, Any]]:
 def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row: a list of objects, or its JSON."""
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise _Refused("column 'tools' is text that is no JSON") from None
+        tools = _parsed(tools, "column 'tools'")
     if not filled(tools) or tools == "":
         return ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -318,19 +324,13 @@ def _weight(view: Mapping[str, Any], role: str) -> dict[str, int]:
 def _calls(calls: Any) -> list[dict[str, Any]]:
     """Tool calls with their arguments as objects, as chat templates read them."""
     if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except (ValueError, RecursionError):
-            raise _Refused("a tool call is text that is no JSON") from None
+        calls = _parsed(calls, "a tool call")
     result = []
     for call in calls if isinstance(calls, list | tuple) else [calls]:
         function = call.get("function") if isinstance(call, Mapping) and "function" in call else call
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise _Refused("the arguments of a tool call are no JSON") from None
+            arguments = _parsed(arguments or "{}", "the arguments of a tool call")
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(arguments, Mapping):
             raise _Refused(f"a tool call needs a name and arguments, found {_name(call)}")
