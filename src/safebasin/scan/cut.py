@@ -12,13 +12,14 @@ Two estimators of the threshold:
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from safebasin.data.example import Example
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.example import Example, Rows
+from safebasin.data.tables import BadRow, copy_rows, endings, shown, write_json, write_table
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.scores import Scores
 
@@ -240,25 +241,53 @@ def _beyond(scores: Values, anchors: Anchors | None) -> Numbers:
     return (_checked(scores) - threshold) / (high - low)
 
 
-def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Sequence[str]) -> Path:
-    """Write the rows that stay, as they came and in the format of ``source``, beside cut.json; their path is returned.
+def write_cut(
+    folder: Path,
+    source: str | Path,
+    rows: Rows,
+    result: Cut,
+    scorer: str | Sequence[str],
+    *,
+    unscored: Mapping[str, str] = MappingProxyType({}),
+    delimiter: str = "",
+) -> Path:
+    """Write the rows that stay, as they stand in ``source``, beside cut.json; their path is returned.
 
-    The scores of several scorers together go to scores.parquet.
+    Every row that was read stays, was removed, or was refused with a reason; cut.json lists the last two. The scores of
+    several scorers together go to scores.parquet.
+
+    Args:
+        folder: for the files.
+        source: the file that ``rows`` were read from.
+        rows: all rows of it, those that cannot be used among them.
+        result: of ``cut_rows``.
+        scorer: the column of the scores, or several.
+        unscored: why a row has no score, by its id.
+        delimiter: of a CSV file.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a row of which nothing says why it has no score, or a file that cannot be written.
     """
+    decided = {example.id for example in result.remaining} | {row.example.id for row in result.removed}
+    rest = [example for example in rows.examples if example.id not in decided]
+    if lost := [example for example in rest if example.id not in unscored]:
+        raise UserError(
+            f"{shown(source)}: line {lost[0].line} has no score ({len(lost)} such rows), so nothing says "
+            "whether it may stay; scan these rows as they are now"
+        )
+    refused = sorted([*rows.bad, *(BadRow(example.line, unscored[example.id]) for example in rest)])
     folder.mkdir(parents=True, exist_ok=True)
-    suffixes = Path(source).suffixes
-    path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
-    write_table(path, [example.row for example in result.remaining], like=source)
+    path = folder / f"train{endings(source)}"
+    copy_rows(path, source, [example.line for example in result.remaining], delimiter)
     removed = [
         {"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed
     ]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
     facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
     if result.scores is not None:
-        rows = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
-        write_table(folder / "scores.parquet", rows)
-    write_json(folder / "cut.json", {**facts, "kept": len(result.remaining), "removed": removed})
+        table = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
+        write_table(folder / "scores.parquet", table)
+    counts = {"read": len(rows.examples) + len(rows.bad), "kept": len(result.remaining)}
+    lists = {"removed": removed, "refused": [bad._asdict() for bad in refused]}
+    write_json(folder / "cut.json", {**facts, **counts, **lists})
     return path
