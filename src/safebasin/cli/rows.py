@@ -125,6 +125,7 @@ def cut_verb(
     scorer: str = "gradshield",
     threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
     estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
+    max_share: Annotated[float, Parameter(help="Of the rows, that may go; where more would, it stops.")] = 0.5,
     prompt: PromptTemplate = "",
     answer: AnswerTemplate = "",
 ) -> int:
@@ -134,7 +135,7 @@ def cut_verb(
     from safebasin.scan.scores import read_scores
 
     examples = read_examples(data, prompt, answer).examples
-    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator)
+    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator, max_share=max_share)
     path = write_cut(out_, data, result, scorer)
     say(f"{len(result.remaining)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}")
     return 0

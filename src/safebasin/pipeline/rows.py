@@ -77,7 +77,15 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
             examples, scores = training_examples(plan, source), read_scores(scores_file)
-            cut = cut_rows(examples, scores, settings.scorer, settings.threshold, estimator=settings.estimator)
+            cut = cut_rows(
+                examples,
+                scores,
+                settings.scorer,
+                settings.threshold,
+                estimator=settings.estimator,
+                max_share=settings.max_share,
+                unscored="remove" if plan.recipe.data.on_bad == "skip" else "stop",
+            )
             write_cut(folder.cut(arm), source, cut, settings.scorer)
     return target
 

@@ -30,8 +30,8 @@ from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
 from safebasin.report import Gate
 from safebasin.report.grid import decides_nothing
-from safebasin.scan.cut import find_threshold
 from safebasin.scan.scores import read_scores
+from safebasin.scan.threshold import find_threshold
 from safebasin.stats import non_inferior, paired_difference
 
 
@@ -81,7 +81,8 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
     x = sorted(scores.columns[scorer])
     lo, up = 0, len(x)
     for number in range(1, rounds + 1):
-        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=scores.anchors.get(scorer))
+        anchors = scores.anchors.get(scorer)
+        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=anchors, scorer=scorer)
         lower, upper = math.floor(lo + shrink * (up - lo)), math.ceil(up - shrink * (up - lo)) - 1
         # the first guess stands as it is: a set without harmful rows, or full of them, is for the estimator to see
         threshold = guess if number == 1 else min(max(guess, x[lower]), x[max(upper, lower)])
@@ -91,7 +92,7 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
                 f"round {number}: the threshold {threshold:g} keeps no row: by these scores all are harmful"
             )
         name = f"{arm}-{number}"
-        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold))
+        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold, max_share=1.0))
         with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
         result = _measured(run.with_recipe(with_round), name, threshold, rows)
         safe = result.asr <= gate.max_asr
