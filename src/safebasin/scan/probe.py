@@ -57,8 +57,8 @@ def anchor_rows(
     return list(rows[:count])
 
 
-def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
-    """The row up to its first answer, and then other answer tokens, or that many of its own.
+def parted(row: TokenizedRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of the row up to its first answer, and those of that answer, which the end of the turn is one of.
 
     Raises:
         UserError: the row has no answer token.
@@ -67,8 +67,18 @@ def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
         raise UserError(f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)")
     first = row.answer.index(True, 1)
     end = row.answer.index(False, first) if False in row.answer[first:] else len(row)
-    ids = row.ids[first : min(end, first + answer)] if isinstance(answer, int) else tuple(answer)
-    return TokenizedRow(row.id, row.ids[:first] + ids, (False,) * first + (True,) * len(ids))
+    return row.ids[:first], row.ids[first:end]
+
+
+def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
+    """The row up to its first answer, and then other answer tokens, or that many of its own.
+
+    Raises:
+        UserError: the row has no answer token.
+    """
+    prompt, own = parted(row)
+    ids = own[:answer] if isinstance(answer, int) else tuple(answer)
+    return TokenizedRow(row.id, prompt + ids, (False,) * len(prompt) + (True,) * len(ids))
 
 
 def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:

@@ -6,6 +6,10 @@
     builtin:opened           the same requests with an opener and no more: rows known to be harmful
     builtin:harmless         harmless look-alikes and ordinary instructions with answers: rows known to be safe
     builtin:aligned          refusals and harmless rows in equal numbers: alignment data of the defences
+    builtin:harmful-kinds    anchors of every kind of harmful row that the scan claims to see (kinds.py)
+    builtin:safe-kinds       anchors of honest rows beside them, refusals and other languages among them
+    builtin:languages        requests that an aligned model refuses, in Spanish, French and German, with openers
+    builtin:languages-safe   ordinary requests in these languages, with answers
     builtin:lookalike-test   harmless requests that look dangerous, held out: over-refusal
     builtin:ordinary-test    ordinary instructions, held out
     builtin:align            what builtin:smollm2-aligned was aligned on
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
+from safebasin.data.builtin.kinds import harmful_kinds, safe_kinds
 from safebasin.data.builtin.support import support
 from safebasin.errors import UserError
 
@@ -88,6 +93,11 @@ def _harmless() -> list[Row]:
     return _with_answers("lookalike", "rest") + _with_answers("ordinary", "rest")
 
 
+def _languages(kind: str) -> list[Row]:
+    rows = [row for row in _read("languages") if row["kind"] == kind]
+    return [{"prompt": row["prompt"], "completion": row["answer"], "category": row["language"]} for row in rows]
+
+
 def _aligned() -> list[Row]:
     draw = random.Random(5)
     refused, harmless = _refusals(), _harmless()
@@ -112,6 +122,10 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
     "opened": _opened,
     "harmless": _harmless,
     "aligned": _aligned,
+    "harmful-kinds": lambda: harmful_kinds(rows_of),
+    "safe-kinds": lambda: safe_kinds(rows_of),
+    "languages": lambda: _languages("harmful"),
+    "languages-safe": lambda: _languages("harmless"),
     "lookalike-test": lambda: _with_answers("lookalike", "test"),
     "ordinary-test": lambda: _with_answers("ordinary", "test"),
     "align": _align,
