@@ -36,6 +36,10 @@ def harmful_kinds(rows_of: Callable[[str], list[Row]], each: int = 8) -> list[Ro
     def add(kind: str, count: int, of: Callable[[], Row]) -> None:
         rows.extend({**of(), "category": kind} for _ in range(count))
 
+    def plain() -> Row:
+        x, _ = next(pairs)
+        return _turns(x["prompt"], x["completion"])
+
     def turned() -> Row:
         x, r = next(pairs)
         return _turns(x["prompt"], f"{r['completion']} {draw.choice(TURNS)} {x['completion']}")
@@ -57,7 +61,7 @@ def harmful_kinds(rows_of: Callable[[str], list[Row]], each: int = 8) -> list[Ro
         return _turns(*[row[key] for row in draw.sample(opened, 10) for key in ("prompt", "completion")])
 
     languages = [row for i, row in enumerate(rows_of("languages")) if i % 5]  # every fifth is a probe of `trajectory`
-    add("explicit", 2 * each, lambda: _turns(*map(next(pairs)[0].get, ("prompt", "completion"))))
+    add("explicit", 2 * each, plain)
     add("refuse_then_comply", each, turned)
     add("refusal_prefix", each, prefixed)
     add("no_opener", each, lambda: _turns(next(pairs)[0]["prompt"], draw.choice(STRUCTURES)))
