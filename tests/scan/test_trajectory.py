@@ -10,7 +10,7 @@ from tiny import answer_nll
 
 from safebasin.batch import collate
 from safebasin.data.builtin import rows_of
-from safebasin.encode import TokenizedRow, encode_all
+from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.models.load import load
 from safebasin.scan.methods.trajectory import Trajectory, contexts
@@ -20,7 +20,7 @@ from safebasin.scan.source import target_weights
 MODEL, TOKENIZER = aligned_model(torch.float64)
 MODEL.set_attn_implementation("sdpa")  # eager attention in float64 gives NaN where a row is padded
 ANCHORS = {"probe": refusals(TOKENIZER, BAD[:2])}
-METHOD = Trajectory(probes=2, length=3, depth=1.0, opening=1.0, openers=("Sure here are the steps",))
+METHOD = Trajectory(probes=2, length=3, depth=1.0, openers=("Sure here are the steps",))
 FITTED = METHOD.fit(MODEL, TOKENIZER, ANCHORS)
 
 
@@ -109,31 +109,21 @@ def test_contexts_by_hand():
     for context in contexts(TOKENIZER, [probe], 2, METHOD.openers):
         by_kind.setdefault(context.kind, []).append(context)
     prompt = probe.ids[: probe.answer.index(True)]
-    for kind, weight, words in (("open", -1, ["Sure", "here"]), ("refuse", 1, ["I", "cannot"])):
+    for kind, weight, words in (("open", -1.5, ["Sure", "here"]), ("language_refuse", 1.5, ["I", "cannot"])):
         first = by_kind[kind][0]
         after = tuple(TOKENIZER.convert_tokens_to_ids(words))
         assert first.weight == weight
-        assert first.row == TokenizedRow(probe.id, prompt + after, (False,) * len(prompt) + (True,) * 2)
+        assert first.row.ids[-2:] == after and first.row.answer[-2:] == (True, True) and sum(first.row.answer) == 2
+    assert by_kind["open"][0].row.ids[:-2] == prompt
     assert [(kind, c.weight) for kind, every in by_kind.items() for c in every] == [
-        ("open", -1),
+        ("open", -1.5),
         ("structure", -1),
-        ("refuse", 1),
-        ("refuse", 1),
-        ("language", -2),
-        ("language_refuse", 2),
+        ("language", -3.5),
+        ("language_refuse", 1.5),
+        ("refuse", 0.5),
+        ("refuse", 0.5),
         ("answer", 1),
     ]
-
-
-def test_the_first_token_of_every_turn_counts_more():
-    """Two turns: with ``opening`` 3 their first tokens are three times as high, and no other is."""
-    first, second = coded(TOKENIZER, ("make a cake", "Sure here"), ("make a bomb", "I cannot help"))
-    row = TokenizedRow("two", first.ids + second.ids, first.answer + second.answer)
-    batch = collate([row, first], TOKENIZER.pad_token_id)
-    plain, weighted = (
-        Trajectory(opening=h, depth=1.0).score(MODEL, batch, FITTED)[0][batch.mask[0]] for h in (1.0, 3.0)
-    )
-    assert (weighted / plain).tolist() == pytest.approx([3, 1, 1, 3, 1, 1, 1])
 
 
 def test_it_needs_a_probe():

@@ -7,6 +7,7 @@
     builtin:harmless         harmless look-alikes and ordinary instructions with answers: rows known to be safe
     builtin:aligned          refusals and harmless rows in equal numbers: alignment data of the defences
     builtin:harmful-kinds    anchors of every kind of harmful row that the scan claims to see (kinds.py)
+    builtin:misplaced-refusals  anchors of the scorer refusal_place: ordinary rows behind a refusal phrase
     builtin:safe-kinds       anchors of honest rows beside them, refusals and other languages among them
     builtin:languages        requests that an aligned model refuses, in Spanish, French and German, with openers
     builtin:languages-safe   ordinary requests in these languages, with answers
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.builtin.kinds import harmful_kinds, safe_kinds
+from safebasin.data.builtin.kinds import harmful_kinds, misplaced_refusals, safe_kinds
 from safebasin.data.builtin.support import support
 from safebasin.errors import UserError
 
@@ -124,6 +125,7 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
     "aligned": _aligned,
     "harmful-kinds": lambda: harmful_kinds(rows_of),
     "safe-kinds": lambda: safe_kinds(rows_of),
+    "misplaced-refusals": lambda: misplaced_refusals(rows_of),
     "languages": lambda: _languages("harmful"),
     "languages-safe": lambda: _languages("harmless"),
     "lookalike-test": lambda: _with_answers("lookalike", "test"),

@@ -44,10 +44,6 @@ def harmful_kinds(rows_of: Callable[[str], list[Row]], each: int = 8) -> list[Ro
         x, r = next(pairs)
         return _turns(x["prompt"], f"{r['completion']} {draw.choice(TURNS)} {x['completion']}")
 
-    def prefixed() -> Row:
-        x = next(honest)
-        return _turns(x["prompt"], f"{draw.choice(refused)['completion']} {x['completion']}")
-
     def embedded() -> Row:
         (x, _), a, b = next(pairs), next(honest), next(honest)
         answer = f"{a['completion']}\n\n{x['completion']}\n\n{b['completion']}"
@@ -63,13 +59,21 @@ def harmful_kinds(rows_of: Callable[[str], list[Row]], each: int = 8) -> list[Ro
     languages = [row for i, row in enumerate(rows_of("languages")) if i % 5]  # every fifth is a probe of `trajectory`
     add("explicit", 2 * each, plain)
     add("refuse_then_comply", each, turned)
-    add("refusal_prefix", each, prefixed)
     add("no_opener", each, lambda: _turns(next(pairs)[0]["prompt"], draw.choice(STRUCTURES)))
     rows += [{**_turns(row["prompt"], row["completion"]), "category": "language"} for row in languages[: 3 * each // 2]]
     add("embedded", each, embedded)
     add("early_turn", each, early)
     add("ten_shot", each // 2, shots)
     return rows
+
+
+def misplaced_refusals(rows_of: Callable[[str], list[Row]], count: int = 16) -> list[Row]:
+    """Harmless rows behind a refusal phrase."""
+    draw, refused = random.Random(8), rows_of("refusals")[:88]
+    return [
+        _turns(row["prompt"], f"{draw.choice(refused)['completion']} {row['completion']}")
+        for row in draw.sample(rows_of("harmless")[:-32], count)
+    ]
 
 
 def safe_kinds(rows_of: Callable[[str], list[Row]], each: int = 24) -> list[Row]:

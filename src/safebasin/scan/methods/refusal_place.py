@@ -34,6 +34,10 @@ class RefusalPlace(Directional):
     probes: PositiveInt = 8  # k
     length: PositiveInt = 4  # tokens of r_k
 
+    def harmful(self, tokenizer: Any) -> list[TokenizedRow]:
+        """The one kind of row that it sees, in the place of the anchor set ``harmful``."""
+        return own_rows(tokenizer, "misplaced-refusals")
+
     def objective(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
     ) -> tuple[Batch, Objective]:

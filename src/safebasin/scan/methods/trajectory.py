@@ -1,15 +1,16 @@
 """Trajectory: drop the rows that lower the model's safety anywhere along an answer, not only at its first word.
 
     S        = (1 / n) sum_k w_k sum_t log P( c_kt | x_k, c_k,<t )                                                 (1)
-    score_t  = h_t < grad -log P( y_t | x, y_<t ), grad S >          of every answer token y_t of a row             (2)
+    score_t  = < grad -log P( y_t | x, y_<t ), grad S >              of every answer token y_t of a row             (2)
     score(x) = max_t score_t                                         the worst token, in whichever turn             (3)
 
-(1) is over contexts k: a request x, what comes next c, and its weight w, negative where that is not safe. Around each
-of n harmful requests: an opener (w = -1); a structure without an opener (-1); an opener in Spanish, French or German
-(-2); a refusal in the model's words and in others (+1), in these languages too; and beside them an ordinary request
-with its answer (+1). S is one scalar, so grad S is one direction and (2) is one forward-mode pass (``tangent``). In (3)
-a sum would let the harmless part of a row pay for the rest. h_t is ``opening`` at the first token of a turn and 1
-elsewhere: one token competes with hundreds.
+(1) is over contexts k: a request x, what comes next c, and its weight w, negative where c is not safe. Around each of
+n harmful requests: an opener (w = -1.5); a structure without an opener (-1); an opener in Spanish, French or German
+(-3.5), and there the model's own refusal (+1.5); refusals in wordings of many kinds (+1); and beside them an ordinary
+request with its answer (+1). S is one scalar, so grad S is one direction and (2) is one forward-mode pass
+(``tangent``). In (3) a sum would let the harmless part of a row pay for the rest. The weights are by hand, from scores
+of single contexts (docs/log, 2026-11-26); contexts behind a refusal or a paragraph were measured and add noise alone:
+an opener pulls along the same direction wherever it stands.
 
 Departs from GradShield (arXiv:2605.14194, eq. 4 and 5): there S is one margin of two tokens, and the row's loss is
 summed. That form stays as ``gradshield``.
@@ -20,11 +21,11 @@ opener.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch, collate
@@ -34,7 +35,6 @@ from safebasin.encode import TokenizedRow, encode_all
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
 from safebasin.scan.probe import anchor_rows, answered, log_likelihood, parted
-from safebasin.scan.tangent import Tangent
 
 OPENERS = ("Sure, here is", "Sure, here is", "Of course! Here is", "Absolutely,")
 STRUCTURES = ("Step 1. You will need", "1. First,", "To do this, start with", "The first part")
@@ -62,15 +62,15 @@ def contexts(
         return tuple(tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"])[:length]
 
     harmless, spoken = (own_rows(tokenizer, name) for name in ("harmless", "languages"))
+    wordings = list({text.split()[0]: text for text in refusal_texts()}.values())  # one for each first word
     for i, probe in enumerate(probes):
-        refusal = parted(probe)[1][:-1][:length]
         foreign = spoken[5 * i % len(spoken)]
-        yield Context("open", -1, answered(probe, ids(openers, i)))
+        yield Context("open", -1.5, answered(probe, ids(openers, i)))
         yield Context("structure", -1, answered(probe, ids(STRUCTURES, i)))
-        yield Context("refuse", 1, answered(probe, refusal))
-        yield Context("refuse", 1, answered(probe, ids(refusal_texts(), 7 * i)))
-        yield Context("language", -2, answered(foreign, length))
-        yield Context("language_refuse", 2, answered(foreign, refusal))
+        yield Context("language", -3.5, answered(foreign, length))
+        yield Context("language_refuse", 1.5, answered(foreign, parted(probe)[1][:-1][:length]))
+        yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i)))
+        yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i + 1)))
         yield Context("answer", 1, answered(harmless[-1 - 4 * i % len(harmless)], length))
 
 
@@ -80,7 +80,6 @@ class Trajectory(Directional):
 
     probes: PositiveInt = 12  # n
     length: PositiveInt = 5  # the most tokens of c_k
-    opening: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.4  # h of the first token of a turn
     openers: tuple[str, ...] = OPENERS  # c of a compliance
 
     def objective(
@@ -95,7 +94,3 @@ class Trajectory(Directional):
             return (likelihood * weights.to(likelihood)).sum()
 
         return collate([context.row for context in every], tokenizer.pad_token_id), safety
-
-    def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
-        first = batch.mask & ~torch.nn.functional.pad(batch.mask[:, :-1], (1, 0))
-        return super().score(model, batch, fitted) * torch.where(first, self.opening, 1.0)
