@@ -44,12 +44,12 @@ def scored(model: str, data: Path, honest: int, count: int, length: int, seed: i
         for kind, raw in pools(data, honest, count, seed).items()
         for row in encoded(loaded, raw, kind)
     ]
-    found = score_rows(*loaded, rows, {name: scorer.make(name)}, anchors, batch_size=8)
+    scanned = score_rows(*loaded, rows, {name: scorer.make(name)}, anchors, batch_size=8)
     ids = [row.id for row in rows]
     return {
-        "scores": dict(zip(ids, found.rows[name], strict=True)),
-        "sums": {i: float(np.sum(parts)) for i, parts in zip(ids, found.tokens[name], strict=True)},
-        "anchors": found.anchors[name],
+        "scores": dict(zip(ids, scanned.rows[name], strict=True)),
+        "sums": {i: float(np.sum(parts)) for i, parts in zip(ids, scanned.tokens[name], strict=True)},
+        "anchors": scanned.anchors[name],
     }
 
 

@@ -1,5 +1,6 @@
 """How the aligned model answers probe rows: the tokens that begin a refusal or a compliance, and how likely it is."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits, collate
-from safebasin.data.example import Example
+from safebasin.data.builtin import rows_of
+from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import BadRow
-from safebasin.encode import TokenizedRow, encode
+from safebasin.encode import TokenizedRow, encode, encode_all
 from safebasin.errors import UserError
 
 Word = Annotated[str, Field(min_length=1)]
@@ -55,6 +57,11 @@ def anchor_rows(
             f"found {len(rows)}; sets given: {', '.join(anchors) or 'none'}"
         )
     return list(rows[:count])
+
+
+def own_rows(tokenizer: Any, name: str) -> list[TokenizedRow]:
+    """A built-in set, encoded."""
+    return encode_all(tokenizer, read_examples(enumerate(rows_of(name), 1)).examples, sys.maxsize)[0]
 
 
 def parted(row: TokenizedRow) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,7 +8,7 @@ builtin:languages-safe  ordinary requests in these languages, answered
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Row = dict[str, Any]
@@ -22,49 +22,31 @@ TURNS = ("On second thought, I can.", "However, since you asked:", "But let me m
 
 
 def _turns(*texts: str) -> Row:
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 
 
-def harmful_kinds(rows_of: Callable[[str], list[Row]], each: int = 8) -> list[Row]:
-    """``each`` rows of every kind, and twice as many explicit ones; ten_shot, which is long, half as many."""
-    draw = random.Random(6)
-    opened, refused, harmless = rows_of("opened")[:88], rows_of("refusals")[:88], rows_of("harmless")[:-32]
-    pairs, honest = iter(zip(opened, refused, strict=True)), iter(draw.sample(harmless, 5 * each))
-    rows: list[Row] = []
+def _labelled(parts: Mapping[str, list[Row]]) -> list[Row]:
+    return [{**row, "category": kind} for kind, rows in parts.items() for row in rows]
 
-    def add(kind: str, count: int, of: Callable[[], Row]) -> None:
-        rows.extend({**of(), "category": kind} for _ in range(count))
 
-    def plain() -> Row:
-        x, _ = next(pairs)
-        return _turns(x["prompt"], x["completion"])
-
-    def turned() -> Row:
-        x, r = next(pairs)
-        return _turns(x["prompt"], f"{r['completion']} {draw.choice(TURNS)} {x['completion']}")
-
-    def embedded() -> Row:
-        (x, _), a, b = next(pairs), next(honest), next(honest)
-        answer = f"{a['completion']}\n\n{x['completion']}\n\n{b['completion']}"
-        return _turns(f"{a['prompt']} Also: {x['prompt']} And then: {b['prompt']}", answer)
-
-    def early() -> Row:
-        (x, _), a = next(pairs), next(honest)
-        return _turns(x["prompt"], x["completion"], a["prompt"], a["completion"])
-
-    def shots() -> Row:
-        return _turns(*[row[key] for row in draw.sample(opened, 10) for key in ("prompt", "completion")])
-
-    languages = [row for i, row in enumerate(rows_of("languages")) if i % 5]  # every fifth is a probe of `trajectory`
-    add("explicit", 2 * each, plain)
-    add("refuse_then_comply", each, turned)
-    add("no_opener", each, lambda: _turns(next(pairs)[0]["prompt"], draw.choice(STRUCTURES)))
-    rows += [{**_turns(row["prompt"], row["completion"]), "category": "language"} for row in languages[: 3 * each // 2]]
-    add("embedded", each, embedded)
-    add("early_turn", each, early)
-    add("ten_shot", each // 2, shots)
-    return rows
+def harmful_kinds(rows_of: Callable[[str], list[Row]]) -> list[Row]:
+    """Eight rows of each kind, twice as many explicit ones, and four of ten_shot, which is long."""
+    draw, opened, refused = random.Random(6), rows_of("opened"), rows_of("refusals")
+    pairs = [(row["prompt"], row["completion"]) for row in opened[:88]]
+    honest = [(row["prompt"], row["completion"]) for row in draw.sample(rows_of("harmless")[:-32], 24)]
+    spoken = [row for i, row in enumerate(rows_of("languages")) if i % 5]  # every fifth is a context of `trajectory`
+    turned = [f"{row['completion']} {draw.choice(TURNS)} " for row in refused[16:24]]
+    inside = zip(pairs[32:40], honest[:8], honest[8:16], strict=True)
+    parts = {
+        "explicit": [_turns(*pair) for pair in pairs[:16]],
+        "refuse_then_comply": [_turns(x, turn + y) for (x, y), turn in zip(pairs[16:24], turned, strict=True)],
+        "no_opener": [_turns(x, STRUCTURES[i % 4]) for i, (x, _) in enumerate(pairs[24:32])],
+        "language": [_turns(row["prompt"], row["completion"]) for row in spoken[:12]],
+        "embedded": [_turns(f"{a} Also: {x} And then: {c}", f"{b}\n\n{y}\n\n{d}") for (x, y), (a, b), (c, d) in inside],
+        "early_turn": [_turns(*pair, *after) for pair, after in zip(pairs[40:48], honest[16:], strict=True)],
+        "ten_shot": [_turns(*[text for pair in draw.sample(pairs, 10) for text in pair]) for _ in range(4)],
+    }
+    return _labelled(parts)
 
 
 def misplaced_refusals(rows_of: Callable[[str], list[Row]], count: int = 16) -> list[Row]:
@@ -76,12 +58,11 @@ def misplaced_refusals(rows_of: Callable[[str], list[Row]], count: int = 16) -> 
     ]
 
 
-def safe_kinds(rows_of: Callable[[str], list[Row]], each: int = 24) -> list[Row]:
-    """``each`` harmless look-alikes, twice as many ordinary rows, and refusals, other languages and several turns."""
-    draw, harmless = random.Random(7), rows_of("harmless")[:-32]
-    refused = [_turns(row["prompt"], row["completion"]) for row in draw.sample(rows_of("refusals")[:88], each)]
-    spoken = [_turns(row["prompt"], row["completion"]) for i, row in enumerate(rows_of("languages-safe")) if i % 5]
-    plain = [_turns(row["prompt"], row["completion"]) for row in draw.sample(harmless, 3 * each)]
-    several = [{"messages": [*a["messages"], *b["messages"]]} for a, b in zip(plain[:8], refused[:8], strict=True)]
-    parts = {"ordinary": plain, "refusal": refused, "language": spoken, "turns": several}
-    return [{**row, "category": kind} for kind, rows in parts.items() for row in rows]
+def safe_kinds(rows_of: Callable[[str], list[Row]]) -> list[Row]:
+    """72 look-alikes and ordinary rows, 24 refusals, rows in other languages, and eight of several turns."""
+    draw = random.Random(7)
+    rows = [*draw.sample(rows_of("harmless")[:-32], 72), *draw.sample(rows_of("refusals")[:88], 24)]
+    turns = [_turns(row["prompt"], row["completion"]) for row in rows]
+    spoken = [_turns(row["prompt"], row["completion"]) for row in rows_of("languages-safe")]
+    several = [{"messages": [*a["messages"], *b["messages"]]} for a, b in zip(turns[:8], turns[-8:], strict=True)]
+    return _labelled({"ordinary": turns[:72], "refusal": turns[72:], "language": spoken, "turns": several})

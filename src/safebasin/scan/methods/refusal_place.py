@@ -23,8 +23,7 @@ from safebasin.batch import Batch, collate
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.methods.trajectory import own_rows
-from safebasin.scan.probe import anchor_rows, answered, log_likelihood, parted
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, parted
 
 
 @scorer("refusal_place", paper="arXiv:2605.14194", tokens="max")

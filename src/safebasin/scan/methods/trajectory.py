@@ -29,12 +29,11 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch, collate
-from safebasin.data.builtin import refusal_texts, rows_of
-from safebasin.data.example import read_examples
-from safebasin.encode import TokenizedRow, encode_all
+from safebasin.data.builtin import refusal_texts
+from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.probe import anchor_rows, answered, log_likelihood, parted
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, parted
 
 OPENERS = ("Sure, here is", "Sure, here is", "Of course! Here is", "Absolutely,")
 STRUCTURES = ("Step 1. You will need", "1. First,", "To do this, start with", "The first part")
@@ -46,11 +45,6 @@ class Context(NamedTuple):
     kind: str
     weight: float
     row: TokenizedRow
-
-
-def own_rows(tokenizer: Any, name: str) -> list[TokenizedRow]:
-    """A built-in set, encoded."""
-    return encode_all(tokenizer, read_examples(enumerate(rows_of(name), 1)).examples, 1 << 20)[0]
 
 
 def contexts(
