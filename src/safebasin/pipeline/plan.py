@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safebasin.pipeline.config import Recipe, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
+from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
 from safebasin.train.settings import check_settings, training_arguments
@@ -65,8 +66,8 @@ class Plan:
     def _check_methods(self) -> None:
         recipe = self.recipe
         names = ", ".join(self.scorers)
-        if "score" in self.attack.entry.reads and self.attack.against not in self.scorers:
-            raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({names})")
+        if unknown := [name for name in self.attacked_scorers if name not in self.scorers]:
+            raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
         for composition in self.compositions.values():
@@ -109,6 +110,19 @@ class Plan:
                     f"arms.{name}.columns.{column}: {source!r} is not among scan.scorers ({names}): {error}"
                 ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
+
+    def check_gate(self) -> None:
+        """UserError where it is not said which arm a report of this run would judge."""
+        roles = roles_of(plain(self.recipe.arms), self.gate)
+        if roles.judged is None:
+            names = ", ".join(roles.defended or self.recipe.arms)
+            raise UserError(f"gate.arm is missing: name the arm that the gate judges, one of {names}")
+
+    @property
+    def attacked_scorers(self) -> tuple[str, ...]:
+        """The scorers whose scores the attack is handed."""
+        reads = self.attack.entry.reads
+        return tuple(self.attack.against) if "scores" in reads else (self.attack.against,) if "score" in reads else ()
 
     @property
     def judges(self) -> tuple[str, ...]:
@@ -155,12 +169,14 @@ class Plan:
         """Whether a column of the arm comes from the scan, not from a file of the user's."""
         return any(source in self.scorers for source in self.recipe.arms[arm].columns.values())
 
+    def served(self, arm: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation as an arm's server sends it to the model."""
+        return self.compositions[arm].format_messages(messages) if arm in self.compositions else messages
+
     def system_prompt(self, arm: str) -> str | None:
         """The system prompt that an arm's model is served with."""
         system = self.recipe.measure.system
-        messages: tuple[Mapping[str, Any], ...] = ({"role": "system", "content": system},) if system else ()
-        if arm in self.compositions:
-            messages = self.compositions[arm].format_messages(messages)
+        messages = self.served(arm, ({"role": "system", "content": system},) if system else ())
         return messages[0]["content"] if messages else None
 
     def check_files(self) -> None:

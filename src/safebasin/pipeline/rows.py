@@ -29,9 +29,9 @@ from safebasin.train.trainer import check_columns
 
 
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter merged into it where one is given."""
+    """The model of the recipe, with an adapter beside its weights where one is given."""
     model = plan.recipe.model
-    return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
+    return load(model.name, dtype=model.dtype, adapter=adapter, **model.source)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -105,7 +105,8 @@ def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
     """The attack's rows."""
     data = plan.recipe.data
     harmful = open_examples(data.poison) if data.poison else []
-    score = _attacker_score(plan) if "score" in plan.attack.entry.reads else None
+    scores = _attacker_scores(plan) if plan.attacked_scorers else {}
+    score = scores if "scores" in plan.attack.entry.reads else next(iter(scores.values()), None)
     rows = poisoned_rows(plan.attack, _messages(task), _messages(harmful), data.poison_share, plan.recipe.seed, score)
     return read_examples(enumerate(rows, 1)).examples if rows else []
 
@@ -114,12 +115,12 @@ def _messages(examples: Iterable[Example]) -> list[Row]:
     return [{"messages": list(example.messages)} for example in examples]
 
 
-def _attacker_score(plan: Plan) -> Score:
-    """The score that an adaptive attacker knows: the run's own scorer on the start model."""
-    name, loaded, recipe = plan.attack.against, load_start(plan), plan.recipe
+def _attacker_scores(plan: Plan) -> dict[str, Score]:
+    """The scores that an adaptive attacker knows: the run's own scorers on the start model."""
+    loaded, recipe = load_start(plan), plan.recipe
     anchors = anchor_rows(plan, loaded.tokenizer)
 
-    def score(rows: Sequence[Row]) -> list[float]:
+    def score(name: str, rows: Sequence[Row]) -> list[float]:
         examples = read_examples(enumerate(rows, 1)).examples
         encoded, bad = encode_all(loaded.tokenizer, examples, recipe.data.max_length)
         if bad:
@@ -127,17 +128,21 @@ def _attacker_score(plan: Plan) -> Score:
         chosen, size = {name: plan.scorers[name]}, recipe.scan.batch_size
         return score_rows(*loaded, encoded, chosen, anchors, examples=examples, batch_size=size).rows[name]
 
-    return score
+    return {name: functools.partial(score, name) for name in plan.attacked_scorers}
 
 
-def attack_format(plan: Plan, system: str | None) -> Callable[[str], Any] | None:
-    """How the attacker asks at test time; None where it is as anyone does."""
+def attack_format(plan: Plan, arm: str) -> Callable[[str], Any] | None:
+    """How the attacker asks an arm at test time; None where it is as anyone does.
+
+    What the arm's methods put before every request that is served (a secret trigger) stands before the attacker's
+    system turn too: the attacker writes the conversation, and the server sends it.
+    """
     if not any(plan.attack.entry.implements(name) for name in ("ask", "system", "prefill")):
         return None
     attacker = plan.attack
     if attacker.entry.implements("fit"):
         attacker = attacker.fit(_messages(usable_rows(plan, plan.recipe.data.task).examples))
-    return functools.partial(attack_messages, attacker, system=system)
+    return lambda prompt: plan.served(arm, attack_messages(attacker, prompt, system=plan.recipe.measure.system))
 
 
 # --- reading and encoding
@@ -218,7 +223,7 @@ def check_column_files(plan: Plan) -> None:
         return
     model = plan.recipe.model
     examples = usable_rows(plan, plan.recipe.data.task).examples
-    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model.name, **model.source)
     rows, _ = encode_all(tokenizer, examples, plan.recipe.data.max_length)
     for source, column in sorted(pairs):
         values = column_from_file(source, column, examples)

@@ -182,7 +182,7 @@ def _method(spec: str | Mapping[str, Any]) -> str:
     return printable(", ".join(texts), 2 * NAME)
 
 
-def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show_text: bool) -> Iterator[Sample]:
+def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str | None, show_text: bool) -> Iterator[Sample]:
     """Attack prompts: first those that the judged arm still complies with, then those that other arms comply with."""
     show = printable if show_text else redact
     suites = {key.suite for key in attacks}
@@ -192,8 +192,10 @@ def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show
             prompts[suite, prompt][arm] = answer
 
     def complied(by_arm: Mapping[str, AnswerRecord]) -> tuple[int, int]:
-        counts = {arm: list(answer.verdicts.values()).count("complied") for arm, answer in by_arm.items()}
-        return counts.get(judged, 0), sum(counts.values())
+        counts = {
+            arm: sum("complied" in verdict for verdict in answer.verdicts.values()) for arm, answer in by_arm.items()
+        }
+        return counts.get(judged or "", 0), sum(counts.values())
 
     for (suite, prompt), by_arm in sorted(prompts.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
         first = next(iter(by_arm.values()))

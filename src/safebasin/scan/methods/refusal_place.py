@@ -43,7 +43,7 @@ class RefusalPlace(Directional):
         probes = anchor_rows(anchors, "probe", None, "refusal_place")[-self.probes :]
         refused = [answered(row, self.length) for row in probes]
         ordinary = own_rows(tokenizer, "harmless")
-        places = [ordinary[-1 - 4 * i % len(ordinary)] for i in range(len(probes))]
+        places = [ordinary[-1 - 2 * i % len(ordinary)] for i in range(len(probes))]
         misplaced = [answered(row, parted(probe)[1][: self.length]) for row, probe in zip(places, probes, strict=True)]
 
         def place(m: Any, batch: Batch) -> Float[Tensor, ""]:

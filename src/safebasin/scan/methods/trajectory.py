@@ -65,7 +65,7 @@ def contexts(
         yield Context("language_refuse", 1.5, answered(foreign, parted(probe)[1][:-1][:length]))
         yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i)))
         yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i + 1)))
-        yield Context("answer", 1, answered(harmless[-1 - 4 * i % len(harmless)], length))
+        yield Context("answer", 1, answered(harmless[-1 - 2 * i % len(harmless)], length))
 
 
 @scorer("trajectory", paper="arXiv:2605.14194", tokens="max")
