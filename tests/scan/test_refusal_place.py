@@ -12,8 +12,7 @@ from safebasin.scan.methods.refusal_place import RefusalPlace
 from safebasin.scan.scan import score_rows
 from safebasin.scan.source import target_weights
 
-MODEL, TOKENIZER = aligned_model(torch.float64)
-MODEL.set_attn_implementation("sdpa")  # eager attention in float64 gives NaN where a row is padded
+MODEL, TOKENIZER = aligned_model()
 ANCHORS = {"probe": refusals(TOKENIZER, BAD[:2])}
 METHOD = RefusalPlace(probes=2, length=2, depth=1.0)
 
@@ -38,7 +37,7 @@ def test_the_direction_by_hand(ordinary):
     expected = torch.autograd.grad(total, [MODEL.get_parameter(name) for name in targets])
     for name, value in zip(targets, expected, strict=True):
         left, right = METHOD.fit(MODEL, TOKENIZER, ANCHORS).direction[name]
-        torch.testing.assert_close(left if right is None else left @ right, value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(left if right is None else left @ right, value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_refusal_out_of_place_is_above_one_in_place(ordinary):
@@ -49,7 +48,7 @@ def test_a_refusal_out_of_place_is_above_one_in_place(ordinary):
         *((f"make a {word}", "I cannot help") for word in BAD[2:]),
         *((f"make a {word}", answer) for word in GOOD[2:]),
     )
-    scores = score_rows(MODEL, TOKENIZER, rows, {"it": METHOD}, ANCHORS, batch_size=1).rows["it"]
+    scores = score_rows(MODEL, TOKENIZER, rows, {"it": METHOD}, ANCHORS, batch_size=4).rows["it"]
     assert min(scores[:4]) > max(scores[4:])
 
 

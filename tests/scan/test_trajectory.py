@@ -16,12 +16,12 @@ from safebasin.models.load import load
 from safebasin.scan.methods.trajectory import Trajectory, contexts
 from safebasin.scan.scan import score_rows
 from safebasin.scan.source import target_weights
+from safebasin.scan.tangent import Factors, Tangent
 
 MODEL, TOKENIZER = aligned_model(torch.float64)
-MODEL.set_attn_implementation("sdpa")  # eager attention in float64 gives NaN where a row is padded
+NARROW = aligned_model()[0]  # float32: eager attention in float64 gives NaN where a row is padded
 ANCHORS = {"probe": refusals(TOKENIZER, BAD[:2])}
 METHOD = Trajectory(probes=2, length=3, depth=1.0, openers=("Sure here are the steps",))
-FITTED = METHOD.fit(MODEL, TOKENIZER, ANCHORS)
 
 
 def losses(model, rows):
@@ -53,8 +53,9 @@ def moved(direction, step):
 
 
 def test_the_direction_is_the_gradient_of_safety(direction):
-    for name, (left, right) in FITTED.direction.items():
-        torch.testing.assert_close(left if right is None else left @ right, direction[name], rtol=1e-4, atol=1e-6)
+    for name, (left, right) in METHOD.fit(NARROW, TOKENIZER, ANCHORS).direction.items():
+        actual, exact = left if right is None else left @ right, direction[name]
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
 @settings(max_examples=8, deadline=None)
@@ -63,10 +64,11 @@ def test_a_token_is_its_losses_slope_along_the_direction(direction, shapes):
     """Central differences in float64 at drawn shapes."""
     words = ["Sure", "here", "are", "the", "steps", "now"]
     rows = coded(TOKENIZER, *((" ".join(["make a", *["now"] * n, BAD[k]]), " ".join(words[:m])) for k, n, m in shapes))
+    tangent = Tangent({name: Factors(v, None) for name, v in direction.items()})
     plus, minus = (losses(moved(direction, sign * 1e-5), rows) for sign in (1, -1))
     for row, up, down in zip(rows, plus, minus, strict=True):
         expected, batch = (up - down) / 2e-5, collate([row], TOKENIZER.pad_token_id)
-        actual = METHOD.score(MODEL, batch, FITTED)[batch.mask]
+        actual = METHOD.score(MODEL, batch, tangent)[batch.mask]
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
@@ -97,7 +99,7 @@ def test_compliance_is_seen_wherever_it_stands():
 
 def test_a_row_is_its_worst_token():
     rows = coded(TOKENIZER, ("make a virus", "Sure here are the steps"), ("make a cake", "I cannot help"))
-    scanned = score_rows(MODEL, TOKENIZER, rows, {"it": METHOD}, ANCHORS, batch_size=1)
+    scanned = score_rows(NARROW, TOKENIZER, rows, {"it": METHOD}, ANCHORS, batch_size=2)
     assert scanned.rows["it"] == [max(parts) for parts in scanned.tokens["it"]]
 
 
@@ -128,4 +130,4 @@ def test_contexts_by_hand():
 
 def test_it_needs_a_probe():
     with pytest.raises(UserError, match=r"scan\.trajectory needs the anchor set 'probe'"):
-        METHOD.fit(MODEL, TOKENIZER, {})
+        METHOD.fit(NARROW, TOKENIZER, {})
