@@ -19,10 +19,14 @@ head alone. The timed steps are such, but for ``_first``, where the reference ru
     composition                     forward, backward, head, r P    forward, backward, head       the sum of its parts
     composition_first               forward, reference, back., r P  forward, reference, backward  (3 + 3w + rP / F) / 2
 
-The floor of a record is counted from the batches that were timed, in multiply-adds: every padded token goes through the
-weights of the layers, every position that predicts an answer through the head. Attention's own products, the work over
-the vocabulary after the head, the adapter and the optimizer are not in it. Lisa takes one step of alignment in the
-warm-up; a step of alignment costs w.
+``sft`` is plain tuning on packed rows, ``padded`` the same on padded rows, as every trainer elsewhere runs them.
+``packed.step_ratio`` is sft over padded, ``NAME.step_ratio`` a method on packed rows over padded plain tuning,
+``NAME.packed_ratio`` over packed plain tuning.
+
+The floor of a record is counted from the batches that were timed, in multiply-adds: every token that is run goes
+through the weights of the layers, every position that predicts an answer through the head. Attention's own products,
+the work over the vocabulary after the head, the adapter and the optimizer are not in it. Lisa takes one step of
+alignment in the warm-up; a step of alignment costs w.
 
 One model serves all methods in turn: a method's adapter is copied in before its step and out after it, and each has an
 optimizer of its own. A ratio is of two steps on the same rows. Memory is the peak resident size of a process, with
@@ -38,7 +42,9 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +53,7 @@ from transformers import TrainingArguments
 
 from benchmarks import recipe
 from benchmarks.harness import ROOT, Bench, experiment, ratios, seconds, take_turns
-from safebasin.batch import Batch
+from safebasin.batch import Batch, pack
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import load
@@ -62,6 +68,14 @@ from safebasin.vector import trainable
 WARM_UP = 2  # steps that are not counted: first touch of memory, and a KL that is silent at the start
 CHILD_STEPS = 4  # of a process whose memory is measured
 MEMORY = ("safegrad", "star_dss")
+GOALS = {
+    "packed.step_ratio": "<= 0.70",
+    "safegrad.step_ratio": "<= 1.05",
+    "safegrad.packed_ratio": "<= 1.25",
+    "asft.step_ratio": "<= 1.03",
+    "star_dss.step_ratio": "<= 1.05",
+    "composition.step_ratio": "<= 1.15",
+}
 ROWS = (320, 56)  # of the task, and harmful ones: the quickstart's
 
 
@@ -69,7 +83,7 @@ class Way(NamedTuple):
     """A method to time, and its floor.
 
     ``task``, ``align``: passes over these rows. ``cached``: streams whose reference logits are there before the step.
-    ``penalty``: AsFT's.
+    ``penalty``: AsFT's. ``padded``: rows are not packed.
     """
 
     specs: tuple[Any, ...]
@@ -77,6 +91,7 @@ class Way(NamedTuple):
     align: int = 0
     cached: tuple[str, ...] = ()
     penalty: bool = False
+    padded: bool = False
 
 
 def methods(base: str, aligned: str) -> dict[str, Way]:
@@ -84,6 +99,7 @@ def methods(base: str, aligned: str) -> dict[str, Way]:
     asft = {"asft": {"base": base, "aligned": aligned}}
     return {
         "sft": Way(("sft",)),
+        "padded": Way(("sft",), padded=True),
         "safegrad": Way(("safegrad",), align=2, cached=("align",)),
         "safegrad_first": Way(("safegrad",), align=3),
         "safegrad_sft": Way(({"safegrad": {"align": "sft"}},), align=2),
@@ -125,6 +141,7 @@ class Turn:
 
     def __init__(self, way: Way, shared: Setting):
         self.cached = way.cached
+        self.rows = mock.patch("safebasin.batch.padded_because", lambda _: "timed") if way.padded else nullcontext()
         self.host = OracleTrainer(shared.model, shared.args, Composition.of(way.specs), shared.streams)
         self.host.create_optimizer()
         self.point = {name: p.detach().clone() for name, p in trainable(shared.model).items()}
@@ -150,7 +167,8 @@ class Turn:
             host.optimizer.step()
             host.optimizer.zero_grad()
 
-        duration = seconds(update)
+        with self.rows:
+            duration = seconds(update)
         host.state.global_step += 1
         for name, p in parameters.items():
             self.point[name].copy_(p.detach())
@@ -193,18 +211,25 @@ class Work(NamedTuple):
         layers = sum(module.weight.numel() for module in linear.values())
         return cls(layers, head.weight.numel(), anchor, model.peft_config["default"].r)
 
-    def forward(self, batches: Sequence[Batch]) -> int:
+    def forward(self, batches: Sequence[Batch], *, padded: bool = False) -> int:
         """Multiply-adds of a forward over a step's micro-batches."""
-        return sum(
-            len(b.mask) * (b.input_ids.shape[1] * self.layers + (b.mask.shape[1] + 1) * self.head) for b in batches
-        )
+        count = 0
+        for batch in batches:
+            packed = None if padded else pack(batch)
+            if packed is None:
+                tail = batch.mask.shape[1] + 1
+                count += len(batch.mask) * (batch.input_ids.shape[1] * self.layers + tail * self.head)
+            else:
+                count += len(packed.attends) * self.layers + len(packed.predicts) * self.head
+        return count
 
-    def floor(self, way: Way, task: Sequence[Batch], align: Sequence[Batch]) -> float:
+    def floor(self, way: Way, task: Sequence[Batch], align: Sequence[Batch], plain: Way) -> float:
         """The least cost of a step over one of plain tuning."""
-        passes = way.task * self.forward(task) + way.align * self.forward(align)
+        passes = way.task * self.forward(task, padded=way.padded) + way.align * self.forward(align, padded=way.padded)
         batches = [batch for name, part in (("task", task), ("align", align)) if name in way.cached for batch in part]
         heads = self.head * sum(int(batch.mask.sum()) for batch in batches)
-        return (passes + heads + self.rank * self.anchor * way.penalty) / (2 * self.forward(task))
+        products = passes + heads + self.rank * self.anchor * way.penalty
+        return products / (2 * self.forward(task, padded=plain.padded))
 
 
 def step_ratios(bench: Bench, chosen: Mapping[str, Way], shared: Setting, steps: int) -> None:
@@ -212,10 +237,16 @@ def step_ratios(bench: Bench, chosen: Mapping[str, Way], shared: Setting, steps:
     values = run(turns(chosen, shared), steps, WARM_UP)
     work, counted = Work.of(shared.model), range(WARM_UP, WARM_UP + steps)
     bench.timing("sft.seconds", values["sft"], unit="s")
+    bench.timing("padded.seconds", values["padded"], unit="s")
+    batches = [[shared.streams[stream].at(step) for stream in ("task", "align")] for step in counted]
     for name, way in chosen.items():
-        batches = [[shared.streams[stream].at(step) for stream in ("task", "align")] for step in counted]
-        floor = float(np.median([work.floor(way, *pair) for pair in batches]))
-        bench.timing(f"{name}.step_ratio", ratios(values, name, "sft"), goal=f"floor {floor:.3f}")
+        for plain, record in (("padded", "step_ratio"), ("sft", "packed_ratio")):
+            if name == plain or (name, plain) == ("padded", "sft"):
+                continue
+            floor = float(np.median([work.floor(way, *pair, chosen[plain]) for pair in batches]))
+            what = f"{'packed' if name == 'sft' else name}.{record}"
+            goal = " and ".join([f"floor {floor:.3f}", *([GOALS[what]] if what in GOALS else [])])
+            bench.timing(what, ratios(values, name, plain), goal=goal)
 
 
 def peak(name: str, model: str, base: str, accumulation: int) -> float:
@@ -264,7 +295,9 @@ def train(
         raise UserError("an interval needs two values or more: set --steps and --repetitions")
     # Memory first: a process inherits the peak of the one that starts it, and this one holds no model yet.
     sizes = peaks(model, base, accumulation, repetitions) if repetitions else {}
-    chosen = {name: way for name, way in methods(base, model).items() if name == "sft" or not only or name in only}
+    chosen = {
+        name: way for name, way in methods(base, model).items() if name in ("sft", "padded") or not only or name in only
+    }
     shared = setting(model, accumulation)
     bench.facts |= {"model": model, "rows": shared.streams["task"].batch, "align_rows": shared.streams["align"].batch}
     if sizes:

@@ -57,9 +57,9 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str =
     return read_examples(enumerate(source, 1), prompt, answer)
 
 
-def load_model(name: str = ALIGNED, *, dtype: str = "bfloat16", adapter: str | Path | None = None) -> ModelAndTokenizer:
-    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter is merged into its
-    weights.
+def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None) -> ModelAndTokenizer:
+    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter stays
+    beside its weights.
 
     Raises:
         UserError: it cannot be loaded, is damaged, or has no chat template.
@@ -220,7 +220,7 @@ def measure_model(
     Args:
         model: by name or loaded.
         suites: as in a recipe: ``{"asr": {"prompts": "builtin:harmful-test", "take": 30}}``.
-        adapter: merged into a model that is named.
+        adapter: beside the weights of a model that is named.
         aligned: the model that judges such as ``classifier`` read.
         labels: answers that are only one of these are off task.
         system: the system prompt.

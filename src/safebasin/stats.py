@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 Z = 1.959963984540054  # of 95 %
 DRAWS = 1000  # of the bootstrap
-Outcomes = Mapping[Hashable, int | float] | Sequence[int | float]  # of one seed, by prompt; a sequence: by place
+Outcomes = Mapping[Any, int | float] | Sequence[int | float]  # of one seed, by prompt; a sequence: by place
 
 
 class Interval(NamedTuple):
@@ -113,7 +113,7 @@ def two_level(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
       different prompts, and Student's t at Satterthwaite's degrees of freedom. n_e is at most n.
 
     One seed has Wilson's interval over its prompts: it says nothing of other seeds. How often the intervals hold the
-    truth is in docs/decisions/0013.
+    truth is in docs/decisions/0023.
 
     Raises:
         ValueError: no outcomes, or two seeds: they do not say how much seeds vary.
@@ -132,8 +132,8 @@ def two_level_counts(shares: Sequence[int | float], n: int, value: float | None 
     """
     value = sum(shares) / len(shares) if value is None else value
     variance, t = _variance(shares, value * (1 - value) / n, n)
-    effective = min(n, value * (1 - value) / variance * (Z / t) ** 2) if 0 < value < 1 else n
-    return value, _wilson(value, float(effective))
+    effective = min(float(n), value * (1 - value) / variance * (Z / t) ** 2) if 0 < value < 1 else float(n)
+    return value, _wilson(value, effective)
 
 
 def two_level_difference(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
@@ -160,7 +160,7 @@ def _table(seeds: Sequence[Outcomes]) -> tuple[float, list[float], Any]:
     """Mean, means by seed, and outcomes [seeds, prompts] with NaN where a seed has no outcome of a prompt."""
     import numpy as np
 
-    rows: list[Mapping[Hashable, int | float]]
+    rows: list[Mapping[Any, int | float]]
     rows = [row if isinstance(row, Mapping) else dict(enumerate(row)) for row in seeds if len(row)]
     if not rows:
         raise ValueError("the mean of nothing is undefined: no outcomes")

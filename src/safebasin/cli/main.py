@@ -34,6 +34,7 @@ VERBS = {
     "run": ("run", "train", "search", "bench"),
     "measure": ("measure",),
     "report": ("report", "gate"),
+    "export": ("export",),
 }
 for _module, _names in VERBS.items():
     for _name in _names:

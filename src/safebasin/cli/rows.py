@@ -9,7 +9,7 @@ import rich.table
 from cyclopts import Parameter
 from rich.text import Text
 
-from safebasin.cli.options import cells, out, say, start_torch
+from safebasin.cli.options import Dtype, cells, out, say, start_torch
 from safebasin.console import printable
 
 PromptTemplate = Annotated[str, Parameter(help='Template over columns, for a set that is no chat: "Classify: {text}".')]
@@ -57,7 +57,7 @@ def scan_verb(
     *,
     out_: Annotated[Path, Parameter(name="--out", help="Run folder; the scores are in scan/scores.parquet.")],
     model: str = "builtin:smollm2-aligned",
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Dtype = "auto",
     scorers: Annotated[
         tuple[str, ...], Parameter(name="--scorer", help="As in a recipe; may be given several times.")
     ] = ("gradshield",),

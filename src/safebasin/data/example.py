@@ -31,6 +31,11 @@ class Example:
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
 
     @property
+    def conversation(self) -> tuple[Mapping[str, Any], ...]:
+        """The conversation before the last answer: what a model is asked."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
     def answer(self) -> str:
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
 

@@ -12,7 +12,6 @@ Departs from the paper: chunks are of the guard's tokens; a row's text is tokeni
 """
 
 import copy
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -24,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from safebasin.batch import takes_tree
 from safebasin.encode import render
 from safebasin.errors import UserError
 
@@ -86,14 +86,6 @@ def read_guard(
             "set `template` and `verdicts`"
         )
     return Guard(policy, between, suffix, first)
-
-
-def takes_tree(model: Any) -> bool:
-    """Whether attention takes any mask: eager or SDPA, full in every layer, positions given."""
-    parameters = inspect.signature(model.forward).parameters
-    given = parameters.keys() >= {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-    full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return given and full and model.config._attn_implementation in ("eager", "sdpa")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from safebasin.data.source import Source
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 from safebasin.registry import explain, refuse_converted
+from safebasin.runtime import Dtype, resolved
 
 T = TypeVar("T")
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
@@ -25,8 +26,14 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Model:
     name: str = "builtin:smollm2-aligned"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"  # bfloat16 where the hardware computes in it, float32 elsewhere
+    revision: str | None = None  # of a Hub id: a branch, a tag or a commit
     trust_remote_code: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of what loads the model: where its files come from."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -110,6 +117,8 @@ class Recipe:
     @property
     def arguments(self) -> dict[str, Any]:
         own = {name: value for name, value in self.train.items() if name not in ("adapter", "align_share")}
+        if own.get("bf16", "auto") == "auto":  # autocast where the weights are in bfloat16
+            own["bf16"] = resolved(self.model.dtype) == "bfloat16"
         return {"seed": self.seed, **own}
 
 

@@ -29,9 +29,9 @@ from safebasin.train.trainer import check_columns
 
 
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter merged into it where one is given."""
+    """The model of the recipe, with an adapter beside its weights where one is given."""
     model = plan.recipe.model
-    return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
+    return load(model.name, dtype=model.dtype, adapter=adapter, **model.source)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -215,7 +215,7 @@ def check_column_files(plan: Plan) -> None:
         return
     model = plan.recipe.model
     examples = usable_rows(plan, plan.recipe.data.task).examples
-    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model.name, **model.source)
     rows, _ = encode_all(tokenizer, examples, plan.recipe.data.max_length)
     for source, column in sorted(pairs):
         values = column_from_file(source, column, examples)

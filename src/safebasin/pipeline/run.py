@@ -18,7 +18,7 @@ from safebasin.pipeline.scan import write_scan
 from safebasin.pipeline.train import write_adapter
 from safebasin.report import Report
 from safebasin.report.table import write_report
-from safebasin.runtime import processes
+from safebasin.runtime import hardware, machine, processes, resolved
 
 
 class Run:
@@ -59,8 +59,15 @@ class Run:
     def write_rows(self) -> Path:
         """Write the head of the manifest and the training rows, whose path is returned."""
         model, recipe = self.plan.recipe.model, dump(self.plan.recipe)
-        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
-        facts = {"seed": self.plan.recipe.seed, "model": model.name, "template": template_digest(tokenizer)}
+        tokenizer = load_tokenizer(model.name, **model.source)
+        facts = {
+            "seed": self.plan.recipe.seed,
+            "model": model.name,
+            "revision": model.revision,
+            "template": template_digest(tokenizer),
+        }
+        reason = hardware().reason if model.dtype == "auto" else "the recipe"
+        facts |= {"dtype": resolved(model.dtype), "dtype_reason": reason, "hardware": machine()}
         self.folder.describe(recipe, facts)
         return write_rows(self.plan, self.folder)
 

@@ -93,6 +93,7 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
     part.rename(target)
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
+    facts["numbers"] = trainer.numbers
     write_json(folder.arm(arm) / PROBLEMS, [bad._asdict() for bad in problems])
     write_json(folder.arm(arm) / "train.json", facts | {"methods": plain(recipe.arms[arm].train), "rows": len(rows)})
 

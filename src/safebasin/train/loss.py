@@ -1,7 +1,7 @@
 """Losses as methods write them: per token ``[batch, answers]``, never reduced. Masking and division are the oracle's.
 
 The vocabulary is the widest axis there is, so everything over it is done at answer tokens only: ``target_logits``
-gathers their logits ``[n, vocabulary]``, ``scatter_answers`` puts the n results back in their places.
+gives their logits ``[n, vocabulary]``, ``scatter_answers`` puts the n results back in their places.
 """
 
 from typing import Any
@@ -11,13 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from safebasin.batch import Batch, answer_logits
+from safebasin.batch import Batch, target_logits
 from safebasin.train.reference import reference_logits
-
-
-def target_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
-    """Logits that predict the answer tokens, row after row, in float32."""
-    return answer_logits(model, batch)[batch.mask].float()
 
 
 def scatter_answers(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, "batch answers"]:
@@ -27,7 +22,7 @@ def scatter_answers(values: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, 
 
 def nll(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """Negative log-likelihood of every answer token."""
-    return labelled(target_logits(model, batch), batch)
+    return labelled(target_logits(model, batch).float(), batch)
 
 
 def labelled(logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tensor, "batch answers"]:
@@ -38,13 +33,13 @@ def labelled(logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tenso
 def kl_from_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(reference || model) over the whole vocabulary at every answer token (the mode-covering direction)."""
     reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
-    return scatter_answers(_kl(reference_log_probs, target_logits(model, batch).log_softmax(-1)), batch)
+    return scatter_answers(_kl(reference_log_probs, target_logits(model, batch).float().log_softmax(-1)), batch)
 
 
 def kl_to_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(model || reference) over the whole vocabulary at every answer token."""
     reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
-    return scatter_answers(_kl(target_logits(model, batch).log_softmax(-1), reference_log_probs), batch)
+    return scatter_answers(_kl(target_logits(model, batch).float().log_softmax(-1), reference_log_probs), batch)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from safebasin.batch import Batch, answer_logits
+from safebasin.batch import Batch, Packed, layout
 from safebasin.models.adapter import reference, unwrapped
 from safebasin.models.hooks import hooked
 
@@ -47,19 +47,26 @@ class ReferenceCache:
         with torch.no_grad(), torch.autocast(states.device.type, **(self.cast or {"enabled": False})):
             return self.head(states)
 
-    def add(self, keys: list[bytes], states: Tensor, cast: dict[str, Any], logits: Tensor, batch: Batch) -> None:
-        """Cache the rows of a batch while there is room. ``states`` [batch, answers + 1, hidden] are the head's input.
+    def add(
+        self,
+        keys: list[bytes],
+        states: Tensor,
+        cast: dict[str, Any],
+        logits: Tensor,
+        batch: Batch,
+        rows: Batch | Packed,
+    ) -> None:
+        """Cache the rows of a batch while there is room. ``states`` are the head's input in the forward of ``rows``.
 
-        On the first batch the head's own product is compared with the model's ``logits`` [batch, answers, vocabulary];
-        where they differ nothing is cached from then on.
+        On the first batch the head's own product is compared with the model's ``logits`` [n, vocabulary]; where they
+        differ nothing is cached from then on.
         """
         if self.cast is None:
             self.cast = cast
-            if not torch.equal(self.logits(states)[:, :-1].float(), logits.float()):
+            if not torch.equal(rows.targets(self.logits(states)).float(), logits.float()):
                 self.head = None
                 return
-        for key, state, mask in zip(keys, states, batch.mask, strict=True):
-            row = state[:-1][mask].cpu()
+        for key, row in zip(keys, rows.targets(states).cpu().split(batch.mask.sum(1).tolist()), strict=True):
             if key not in self.states and row.nbytes <= self.room:
                 self.states[key] = row
                 self.room -= row.nbytes
@@ -77,7 +84,7 @@ def reference_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
     inner = unwrapped(model)
     cache = batch.cache if isinstance(batch, CachedBatch) else None
     if cache is None or cache.head is None:
-        return _forward(inner, batch)[batch.mask]
+        return _forward(inner, batch)[0]
     keys = _keys(batch)
     if all(key in cache.states for key in keys):
         return cache.logits(torch.cat([cache.states[key] for key in keys]).to(batch.mask.device))
@@ -89,19 +96,22 @@ def reference_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
         inputs.append((args[0], cast))
 
     with hooked({cache.head: record}, inputs=True):
-        logits = _forward(inner, batch)
-    cache.add(keys, *inputs[0], logits, batch)
-    return logits[batch.mask]
+        logits, rows = _forward(inner, batch)
+    cache.add(keys, *inputs[0], logits, batch, rows)
+    return logits
 
 
-def _forward(model: Any, batch: Batch) -> Float[Tensor, "batch answers vocabulary"]:
-    """Without dropout: no random number is drawn, so the model's own are the same with the cache and without."""
+def _forward(model: Any, batch: Batch) -> tuple[Float[Tensor, "n vocabulary"], Batch | Packed]:
+    """Logits of the answer tokens, and the rows as they were run. Without dropout: no random number is drawn, so the
+    model's own are the same with the cache and without.
+    """
     training = model.training
     model.eval()
     with reference(model):
-        logits = answer_logits(model, batch)
+        rows = layout(model, batch)
+        logits = rows.targets(model(**rows.inputs).logits)
     model.train(training)
-    return logits
+    return logits, rows
 
 
 def _keys(batch: Batch) -> list[bytes]:

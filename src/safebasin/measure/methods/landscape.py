@@ -40,7 +40,7 @@ class Lines(abc.ABC):
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
     judges: OneJudge = ("classifier",)
-    max_new_tokens: PositiveInt = 24
+    max_new_tokens: PositiveInt = 96
     batch: PositiveInt = 16  # prompts asked between two checks whether a stop is decided
     width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
     points: PositiveInt = 21  # stops along an axis
@@ -102,7 +102,7 @@ class Landscape(Lines):
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         for k in range(1000 * self.seed, 1000 * self.seed + self.directions):
-            yield [random_direction(subject.loaded.model, k * self.dimensions + i) for i in range(self.dimensions)]
+            yield [random_direction(subject.merged.model, k * self.dimensions + i) for i in range(self.dimensions)]
 
 
 @suite("interpolation", paper="arXiv:2405.17374", roles=("start",))
@@ -116,5 +116,5 @@ class Interpolation(Lines):
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         if subject.start is None:
             raise UserError(f"{self.name} goes from the start model to a tuned one; measure it on a tuned arm")
-        theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.loaded, subject.start))
+        theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.merged, subject.start))
         yield [Vector({name: p.detach().float() - start[name].detach().float() for name, p in theta.items()})]

@@ -14,6 +14,7 @@ from safebasin.data.records import Measurement
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
+from safebasin.models.parts import text_config
 
 
 @suite("lm_eval")
@@ -44,7 +45,7 @@ class LmEval:
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=self.batch_size,
-            max_length=model.config.max_position_embeddings,
+            max_length=text_config(model).max_position_embeddings,
         )
         outcome = simple_evaluate(
             wrapped,

@@ -22,7 +22,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from safebasin.batch import Batch, answer_logits
+from safebasin.batch import Batch, target_logits
 from safebasin.train import method
 from safebasin.train.loss import scatter_answers
 from safebasin.train.reference import reference_logits
@@ -40,7 +40,7 @@ class StarDss:
 
     def loss(self, model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
         reference = reference_logits(model, batch)
-        logits = answer_logits(model, batch)[batch.mask]
+        logits = target_logits(model, batch)
         v = batch.columns["star"].reshape(len(batch.mask), -1).expand(batch.mask.shape)[batch.mask]
         chunks = zip(*(each.split(CHUNK) for each in (logits, reference, batch.labels[batch.mask], v)), strict=True)
         again = functools.partial(checkpoint, self.shaped, use_reentrant=False, preserve_rng_state=False)

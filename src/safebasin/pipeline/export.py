@@ -1,0 +1,162 @@
+"""A tuned arm as a folder that others load: an adapter or merged weights, with tokenizer, template, card and origin."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from safebasin.data.tables import file_digest, read_json, write_json
+from safebasin.errors import UserError
+from safebasin.models.adapter import attach, merged
+from safebasin.models.fingerprint import model_fingerprint
+from safebasin.models.load import load, load_tokenizer
+from safebasin.pipeline.config import Model
+from safebasin.pipeline.folder import CARD
+from safebasin.pipeline.recipes import read_recipe
+from safebasin.report.manifest import changed_outputs, evidence_digest, read_manifest
+
+ORIGIN = "safebasin.json"  # of an export: where it comes from
+LOST = 0.01  # share of the update that rounding to the base's type may take; beyond it merged weights are float32
+
+
+def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str | None = None) -> list[str]:
+    """Write the arm's adapter, or its merged weights, into a new folder; gives what a reader should know, by sentence.
+
+    Args:
+        run: a finished run folder, its files as the run wrote them.
+        base: Hub id of the base model, with ``@REVISION`` if it is not the newest; needed for an adapter whose recipe
+            names a folder, as nobody else could load it.
+
+    Raises:
+        UserError: no such arm or adapter, files that were changed, a folder that is there, no Hub id for the base.
+    """
+    recipe, manifest, adapter = read_recipe(run / "run.yaml"), read_manifest(run), run / "arms" / arm / "adapter"
+    if arm not in recipe.arms or not (adapter / "adapter_config.json").is_file():
+        ready = sorted(path.parent.parent.name for path in run.glob("arms/*/adapter/adapter_config.json"))
+        raise UserError(f"{run} has no adapter of the arm {arm!r}; it has: {', '.join(ready) or 'none'}")
+    if changed := [path for path in changed_outputs(run, manifest) if path.startswith(f"arms/{arm}/")]:
+        raise UserError(f"{run}: {changed[0]} is not as the run wrote it; run the recipe again")
+    if not (adapter / CARD).is_file() or not (run / "report.json").is_file():
+        raise UserError(f"{run} has no report of this adapter; run: safebasin report {run}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already; name a new folder")
+    hub, _, revision = (base or recipe.model.name).partition("@")
+    revision = revision or (recipe.model.revision if base is None else None) or ""
+    public = _is_hub_id(hub) and (base is not None or not Path(hub).exists())
+    if not public and not merged:
+        raise UserError(
+            f"the base {hub!r} is no Hub id, so nobody else could load the adapter; name it with --base ORG/NAME, or "
+            "write whole weights with --merge"
+        )
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    settings = read_json(adapter / "adapter_config.json")
+    notes = serving_notes(settings, merged=merged)
+    model = recipe.model
+    if merged:
+        notes += _write_merged(part, model, adapter)
+    else:
+        shutil.copy(adapter / "adapter_model.safetensors", part)
+        write_json(
+            part / "adapter_config.json", settings | {"base_model_name_or_path": hub, "revision": revision or None}
+        )
+        load_tokenizer(model.name, **model.source).save_pretrained(part)
+    _write_card(part, adapter, hub if public else None, merged=merged)
+    verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
+    origin = {
+        "arm": arm,
+        "form": "merged" if merged else "adapter",
+        "base": {"name": hub if public else None, "revision": revision or None},
+        "base_weights": model_fingerprint(model.name, model.revision),
+        "report": file_digest(run / "report.json"),
+        "evidence": evidence_digest(manifest),
+        "verdict": verdict["status"],
+        "versions": manifest.get("versions"),
+        "files": {path.name: file_digest(path) for path in sorted(part.iterdir())},
+    }
+    write_json(part / ORIGIN, origin)
+    if target.exists():
+        target.rmdir()
+    part.rename(target)
+    if verdict["status"] != "pass":
+        notes.insert(0, f"the run's gate says {verdict['status']} of its judged arm; the card says so too")
+    return notes
+
+
+def serving_notes(settings: Mapping[str, Any], *, merged: bool) -> list[str]:
+    """What common servers cannot load of an adapter with these settings, a sentence each; none for merged weights."""
+    if merged:
+        return []
+    rank = max([settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()])
+    targets = settings.get("target_modules") or ()
+    reasons = {
+        "DoRA: vLLM and llama.cpp load no magnitudes": settings.get("use_dora"),
+        "modules_to_save: vLLM, TGI and llama.cpp load low-rank factors only": settings.get("modules_to_save"),
+        "trained biases: vLLM and llama.cpp refuse them": settings.get("bias", "none") != "none",
+        f"rank {rank}: vLLM takes up to 16 unless started with --max-lora-rank": rank > 16,
+        "an adapter on the embeddings or the head: vLLM and TGI refuse it": any(
+            name in targets for name in ("embed_tokens", "lm_head", "wte")
+        ),
+    }
+    return [f"{reason}; with --merge every server can serve it" for reason, holds in reasons.items() if holds]
+
+
+def _write_merged(part: Path, base: Model, adapter: Path) -> list[str]:
+    """Weights merged in float32; stored in the base's own type where that loses less than ``LOST`` of the update."""
+    start, tokenizer = load(base.name, dtype="float32", **base.source)
+    stored = _stored_dtype(base)
+    before = {key: weight.clone() for key, weight in start.state_dict().items()}
+    model: Any = merged(attach(start, adapter))
+    lost = update = 0.0
+    for key, weight in model.state_dict().items():
+        change = weight - before.pop(key)
+        update += float(change.double().square().sum())
+        lost += float((weight.to(stored).float() - weight).double().square().sum()) if change.any() else 0.0
+    share = math.sqrt(lost / update)
+    if stored != torch.float32 and share <= LOST:
+        model = model.to(stored)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if stored != torch.float32 and share > LOST:
+        return [f"stored in float32: {str(stored).removeprefix('torch.')} would lose {share:.0%} of the update"]
+    return []
+
+
+def _stored_dtype(base: Model) -> torch.dtype:
+    """The type in which the base's files hold its weights, as its config names it."""
+    from transformers import AutoConfig
+
+    from safebasin.models.bundled import resolve
+
+    dtype = AutoConfig.from_pretrained(resolve(base.name), revision=base.revision or "main").dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _write_card(part: Path, adapter: Path, base: str | None, *, merged: bool) -> None:
+    """The report's card, with a base that the Hub knows or none: a folder's name says nothing to others."""
+    card = ModelCard((adapter / CARD).read_text(encoding="utf-8"))
+    data: Any = card.data
+    data.base_model = base
+    if merged:
+        data.library_name = "transformers"
+    form = "Weights merged from a PEFT adapter" if merged else "A PEFT adapter"
+    of = f"{form} of {base or 'a model that is not on the Hub'}, tuned"
+    card.text = re.sub(r"A PEFT adapter of .*?, tuned", lambda _: of, card.text, count=1)
+    card.save(part / CARD)
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not name.startswith("builtin:")
