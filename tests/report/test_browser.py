@@ -23,7 +23,8 @@ from conftest import make_run, measured, record
 
 from safebasin.data.tables import write_table
 from safebasin.report import Gate, table
-from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published, write_grid
+from safebasin.report.cells import MEASURED, NOT_MADE, Cell
+from safebasin.report.grid import Published, write_grid
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")

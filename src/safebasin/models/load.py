@@ -1,5 +1,6 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 
 from safebasin.console import line
 from safebasin.data.tables import read_json, shown
-from safebasin.encode import check_template
+from safebasin.encode import TemplateFails, check_template, render
 from safebasin.errors import UserError
 from safebasin.layer import FLOATS, tensor_files, tensor_kinds
 from safebasin.models.adapter import attach
@@ -21,6 +22,8 @@ from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
 from safebasin.runtime import Dtype, resolved
+
+PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -114,6 +117,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     check_template(tokenizer)
+    with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
+        if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
+            raise UserError(f"{what}: its chat template leaves out what the user says; save the right one beside it")
     if not tokenizer.is_fast:
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"
