@@ -27,7 +27,7 @@ def merge(model: nn.Module, adapter: str | Path) -> nn.Module:
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
-        folder = _adapter_folder(adapter)
+        folder = adapter_folder(adapter)
         settings = read_json(folder / "adapter_config.json")
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -43,7 +43,7 @@ def merge(model: nn.Module, adapter: str | Path) -> nn.Module:
         return tuned.merge_and_unload()
 
 
-def _adapter_folder(adapter: str | Path) -> Path:
+def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
     folder = Path(adapter)
     if not folder.exists():
