@@ -41,8 +41,7 @@ def test_shrink():
 
 
 def test_safe_lora():
-    """V = diag(2, 1), |V| = sqrt 5, C = diag(4, 1) / sqrt 5; dW = (1, 1)^T (1, 0): cos = 5 / sqrt 34, B' = (4, 1) / sqrt
-    5."""
+    """V = diag(2, 1), C = diag(4, 1) / sqrt 5, dW = (1, 1)^T (1, 0): cos = 5 / sqrt 34, B' = (4, 1) / sqrt 5."""
     layer = Layer(
         name="m",
         tuned=Update(torch.ones(2, 1), matrix([1, 0])),
@@ -64,7 +63,7 @@ def test_prune():
 
 
 def test_the_distance_of_prune():
-    """C dW - dW with C = diag(4, 1) / sqrt 5 and dW = (1, 1)^T (1, 0): (4 / sqrt 5 - 1, 1 / sqrt 5 - 1), over sqrt 2."""
+    """C dW - dW with C = diag(4, 1) / sqrt 5 and dW = (1, 1)^T (1, 0): (4 / sqrt 5 - 1, 1 / sqrt 5 - 1)."""
     layer = Layer(name="m", tuned=low([1, 0], [1, 0]), roles={"base": dense([2, 0], [0, 1])})
     distance = ((4 / 5**0.5 - 1) ** 2 + (1 / 5**0.5 - 1) ** 2) ** 0.5 / 2**0.5
     assert edit.make("prune").statistic(layer) == pytest.approx(distance, rel=1e-6)

@@ -1,7 +1,7 @@
 """Weights that were tuned, as updates of the weights that they started from: a LoRA adapter, or a full model.
 
 ``tuned_updates`` reads either as module -> dW, one module at a time and without a model; whatever is not a plain sum
-W + s B A is refused by name before anything is computed. ``write_adapter`` and ``write_model`` write what comes out.
+W + s B A is refused by name before anything is computed. ``write_lora`` and ``write_model`` write what comes out.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -179,6 +180,11 @@ class AdapterUpdates(Mapping[str, Update]):
                 break
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
+    def rank(self, module: str) -> int:
+        """r of a module."""
+        with open_tensors(self.folder / "adapter_model.safetensors") as file:
+            return int(file.get_slice(f"{PREFIX}{module}.lora_A.weight").get_shape()[0])
+
     def __getitem__(self, module: str) -> Update:
         if module not in self.modules:
             raise KeyError(module)
@@ -204,7 +210,9 @@ class ModelUpdates(Mapping[str, Update]):
 
     def __init__(self, model: str | Path, start: Tensors):
         self.start, self.tensors = start, Tensors(model)
-        self.folder, modules, others = self.tensors.folder, [], []
+        self.folder = self.tensors.folder
+        modules: list[str] = []
+        others: list[str] = []
         if differing := sorted(self.tensors.files.keys() ^ start.files.keys()):
             raise UserError(f"{shown(model)} and the model it was tuned from differ at {differing[0]}")
         for name in sorted(start, key=natural):
@@ -241,13 +249,20 @@ def natural(name: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def switched_on(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[None]:
-    """Inside, modules add dW x to what they give; the weights are not touched, and low ranks stay low."""
+def switched_on(model: nn.Module, updates: Mapping[str, Update], prefix: str = "") -> Iterator[None]:
+    """Inside, modules add dW x to what they give; the weights are not touched, and low ranks stay low.
+
+    Where the model has an adapter of its own that is switched off for a while, so are these: the reference is the
+    model that all of them start from. ``prefix`` stands before the names in such a model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     def add(update: Update) -> Callable[..., Any]:
         parts: dict[Any, list[Tensor]] = {}
 
         def hook(module: Any, args: Any, output: Any) -> Any:
+            if layers and layers[0].disable_adapters:
+                return output
             x = args[0]
             matrices = parts.setdefault(
                 (x.device, x.dtype), [m.to(x.device, x.dtype) for m in (update.a, update.b) if m is not None]
@@ -258,7 +273,7 @@ def switched_on(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[Non
 
         return hook
 
-    with hooked({model.get_submodule(name): add(update) for name, update in updates.items()}):
+    with hooked({model.get_submodule(prefix + name): add(update) for name, update in updates.items()}):
         yield
 
 
@@ -266,14 +281,13 @@ def switched_on(model: nn.Module, updates: Mapping[str, Update]) -> Iterator[Non
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], updates: Mapping[str, Update], start: Tensors) -> None:
+def write_lora(folder: Path, config: Mapping[str, Any], updates: Mapping[str, Update]) -> None:
     """An adapter that any loader of PEFT's files gives scale 1: s is in B, and lora_alpha is r module by module.
 
     Args:
         folder: written anew.
         config: of the adapter that the updates come from; its other settings stay.
         updates: in low rank.
-        start: the model; it is read again and compared.
 
     Raises:
         DefenceError: what was written does not read as what was to be written.

@@ -8,6 +8,7 @@ from safebasin.attack import attack
 from safebasin.measure import judge, suite
 from safebasin.pipeline.config import Recipe
 from safebasin.registry import Registry
+from safebasin.repair import edit
 from safebasin.report import Gate
 from safebasin.scan import scorer
 from safebasin.train import method
@@ -17,6 +18,7 @@ SPECS = {  # where a recipe names methods: (definition, property) -> the registr
     ("Data", "attack"): (attack, False),
     ("Scan", "scorers"): (scorer, True),
     ("Arm", "train"): (method, True),
+    ("Arm", "repair"): (edit, True),
     ("Measure", "suites"): (suite, True),
 }
 

@@ -1,10 +1,12 @@
 """Optimal brain surgeon on the inputs of a linear layer: what an edit costs there, and how the rest makes up for it.
 
-H = (2 / n) sum_t x_t x_t^T  [in, in],    H^-1 = U^T U,   u = diag U
-loss(D) = tr(D H D^T)                      how far outputs move under the change D                                 (1)
-p_m = 1 / u_m^2                            the price of column m, given that later columns may make up for it      (2)
-D_N = -D_S H_SN H_NN^-1                    the best change of the columns N, given that of the columns S           (3)
-err = (w - q) / u_i,  w_>=i -= err U_i,>=i                         the sweep, column by column                     (4)
+    H = (2 / n) sum_t x_t x_t^T  [in, in],    H^-1 = U^T U,   u = diag U
+    loss(D) = tr(D H D^T)                      how far outputs move under the change D                               (1)
+    p_m = 1 / u_m^2                            the price of column m, given that later columns may make up for it    (2)
+    D_N = -D_S H_SN H_NN^-1                    the best change of the columns N, given that of the columns S         (3)
+    err = (w - q) / u_i,  w_>=i -= err U_i,>=i                         the sweep, column by column                   (4)
+
+Numbers are in float64: H of a few hundred rows is nearly singular.
 """
 
 import torch

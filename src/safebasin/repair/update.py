@@ -1,9 +1,11 @@
 """The alignment matrix and its kin in low rank: out x out is never built.
 
-C = V V^T / |V|_F                 the official matrix of Safe LoRA; no projector: eigenvalues sigma_i^2 / |V|_F    (1)
-P = U_k U_k^T                     the projector on the top k left singular vectors of V                            (2)
-cos(M dW, dW) = <M dW, dW> / (|M dW| |dW|)                                                                         (3)
-T_k(V) = U_k S_k V_k^T            the best approximation of V of rank k                                            (4)
+    C = V V^T / |V|_F                 the official matrix of Safe LoRA; no projector: eigenvalues sigma_i^2 / |V|_F  (1)
+    P = U_k U_k^T                     the projector on the top k left singular vectors of V                          (2)
+    cos(M dW, dW) = <M dW, dW> / (|M dW| |dW|)                                                                       (3)
+    T_k(V) = U_k S_k V_k^T            the best approximation of V of rank k                                          (4)
+
+V = W_start - W_base [out, in], read one module at a time.
 """
 
 import functools

@@ -29,6 +29,6 @@ class Truncate:
         update = layer.tuned.balanced(self.rank)
         if self.energy < 1:
             sizes = update.b.double().square().sum(0) ** 2  # squares of the singular values
-            count = int((sizes.cumsum(0) < self.energy * (1 - 1e-9) * layer.tuned.norm() ** 2).sum()) + 1
+            count = int((sizes.cumsum(0) < self.energy * (1 - 1e-6) * layer.tuned.norm() ** 2).sum()) + 1
             update = layer.tuned.balanced(min(count, self.rank or count))
         return update
