@@ -103,7 +103,9 @@ class Job:
 
         @functools.cache
         def source() -> tuple[Any, list[Any]]:
-            model, tokenizer = self._model(on_tuned)
+            if on_tuned not in self._models:
+                self._models[on_tuned] = self._load(on_tuned)
+            model, tokenizer = self._models[on_tuned]
             rows, bad = encode_all(tokenizer, open_examples(self.rows[stream]), self.max_length)
             if not rows:
                 raise UserError(f"{shown(self.rows[stream].path)}: no row can be used ({bad[0].reason})")
@@ -111,8 +113,12 @@ class Job:
 
         return source
 
-    @functools.cache  # noqa: B019 - a job is short
-    def _model(self, on_tuned: bool) -> ModelAndTokenizer:
+    @functools.cached_property
+    def _models(self) -> dict[bool, ModelAndTokenizer]:
+        """The start, and the tuned model, once they are loaded."""
+        return {}
+
+    def _load(self, on_tuned: bool) -> ModelAndTokenizer:
         settings: dict[str, Any] = {"dtype": self.model.dtype, "trust_remote_code": self.model.trust_remote_code}
         if on_tuned and is_model(self.adapter):
             return load(str(self.adapter), **settings)

@@ -66,8 +66,8 @@ class Roles:
     base: Mapping[str, Tensor] | None = None  # V
     safe: Mapping[str, Update] | None = None
     harmful: Mapping[str, Update] | None = None
-    moments: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)  # by the name of the rows
-    gradients: Mapping[str, Tensor] | None = None
+    moments: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # H by the name of the rows
+    gradients: Mapping[str, Any] | None = None  # F
 
     def update(self, role: str, module: str) -> Update:
         source = getattr(self, role)
@@ -112,8 +112,8 @@ def make_edits(specs: Sequence[Any]) -> tuple[Any, ...]:
     if not edits:
         raise UserError("repair is empty; name at least one edit, for example shrink: {alpha: 0.5}")
     for edit in edits:
-        if edit.entry.strength and getattr(edit, edit.entry.strength[0]) == edit.entry.strength[1]:
-            field, off, _ = edit.entry.strength
+        field, off, _ = edit.entry.strength or ("", 0.0, 0.0)
+        if field and getattr(edit, field) == off and not edit.entry.truncates:  # truncate has a rank beside it
             raise UserError(f"repair.{edit.entry.name}: {field}: {off:g} is the end that changes nothing")
     return edits
 
