@@ -121,11 +121,14 @@ class Plan:
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 
     def _check_repair(self, name: str) -> None:
-        arm, before = self.recipe.arms[name], list(self.recipe.arms)[: list(self.recipe.arms).index(name)]
+        arm = self.recipe.arms[name]
         if arm.of is not None:
-            if arm.of not in before or not self.has_adapter(arm.of):
-                tuned = ", ".join(other for other in before if self.has_adapter(other)) or "none"
-                raise UserError(f"arms.{name}.of: {arm.of!r} is no tuned arm before this one; those are: {tuned}")
+            others, way = [other for other in self.recipe.arms if self.has_adapter(other) and other != name], arm.of
+            for _ in self.recipe.arms:
+                way = self.recipe.arms[way].of or "" if way in others else way
+            if arm.of not in others or way:
+                tuned = ", ".join(others) or "none"
+                raise UserError(f"arms.{name}.of: {arm.of!r} is no tuned arm that comes before it; tuned: {tuned}")
             if arm.train is None and arm.repair is None:
                 raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, or train")
         if name not in self.edits:
