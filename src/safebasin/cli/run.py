@@ -86,8 +86,9 @@ def train_verb(
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    if arm not in config.arms or config.arms[arm].train is None:
-        tuned = ", ".join(name for name, each in config.arms.items() if each.train)
+    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.of]
+    if arm not in tuned_arms:
+        tuned = ", ".join(tuned_arms)
         raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")
     with Run(config, out_ or _folder(recipe)) as run:
         adapter = run.ensure(arm)

@@ -201,6 +201,9 @@ class Plan:
         """The system prompt that an arm's model is served with."""
         system = self.recipe.measure.system
         messages: tuple[Mapping[str, Any], ...] = ({"role": "system", "content": system},) if system else ()
+        before = self.recipe.arms[arm].of
+        if arm not in self.compositions and before:  # a repaired model is asked as the one that it was
+            return self.system_prompt(before)
         if arm in self.compositions:
             messages = self.compositions[arm].format_messages(messages)
         return messages[0]["content"] if messages else None
