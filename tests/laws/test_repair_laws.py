@@ -358,8 +358,8 @@ def test_reinforce():
     roles = random_roles()
     plain = results([at("reinforce", alpha=0.0)], roles)
     assert distance(plain, {name: each + roles.safe[name] for name, each in roles.tuned.items()}) < 1e-6
-    apart = results([at("reinforce", alpha=1.0)], roles)
-    for name, each in apart.items():
+    disjoint = results([at("reinforce", alpha=1.0)], roles)
+    for name, each in disjoint.items():
         q = torch.linalg.qr(roles.tuned[name].b)[0]
         assert (q.T @ (each.dense() - roles.tuned[name].dense())).abs().max() < 1e-5
     nothing = dataclasses.replace(roles, safe={name: each * 0.0 for name, each in roles.safe.items()})

@@ -89,6 +89,19 @@ class Tensors(Mapping[str, Tensor]):
         return len(self.files)
 
 
+class ModelShapes:
+    """The shapes of a loaded model, in the place of those of its files."""
+
+    def __init__(self, model: nn.Module):
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """UserError where there is no such tensor."""
+        if name not in self.shapes:
+            raise UserError(f"the model has no tensor {name}; adapter and model must be of one model")
+        return self.shapes[name]
+
+
 def model_folder(name: str | Path) -> Path:
     """The folder of a model: a folder, a ``builtin:`` name, or a Hub id that is fetched."""
     with loading(f"the model {shown(name)!r}"):
@@ -118,7 +131,7 @@ class AdapterUpdates(Mapping[str, Update]):
         UserError: no adapter, of another kind than LoRA, of another model, one of ``REFUSED``, not finite, or all zero.
     """
 
-    def __init__(self, folder: str | Path, start: Tensors):
+    def __init__(self, folder: str | Path, start: Tensors | ModelShapes):
         self.start = start
         with loading(f"the adapter {shown(folder)!r}"):
             self.folder = adapter_folder(folder)

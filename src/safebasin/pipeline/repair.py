@@ -140,11 +140,11 @@ def write_result(walk: Walk, tuned: AdapterUpdates | ModelUpdates, out: Path) ->
         update, records[module] = walk.result(module)
         return update
 
-    modules, vanished = set(tuned), 0
+    modules, vanished, start = set(tuned), 0, tuned.start
     dense = isinstance(tuned, ModelUpdates) or gives_dense(walk.edits)
     if dense:
-        source = tuned.tensors if isinstance(tuned, ModelUpdates) else tuned.start
-        vanished = write_model(out, source, tuned.start, result)
+        assert isinstance(start, Tensors)
+        vanished = write_model(out, tuned.tensors if isinstance(tuned, ModelUpdates) else start, start, result)
     else:
         assert isinstance(tuned, AdapterUpdates)
         write_lora(out, tuned.config, {module: result(module) for module in tuned})
