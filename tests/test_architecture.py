@@ -197,8 +197,7 @@ def test_logical_lines_by_hand():
 
 
 def test_the_core_is_small():
-    """At most 6,500 statements at 25 methods, about 60 more for each further one, and 350 for the stage of repair, which
-    came later (docs/decisions/0009)."""
+    """At most 6,500 statements at 25 methods, 60 for each further one, and 350 for the stage of repair (decision 9)."""
     folders = [path for path in FILES if path.parent.name in ("methods", "judges")]
     methods = sum(len(re.findall(r"^@\w+\(\"", path.read_text(encoding="utf-8"), re.M)) for path in folders)
     lines = sum(logical_lines(path.read_text(encoding="utf-8")) for path in FILES)

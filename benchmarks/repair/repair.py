@@ -72,9 +72,16 @@ def peak(way: str, out: int, into: int, r: int) -> int:
 def _peak_here(way: str, out: int, into: int, r: int) -> int:
     v, update = matrices(out, into, r)
     WAYS[way](*matrices(64, 64, r))  # libraries are loaded
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is from here on
     WAYS[way](v, update)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class Blocks(Mapping[str, torch.Tensor]):
@@ -154,7 +161,7 @@ def repair(
         peaks = {name: peak(name, out, into, rank) for name in WAYS}
         for name, size in peaks.items():
             bench.record(f"safe_lora.memory.{name}", size, n=1, unit="bytes", shape=shape)
-        bench.record("safe_lora.memory_ratio", peaks["low_rank"] / peaks["formed"], n=1, unit="x", shape=shape)
+        bench.record("safe_lora.memory_ratio", peaks["low_rank"] / max(peaks["formed"], 1), n=1, unit="x", shape=shape)
     if blocks:
         command = [sys.executable, "-m", "benchmarks.repair.repair", "large", str(blocks), str(rank)]
         facts = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)

@@ -232,6 +232,6 @@ def write_repaired(plan: Plan, folder: RunFolder, arm: str, source: Path) -> Pat
     with folder.step(f"repair.{arm}", inputs, [target, report]) as todo:
         if todo:
             done = work.run(target)
-            write_json(report, done)
+            write_json(report, {"of": plan.recipe.arms[arm].of or arm, **done})
             console.print(f"  {arm}: {words(done)}", markup=False)
     return target

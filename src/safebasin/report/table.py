@@ -16,7 +16,7 @@ from safebasin.report.compare import agreement_of, categories_of, comparisons_of
 from safebasin.report.files import RunFile, answers_of, load, load_run, redact, safe_name
 from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
-from safebasin.report.rows import cuts_of, heat_of, samples_of, training_of
+from safebasin.report.rows import cuts_of, heat_of, repairs_of, samples_of, training_of
 
 __all__ = ["collect", "redact", "terminal_table", "write_report"]
 
@@ -81,6 +81,7 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
         cuts=tuple(cuts_of(run, arms, show_text)),
         heat=tuple(heat_of(run, show_text)),
         training=tuple(training_of(run, arms)),
+        repairs=tuple(repairs_of(run, arms)),
         samples=tuple(samples_of(attacks, answers, judged, show_text)),
         problems=tuple(problems),
         manifest=dict(_facts(manifest)),
