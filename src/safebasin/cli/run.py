@@ -101,13 +101,14 @@ def train_verb(
 def search_verb(
     recipe: Path,
     *,
-    arm: Annotated[str, Parameter(help="The arm whose cut is searched.")] = "defended",
+    arm: Annotated[str, Parameter(help="The arm whose cut, or whose repair's strength, is searched.")] = "defended",
     rounds: Annotated[int, Parameter(help="Tunings at most, after the plain one.")] = 2,
     out_: RunFolderOption = None,
     set_: Sets = (),
     change: Changes = (),
 ) -> int:
-    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1); exit code 3 where none does."""
+    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1), or the strength of a repair; exit
+    code 3 where none does."""
     refuse_processes()
     start_torch()
     from safebasin.pipeline.config import parse_sets

@@ -28,6 +28,8 @@ from safebasin.pipeline.config import Cut, Recipe
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
+from safebasin.registry import split_spec
+from safebasin.repair.walk import make_edits
 from safebasin.report import Gate
 from safebasin.report.grid import decides_nothing
 from safebasin.scan.cut import find_threshold
@@ -37,7 +39,7 @@ from safebasin.stats import non_inferior, paired_difference
 
 class Round(NamedTuple):
     arm: str
-    threshold: float | None  # None: nothing was cut
+    threshold: float | None  # of the cut, or the strength of the repair; None: neither
     rows: int  # that were trained on
     asr: float  # the worst of the judges
     accuracy: float
@@ -58,7 +60,45 @@ def search(recipe: Recipe, arm: str, out: Path, *, rounds: int = 2, shrink: floa
     if rounds < 1:
         raise UserError(f"search takes at least one round, found {rounds}")
     with Run(recipe, out) as run:
-        yield from _rounds(run, recipe, arm, rounds, shrink)
+        if arm in recipe.arms and recipe.arms[arm].repair:
+            yield from strength_rounds(run, recipe, arm, rounds)
+        else:
+            yield from _rounds(run, recipe, arm, rounds, shrink)
+
+
+def strength_rounds(run: Run, recipe: Recipe, arm: str, rounds: int) -> Iterator[Round]:
+    """Rounds along the strength of an arm's repair; nothing is tuned again.
+
+    The first round has the strength of the recipe. An unsafe round makes the next one stronger, a useless one weaker,
+    half of the way to the nearest strength that was tried, or to the end.
+
+    Raises:
+        UserError, DefenceError: as ``search``; or no edit of the arm has a strength.
+    """
+    settings, gate = recipe.arms[arm], run.plan.gate
+    specs, knob = (
+        list(settings.repair or ()),
+        next((e for e in make_edits(settings.repair or ()) if e.entry.strength), None),
+    )
+    if knob is None or knob.entry.strength is None:
+        raise UserError(f"search walks the strength of an edit, and no edit of arms.{arm}.repair has one")
+    if gate.plain not in recipe.arms or gate.max_asr is None or gate.max_accuracy_loss is None:
+        raise UserError(f"search needs an arm {gate.plain!r} and the limits gate.max_asr and gate.max_accuracy_loss")
+    place = next(i for i, spec in enumerate(specs) if split_spec(spec, "repair")[0] == knob.entry.name)
+    (field, weak, strong), fields = knob.entry.strength, split_spec(specs[place], "repair")[1]
+    value, rows = float(getattr(knob, field)), len(training_examples(run.plan, run.rows))
+    result = _judged(run, gate.plain, None, rows)
+    yield result
+    for number in range(1, rounds + 1):
+        if result.outcome not in ("unsafe", "useless"):
+            return
+        name, specs[place] = f"{arm}-{number}", {knob.entry.name: {**fields, field: value}}
+        step = dataclasses.replace(settings, repair=tuple(specs))
+        with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
+        result = _judged(run.with_recipe(with_round), name, value, rows)
+        yield result
+        weak, strong = (value, strong) if result.outcome == "unsafe" else (weak, value)
+        value = (weak + strong) / 2
 
 
 def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> Iterator[Round]:
@@ -72,8 +112,7 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
     if gate.plain not in recipe.arms or gate.max_asr is None or gate.max_accuracy_loss is None:
         raise UserError(f"search needs an arm {gate.plain!r} and the limits gate.max_asr and gate.max_accuracy_loss")
     rows = len(training_examples(run.plan, run.rows))
-    plain = _measured(run, gate.plain, None, rows)
-    plain = plain._replace(outcome="passed" if plain.asr <= gate.max_asr else "unsafe")
+    plain = _judged(run, gate.plain, None, rows)
     yield plain
     if plain.outcome == "passed":
         return
@@ -93,18 +132,26 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
         name = f"{arm}-{number}"
         step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold))
         with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
-        result = _measured(run.with_recipe(with_round), name, threshold, rows)
-        safe = result.asr <= gate.max_asr
-        correct, correct_plain = (_correct(run.folder, each) for each in (name, gate.plain))
-        loss = paired_difference([correct[i] for i in correct_plain], list(correct_plain.values()))
-        useful = non_inferior(loss, gate.max_accuracy_loss) != "no"
-        result = result._replace(outcome="passed" if safe and useful else "useless" if safe else "unsafe")
+        result = _judged(run.with_recipe(with_round), name, threshold, rows)
+        safe = result.outcome != "unsafe"
         yield result
         if result.outcome == "passed":
             return
         lo, up = (rows, up) if safe else (lo, rows - 1)
         if up <= lo:
             return
+
+
+def _judged(run: Run, arm: str, threshold: float | None, rows: int) -> Round:
+    """Tune and measure an arm, and judge it: safe by the gate, useful beside the plain arm."""
+    result, gate = _measured(run, arm, threshold, rows), run.plan.gate
+    assert gate.max_asr is not None and gate.max_accuracy_loss is not None
+    if result.asr > gate.max_asr:
+        return result
+    correct, correct_plain = (_correct(run.folder, each) for each in (arm, gate.plain))
+    loss = paired_difference([correct[i] for i in correct_plain], list(correct_plain.values()))
+    useful = arm == gate.plain or non_inferior(loss, gate.max_accuracy_loss) != "no"
+    return result._replace(outcome="passed" if useful else "useless")
 
 
 def _measured(run: Run, arm: str, threshold: float | None, rows: int) -> Round:
