@@ -12,6 +12,7 @@ from safebasin.repair import edit
 from safebasin.report import Gate
 from safebasin.scan import scorer
 from safebasin.train import method
+from safebasin.train.ema import Ema
 from safebasin.train.settings import Adapter, Settings
 
 SPECS = {  # where a recipe names methods: (definition, property) -> the registry, and whether several may stand there
@@ -67,4 +68,7 @@ def _train(parts: dict[str, Any]) -> dict[str, Any]:
     settings = _fields(Settings, parts)
     share = {"type": "number", "exclusiveMinimum": 0, "description": "rows of other streams over rows of the task"}
     adapter = {**TypeAdapter(Adapter).json_schema(), "description": "peft.LoraConfig by its names"}
-    return {**settings, "properties": {"adapter": adapter, "align_share": share, **settings["properties"]}}
+    return {
+        **settings,
+        "properties": {"adapter": adapter, "align_share": share, "ema": _fields(Ema, parts), **settings["properties"]},
+    }
