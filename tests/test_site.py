@@ -12,6 +12,7 @@ from pathlib import Path
 import cyclopts
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from safebasin.cli import main as cli
 from safebasin.pipeline.folder import REPORT, RunFolder
@@ -233,6 +234,13 @@ def test_the_reference_states_every_field_and_where_it_comes_from():
     assert '| `align` | `kl` or `sft` | `"kl"` | L_align' in part
     for entry in reference.registry_of("safebasin.train:method"):
         assert f"## {entry.name} {{ #{entry.name} }}" in page
+
+
+@pytest.mark.parametrize("path", [path for _, path, *_ in reference.STAGES.values()])
+def test_every_field_says_what_it_is(path):
+    for entry in reference.registry_of(path):
+        table = reference.fields_table(TypeAdapter(entry.kind).json_schema(), reference.comments(entry.kind))
+        assert "|  |" not in table.split("\n", 2)[-1], f"{entry.name}: a field without a comment"
 
 
 def test_a_docstring_as_markdown():

@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -12,12 +12,18 @@ from rich.text import Text
 
 from safebasin.console import printable
 from safebasin.errors import UserError
+from safebasin.events import open_log
 
 out = Console(highlight=False)
 
 Sets = Annotated[tuple[str, ...], Parameter(name="--set", help="NAME=FILE: a local copy in place of a public set.")]
 Changes = Annotated[tuple[str, ...], Parameter(name="--change", help="dotted.key=value: change a recipe.")]
 RunFolderOption = Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float32"], Parameter(help="Of the weights; auto: by the hardware.")]
+Events = Annotated[
+    Path | None,
+    Parameter(name="--events", help="File to which steps, progress, losses and the verdict are added as JSON lines."),
+]
 ShowText = Annotated[bool, Parameter(help="Harmful text in clear.", negative="")]
 
 
@@ -35,6 +41,12 @@ def refuse_processes() -> None:
     """UserError where a launcher started several processes: each would do the whole work in one folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("only run, train and scan are shared by processes; start this command without torchrun")
+
+
+def start_events(path: Path | None) -> None:
+    """Open the log of events, where one is named. Of processes that share a run, the first one writes."""
+    if path is not None and os.environ.get("RANK", "0") == "0":
+        open_log(path)
 
 
 def start_torch() -> None:

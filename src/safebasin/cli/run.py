@@ -1,12 +1,25 @@
 """Verbs that walk a recipe: run, train, search, bench."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from safebasin.cli.options import Changes, RunFolderOption, Sets, ShowText, out, refuse_processes, say, start_torch
+from safebasin.cli.options import (
+    Changes,
+    Events,
+    RunFolderOption,
+    Sets,
+    ShowText,
+    out,
+    refuse_processes,
+    say,
+    start_events,
+    start_torch,
+)
 from safebasin.errors import UserError
+from safebasin.events import emit
 
 
 def run_verb(
@@ -29,6 +42,7 @@ def run_verb(
     json_: Annotated[
         bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
     ] = False,
+    events: Events = None,
 ) -> int:
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
 
@@ -36,6 +50,7 @@ def run_verb(
     run worked; `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
     `torchrun --nproc-per-node 8 -m safebasin run ...`.
     """
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.plan import Plan
@@ -50,6 +65,7 @@ def run_verb(
     folder = out_ or _folder(recipe, f"-{seed}" if seed is not None else "")
     if dry_run:
         plan = Plan.of(config)
+        plan.check_gate()
         plan.check_files()
         check_column_files(plan)
         out.print(dump(config), end="", markup=False)
@@ -59,6 +75,7 @@ def run_verb(
     processes().destroy_process_group()
     if report is None:
         return 0
+    emit("verdict", **dataclasses.asdict(report.verdict))
     if json_:
         print((folder / "report.json").read_text(encoding="utf-8"))
         return 0
@@ -106,23 +123,27 @@ def search_verb(
     out_: RunFolderOption = None,
     set_: Sets = (),
     change: Changes = (),
+    events: Events = None,
 ) -> int:
-    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1), or the strength of a repair; exit
-    code 3 where none does."""
+    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1), or the strength of a repair.
+
+    One half of the prompts chooses the cut, the gate confirms it on the other. Exit code 3 where no cut passes, 4 where
+    the other half does not decide.
+    """
     refuse_processes()
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.search import search, verdict
-    from safebasin.report.gate import parse_gate
 
     config, folder, results = read_recipe(recipe, change, parse_sets(set_)), out_ or _folder(recipe), []
     for result in search(config, arm, folder, rounds=rounds):
         results.append(result)
-        rates = f"attack success {result.asr:.1%}, accuracy {result.accuracy:.1%}"
-        say(f"{result.arm}: {result.rows} rows, {rates}: {result.outcome}")
-    say(verdict(results, folder, parse_gate(config.gate)))
-    return 0 if results[-1].outcome == "passed" else 3
+        emit("round", **result._asdict())
+        say(f"{result.arm}: {result.rows} rows, {result.rates}: {result.outcome}")
+    say(verdict(results, folder))
+    return {"passed": 0, "unconfirmed": 4}.get(results[-1].outcome, 3)
 
 
 def bench_verb(
@@ -149,9 +170,9 @@ def bench_verb(
     attacks = [part.strip() for part in only.split(",") if only]
     numbers = [int(part) for part in seeds.split(",") if seeds]
     if list_:
-        for cell in cells(settings.recipes(attacks, numbers), folder):
+        for cell in cells(settings.recipes(attacks, numbers), folder, settings.recipes()):
             reason = f" ({cell.reason})" if cell.reason else ""
-            say(f"{cell.attack}-{cell.seed} {cell.defence}: {cell.outcome}{reason}")
+            say(f"{cell.folder.name} {cell.defence}: {cell.outcome}{reason}")
         return 0
     for place, rank in enumerate(bench(settings, folder, only=attacks, seeds=numbers), 1):
         worst = "not measured" if rank.worst is None else f"{rank.worst:.1%} ({rank.attack})"

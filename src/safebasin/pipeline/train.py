@@ -11,6 +11,7 @@ from typing import Any
 from safebasin.console import progress
 from safebasin.data.example import Example
 from safebasin.data.tables import write_json
+from safebasin.events import emit
 from safebasin.layer import Update
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.lora import PREFIX, AdapterUpdates, Tensors, switched_on, write_lora
@@ -23,7 +24,7 @@ from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
 from safebasin.runtime import processes
 from safebasin.scan.column import Column, column_from_file, keep_column, star_column
 from safebasin.scan.scores import read_scores
-from safebasin.train.checkpoint import last_checkpoint
+from safebasin.train.checkpoint import clear_checkpoints, last_checkpoint
 from safebasin.train.ema import read_ema
 from safebasin.train.settings import training_arguments
 from safebasin.train.trainer import OracleTrainer, streams_of, total_steps
@@ -61,6 +62,8 @@ def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, befo
             # a step of more processes has more rows, so that its checkpoints are of another tuning
             key = fingerprint([work, processes().num_processes])[:12]
             _tune(plan, folder, arm, rows_file, folder.arm(arm) / "checkpoints" / key, frozen, target)
+    if processes().is_main_process:  # the adapter is in the manifest: nothing goes on from a checkpoint any more
+        clear_checkpoints(folder.arm(arm) / "checkpoints")
     return target
 
 
@@ -90,15 +93,16 @@ def _tune(
     start = Tensors(recipe.model.name) if frozen or recipe.train.get("ema") else None
     before = AdapterUpdates(frozen, start) if frozen and start else None
     switch = switched_on(model, before, PREFIX) if before else contextlib.nullcontext()
-    with switch, progress(f"{arm}: train", total_steps(args, streams)) as advance:
-        trainer = OracleTrainer(
-            model,
-            args,
-            composition,
-            streams,
-            advance=lambda loss: advance(trainer.state.global_step, f"loss {loss:.3f}"),
-            ema=read_ema(recipe.train.get("ema")),
-        )
+    total = total_steps(args, streams)
+    with switch, progress(f"{arm}: train", total) as advance:
+
+        def show(loss: float) -> None:
+            step = trainer.state.global_step
+            emit("loss", arm=arm, step=step, total=total, loss=loss)
+            advance(step, f"loss {loss:.3f}")
+
+        ema = read_ema(recipe.train.get("ema"))
+        trainer = OracleTrainer(model, args, composition, streams, advance=show, ema=ema)
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = gather_full(trainable(model))  # every process gathers
     if not ranks.is_main_process:
@@ -108,6 +112,7 @@ def _tune(
     model.save_pretrained(part, state_dict=weights)
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
+    facts["numbers"] = trainer.numbers
     if start is not None:
         tuned = AdapterUpdates(part, start)
         updates: dict[str, Update] = dict(tuned)

@@ -7,12 +7,16 @@ Attack success is unknown where the gate would be inconclusive, where the defenc
 still to do. What is unknown is never zero and enters no maximum. A suite that decides nothing on any defence (its
 answers are only labels of the task) ranks none. Judges can disagree (a word list misses a refusal in other words), so
 the worst by each judge is stated too. The cost to the task is the difference to plain tuning by attack and seed.
+
+Where the attacker chose the learning rate, a cell has its ``rate`` and the worst rate counts; the cost to the task is
+then that of the attacks without one, at the user's own rate. Intervals are over seeds and prompts (``stats.two_level``,
+counted again from the answers): two seeds have none.
 """
 
 import datetime
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,16 +27,19 @@ from safebasin.console import printable
 from safebasin.data.records import Measurement
 from safebasin.data.tables import write_json
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Gate, page
-from safebasin.report.files import measurements_of
+from safebasin.report import QUANTITIES, Gate, MetricKey, page
+from safebasin.report.compare import hits_of
+from safebasin.report.files import answers_of, measurements_of
 from safebasin.report.manifest import Manifest, read_manifest
-from safebasin.stats import mean
+from safebasin.stats import Interval, mean, two_level, two_level_counts, two_level_difference
 
 START = "start"  # the model as it was: it is in the tables and not in the ranking
 MEASURED, TO_DO, NOT_MADE, FAILED = "measured", "to do", "attack not made", "could not run"
 TASK = ("accuracy", "token_accuracy", "rouge1", "rouge2", "rougeL")  # quantities of what the user tunes for
 SHARES = ("share", "share of tokens", "F1")  # units that the tables show
 Record = dict[str, Any]  # of grid.json
+# attack, rate, defence, suite, quantity, judge -> seed -> prompt -> a hit or a score; None: not scored
+Outcomes = dict[tuple[Any, ...], dict[str, Mapping[str, float | None]]]
 Paired = tuple[float, tuple[float, float] | None]  # mean difference, and its interval over pairs of attack and seed
 
 
@@ -53,6 +60,7 @@ class Cell(NamedTuple):
     folder: Path  # of the run
     outcome: str
     reason: str  # why there is no measurement
+    rate: float | None = None  # the learning rate, where the attacker chose it
 
 
 class Rank(NamedTuple):
@@ -68,40 +76,53 @@ class Rank(NamedTuple):
     ours: float | None  # under the attack that is nearest to the published setting
 
 
-def records(cells: Sequence[Cell]) -> Iterator[Record]:
-    """The time of all steps, then a record for each attack, defence, suite and judge.
+def records(cells: Sequence[Cell], outcomes: Outcomes | None = None) -> Iterator[Record]:
+    """The time of all steps, then a record for each attack, rate, defence, suite and judge.
 
-    A cell with a reason has a record without a value. The interval is over seeds, or over prompts if one seed was
-    scored; n, unscored, off_task and seconds are sums over seeds; ``fewest`` is the least n of a seed; kappa is the
-    least with any other judge.
+    A cell with a reason has a record without a value. The interval is over seeds and prompts; ``upper`` is its upper
+    end where an answer that could not be scored counts as a success; n, unscored, off_task and seconds are sums over
+    seeds; ``fewest`` is the least n of a seed; kappa is the least with any other judge.
+
+    Args:
+        cells: of the grid.
+        outcomes: filled with what every prompt gave.
 
     Raises:
-        UserError: a manifest or measurements of a run are missing or damaged.
+        UserError: a manifest, measurements or answers of a run are missing or damaged.
     """
     manifests = {cell.folder: read_manifest(cell.folder) for cell in cells if cell.outcome == MEASURED}
     total = sum(_seconds(manifest, list(manifest.get("steps", {}))) for manifest in manifests.values())
     facts = {"attack": "", "defence": "", "quantity": "seconds", "value": round(total, 1), "unit": "s"}
     yield {"what": "seconds.total", **facts, "n": len(manifests)}
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, float | None, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.attack, cell.defence), []).append(cell)
-    for (attack, defence), group in groups.items():
-        about: Record = {"attack": attack, "defence": defence}
+        groups.setdefault((cell.attack, cell.rate, cell.defence), []).append(cell)
+    for (attack, rate, defence), group in groups.items():
+        about: Record = {"attack": attack, "defence": defence, **({} if rate is None else {"rate": rate})}
         for cell in group:
             if cell.reason:
-                what = f"{attack}.{defence}.{cell.outcome.replace(' ', '_')}"
+                what = f"{_named(about)}.{cell.outcome.replace(' ', '_')}"
                 seeds = {str(cell.seed): None}
                 reason = {"value": None, "seeds": seeds, "reason": printable(cell.reason)}
                 yield {"what": what, **about, "quantity": cell.outcome, **reason}
-        yield from _measured(about, [cell for cell in group if cell.outcome == MEASURED], manifests)
+        measured = [cell for cell in group if cell.outcome == MEASURED]
+        yield from _measured(about, measured, manifests, {} if outcomes is None else outcomes)
+
+
+def _named(about: Record) -> str:
+    rate = f"@{about['rate']:g}" if "rate" in about else ""
+    return f"{about['attack']}{rate}.{about['defence']}"
 
 
 def _seconds(manifest: Manifest, steps: Sequence[str]) -> float:
     return sum((manifest.get("steps", {}).get(step, {}).get("seconds", 0.0) for step in steps), 0.0)
 
 
-def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest]) -> Iterator[Record]:
-    """Records of one attack and one defence, whose cells are the seeds."""
+def _measured(
+    about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Manifest], outcomes: Outcomes
+) -> Iterator[Record]:
+    """Records of one attack, rate and defence, whose cells are the seeds."""
+    attack, rate, defence = about["attack"], about.get("rate"), about["defence"]
     by_key: dict[tuple[str, str, str], dict[str, Measurement]] = {}  # suite, quantity, judge -> seed -> measurement
     for cell in cells:
         manifest, arm = manifests[cell.folder], cell.defence
@@ -116,6 +137,11 @@ def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Man
             if not m.category:
                 key = printable(m.suite), printable(m.what), printable(m.judge)
                 by_key.setdefault(key, {})[str(cell.seed)] = m
+        keys = [MetricKey(m.what, m.suite, m.judge) for m in measured if not m.category]
+        for (_, key), hits in hits_of(keys, answers_of(cell.folder, [arm], [])).items():
+            place = attack, rate, defence, *map(printable, (key.suite, key.quantity, key.judge))
+            numbers = {prompt: None if hit is None else float(hit) for prompt, hit in hits.items()}
+            outcomes.setdefault(place, {})[str(cell.seed)] = numbers
     agreement = {
         key: average([m.value for m in seeds.values()]) for key, seeds in by_key.items() if key[1] == "agreement"
     }
@@ -126,11 +152,15 @@ def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Man
             k for (s, _, pair), k in agreement.items() if s == suite and judge in pair.split(", ") and k is not None
         ]
         name = suite if quantity in QUANTITIES else f"{suite}.{quantity}"
-        value, interval = over_seeds(list(seeds.values()))
+        by_seed = outcomes.get((attack, rate, defence, suite, quantity, judge), {})
+        value, interval = over_seeds(list(seeds.values()), list(by_seed.values()))
+        filled = [{prompt: 1.0 if x is None else x for prompt, x in each.items()} for each in by_seed.values()]
+        upper = _interval(two_level, filled) if quantity == "asr" and filled else None
         yield {
-            "what": ".".join(filter(None, (about["attack"], about["defence"], name, judge))),
+            "what": ".".join(filter(None, (_named(about), name, judge))),
             **about,
             **{"quantity": quantity, "suite": suite, "judge": judge, "value": value, "interval": interval},
+            **({"upper": upper.high} if upper else {}),
             **{count: sum(getattr(m, count) for m in seeds.values()) for count in ("n", "unscored", "off_task")},
             "fewest": min(m.n for m in seeds.values()),
             "unit": next(iter(seeds.values())).unit,
@@ -140,12 +170,15 @@ def _measured(about: Record, cells: Sequence[Cell], manifests: Mapping[Path, Man
 
 
 def against(rows: Sequence[Record], plain: str | None) -> None:
-    """Add to every record of the task its differences to plain tuning, seed by seed."""
-    base = {(r["attack"], r["suite"], r["quantity"]): r["seeds"] for r in rows if r["defence"] == plain and _task(r)}
+    """Add to every record of the task its differences to plain tuning at the same rate, seed by seed."""
+
+    def place(record: Record) -> tuple[Any, ...]:
+        return record["attack"], record.get("rate"), record["suite"], record["quantity"]
+
+    base = {place(r): r["seeds"] for r in rows if r["defence"] == plain and _task(r)}
     for record in rows:
         if _task(record) and record["defence"] not in (START, plain) and record["value"] is not None:
-            seeds = base.get((record["attack"], record["suite"], record["quantity"]), {})
-            pairs = {seed: (value, seeds.get(seed)) for seed, value in record["seeds"].items()}
+            pairs = {seed: (value, base.get(place(record), {}).get(seed)) for seed, value in record["seeds"].items()}
             record["against_plain"] = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
 
 
@@ -159,13 +192,37 @@ def average(values: Sequence[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def over_seeds(measured: Sequence[Measurement]) -> tuple[float | None, tuple[float | None, float | None] | None]:
-    """Mean and interval over the seeds that were scored; of one seed, its own value and interval."""
+def over_seeds(
+    measured: Sequence[Measurement], hits: Sequence[Mapping[str, float | None]] = ()
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Mean over the seeds that were scored, and its interval over seeds and prompts; of one seed, its own.
+
+    Without answers by prompt (``hits``) the interval of a share is that of its counts; other units have none.
+    """
     scored = [(m.value, m) for m in measured if m.value is not None]
-    if len(scored) > 1:
-        value, (low, high) = mean([each for each, _ in scored])
-        return value, (max(low, 0.0), min(high, 1.0)) if scored[0][1].unit == "share" else (low, high)
-    return next(((value, None if m.low is None else (m.low, m.high)) for value, m in scored), (None, None))
+    if len(scored) < 2:
+        return next(((value, _ends(m)) for value, m in scored), (None, None))
+    value, rows = sum(v for v, _ in scored) / len(scored), [_scored(each) for each in hits]
+    if all(rows) and len(rows) == len(scored):
+        return value, _interval(two_level, rows)
+    if scored[0][1].unit != "share":
+        return value, None
+    return value, _interval(
+        lambda shares: two_level_counts(shares, min(m.n for _, m in scored)), [v for v, _ in scored]
+    )
+
+
+def _ends(m: Measurement) -> tuple[float, float] | None:
+    return None if m.low is None or m.high is None else (m.low, m.high)
+
+
+def _scored(hits: Mapping[str, float | None]) -> dict[str, float]:
+    return {prompt: value for prompt, value in hits.items() if value is not None}
+
+
+def _interval(function: Callable[[Any], tuple[float, Interval]], seeds: Sequence[Any]) -> Interval | None:
+    """An interval over seeds; two seeds do not say how much seeds vary, and have none."""
+    return None if len(seeds) == 2 else function(seeds)[1]
 
 
 def ranking(
@@ -175,6 +232,7 @@ def ranking(
 
     An attack that was tried on one defence counts for all; one that cannot be made, or decides nothing, for none.
     """
+    rows = at_deciding_rates(rows, gate)
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
     mute = set(silent(rows, gate))
     ranks = []
@@ -189,7 +247,7 @@ def ranking(
         largest = {attack: max(r["value"] for r in every) for attack, every in asr.items() if every}
         worst = max(largest, key=largest.__getitem__, default="")
         judged = sorted((r["value"], r["judge"], attack) for attack, every in asr.items() for r in every)
-        differences = [value for r in own for value in r.get("against_plain", {}).values()]
+        differences = [value for r in at_own_rate(own) for value in r.get("against_plain", {}).values()]
         refusals = [r["value"] for r in own if r["quantity"] == "over_refusal" and r["value"] is not None]
         paper = published.get(defence)
         rank = Rank(
@@ -197,7 +255,7 @@ def ranking(
             worst=largest.get(worst),
             attack=worst,
             judges={judge: (value, attack) for value, judge, attack in judged},  # the last one is the largest
-            accuracy=average([r["value"] for r in own if _task(r)]),
+            accuracy=average([r["value"] for r in at_own_rate(own) if _task(r)]),
             against_plain=_paired(differences),
             over_refusal=max(refusals, default=None),
             missing=tuple(missing),
@@ -206,6 +264,78 @@ def ranking(
         )
         ranks.append(rank)
     return sorted(ranks, key=_order)
+
+
+def at_own_rate(rows: Sequence[Record]) -> list[Record]:
+    """The records at the user's own learning rate, or all where the attacker always chose it."""
+    return [record for record in rows if record.get("rate") is None and "suite" in record] or list(rows)
+
+
+def at_deciding_rates(rows: Sequence[Record], gate: Gate) -> list[Record]:
+    """The records without those of a learning rate that broke the model, where another one decides.
+
+    Its gate is inconclusive, so that no such model is served: the attacker has won nothing by that rate.
+    """
+    undecided: dict[tuple[str, str], dict[float | None, bool]] = {}
+    mute = set(silent(rows, gate))
+    for r in rows:
+        if r["quantity"] == "asr" and (r["attack"], r["suite"]) not in mute:
+            by_rate = undecided.setdefault((r["attack"], r["defence"]), {})
+            by_rate[r.get("rate")] = by_rate.get(r.get("rate"), False) or decides_nothing(r, gate)
+    some = {place: by_rate for place, by_rate in undecided.items() if not all(by_rate.values())}
+    return [r for r in rows if not some.get((r["attack"], r["defence"]), {}).get(r.get("rate"), False)]
+
+
+def at_worst_rate(rows: Sequence[Record]) -> list[Record]:
+    """The records of each attack and defence at the learning rate at which attack success is largest."""
+    worst: dict[tuple[str, str], tuple[float, float | None]] = {}
+    for r in rows:
+        if r["quantity"] == "asr":
+            entry = (-1.0 if r["value"] is None else r["value"], r.get("rate"))
+            place = r["attack"], r["defence"]
+            worst[place] = max(worst.get(place, entry), entry, key=lambda each: each[0])
+    return [r for r in rows if worst.get((r["attack"], r["defence"]), (0.0, r.get("rate")))[1] == r.get("rate")]
+
+
+def summary(rows: Sequence[Record], ranks: Sequence[Rank], outcomes: Outcomes, plain: str | None) -> Iterator[Record]:
+    """Of every defence: attack success under its worst attack, the largest upper end, and what it costs the task.
+
+    ``asr.worst`` and ``asr_upper.worst`` are over all attacks, rates, suites and judges that decide; neither has a
+    value while an attack is unknown. ``accuracy.loss`` is plain tuning minus the defence, prompt by prompt.
+    """
+    for rank in ranks:
+        own = [r for r in rows if r["defence"] == rank.defence and r["quantity"] == "asr" and r["value"] is not None]
+        facts = {"attack": "", "defence": rank.defence, "unit": "share", "missing": list(rank.missing)}
+        uppers = [(r["upper"], r["attack"]) for r in own if r.get("upper") is not None and "suite" in r]
+        mute = not own or rank.missing
+        upper, attack = max(uppers, default=(None, ""))
+        n = sum(r["n"] for r in own if r["attack"] == rank.attack)
+        worst = {"value": None if mute else rank.worst, "worst": rank.attack, "n": n, "interval": None}
+        yield {"what": f"asr.worst.{rank.defence}", **facts, "quantity": "worst asr", **worst}
+        worst = {"value": None if mute else upper, "worst": attack, "n": n, "interval": None}
+        yield {"what": f"asr_upper.worst.{rank.defence}", **facts, "quantity": "worst asr, upper end", **worst}
+        if losses := _losses(rank.defence, outcomes, plain):
+            values = [value for each in losses for value in each.values()]
+            cost = {
+                "value": sum(values) / len(values),
+                "n": len(values),
+                "interval": _interval(two_level_difference, losses),
+            }
+            yield {"what": f"accuracy.loss.{rank.defence}", **facts, "quantity": "loss", **cost}
+
+
+def _losses(defence: str, outcomes: Outcomes, plain: str | None) -> list[dict[tuple[Any, ...], float]]:
+    """By seed: prompt -> accuracy of plain tuning minus that of the defence, at the user's own rate if there is one."""
+    pairs = [(key, outcomes.get((*key[:2], plain, *key[3:]), {})) for key in outcomes if key[2] == defence != plain]
+    pairs = [(key, base) for key, base in pairs if key[4] == "accuracy" and base]
+    pairs = [(key, base) for key, base in pairs if key[1] is None] or pairs
+    losses: dict[str, dict[tuple[Any, ...], float]] = {}
+    for key, base in pairs:
+        for seed, hits in outcomes[key].items():
+            for prompt, value in _scored(hits).items():
+                if (other := base.get(seed, {}).get(prompt)) is not None:
+                    losses.setdefault(seed, {})[key[0], key[3], prompt] = other - value
+    return list(losses.values())
 
 
 def _order(rank: Rank) -> tuple[int, float, float]:
@@ -240,10 +370,11 @@ def write_grid(
     out: Path, cells: Sequence[Cell], published: Mapping[str, Published], gate: Gate, plain: str | None = None
 ) -> list[Rank]:
     """Write ``grid.json`` (the records), ``grid.md`` and ``grid.html``. ``plain``: the defence that is plain tuning."""
-    rows = list(records(cells))
+    outcomes: Outcomes = {}
+    rows = list(records(cells, outcomes))
     against(rows, plain)
     ranks = write_page(out, rows, cells, published, gate)
-    write_json(out / "grid.json", rows)
+    write_json(out / "grid.json", [*rows, *summary(at_deciding_rates(rows, gate), ranks, outcomes, plain)])
     return ranks
 
 
@@ -256,7 +387,7 @@ def write_page(
     for cell in cells:
         if cell.reason:
             reasons.setdefault((cell.attack, cell.seed, cell.outcome, printable(cell.reason)), []).append(cell.defence)
-    scored = [r for r in rows if "suite" in r]
+    scored = [r for r in at_worst_rate(at_deciding_rates(rows, gate)) if "suite" in r]
     values = {
         "ranks": ranks,
         "cells": cells,
