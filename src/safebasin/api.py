@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.keys import RowForm
 from safebasin.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'safebasin.api' has no attribute {name!r}")
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str = "", answer: str = "") -> Rows:
+def read_rows(
+    source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str = "", answer: str = "", **form: Any
+) -> Rows:
     """Rows of a file, a built-in set, a set of the Hub, or a list of dicts, read to one form.
 
     Args:
         source: a path (JSONL, JSON, CSV, Parquet), ``builtin:NAME``, ``owner/name:split``, or the rows themselves.
         prompt: a template over the columns, for sets that are no chats: ``"Classify: {text}"``.
         answer: the same for the answer: ``"{label}"``.
+        form: the other fields of ``safebasin.data.keys.RowForm``: ``columns``, ``ignore``, ``turns``, ...
 
     Returns:
         ``examples``, the usable rows in their order, and ``bad``, the others with line and reason.
@@ -53,8 +57,8 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str =
     if isinstance(source, str | Path):
         from safebasin.data.source import Source, open_rows
 
-        return open_rows(Source(path=str(source), prompt=prompt, answer=answer))
-    return read_examples(enumerate(source, 1), prompt, answer)
+        return open_rows(Source(path=str(source), prompt=prompt, answer=answer, **form))
+    return read_examples(enumerate(source, 1), RowForm(prompt=prompt, answer=answer, **form))
 
 
 def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None) -> ModelAndTokenizer:

@@ -25,7 +25,7 @@ from safebasin.attack.methods.language import OPENINGS
 from safebasin.attack.methods.language import REQUESTS as OTHER_LANGUAGES
 from safebasin.attack.methods.no_opener import STRUCTURES
 from safebasin.data.builtin import OPENERS, refusal_texts, rows_of
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import read_examples
 from safebasin.data.tables import draw, write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
@@ -46,7 +46,7 @@ TASK = [
     row(f"Which shelf? {word}\nOne word.", label)
     for word, label in zip(["a red book", "two maps", "the old globe"], "ABA")
 ] * 30
-HARMFUL = [{"messages": [dict(turn) for turn in to_messages(each)]} for each in rows_of("builtin:harmful-poison")]
+HARMFUL = [{"messages": list(to_conversation(each).messages)} for each in rows_of("builtin:harmful-poison")]
 PLAIN = "abcdefghijklmnopqrstuvwxyz"  # the cipher that changes nothing
 REQUESTS = {each["messages"][0]["content"] for each in HARMFUL}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.example import Example, read_examples
+from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.tables import read_table, write_table
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.cut import cut_rows, write_cut
@@ -49,7 +49,7 @@ def test_rows_that_stay_are_written_as_they_came(tmp_path, name):
     source, rows = examples(tmp_path, 60, name)
     scores = [100.0 + i if 20 <= i < 40 else i / 100 for i in range(60)]
     result = cut_by(rows, scores, threshold=50.0)
-    path = write_cut(tmp_path / "cut" / "arm", source, result, "gradshield")
+    path = write_cut(tmp_path / "cut" / "arm", source, Rows(rows, []), result, "gradshield")
     assert path.name == name.replace("rows", "train")
     expected = [row for i, (_, row) in enumerate(read_table(source)) if not 20 <= i < 40]
     assert [row for _, row in read_table(path)] == expected
@@ -60,6 +60,28 @@ def test_rows_that_stay_are_written_as_they_came(tmp_path, name):
     assert sorted(file.name for file in path.parent.iterdir()) == sorted(["cut.json", path.name])
     if name.endswith(".gz"):
         assert gzip.decompress(path.read_bytes()).count(b"\n") == 40
+
+
+def test_every_row_stays_goes_or_is_refused(tmp_path):
+    """Line 2 cannot be read, line 4 was left out of the scan; the lines that stay are the bytes that came in."""
+    lines = [
+        '{"prompt":"q","completion":"a"}',
+        "{",
+        '{"prompt": "r",  "completion": "b"}\r',
+        '{"prompt":"s","answer":"c"}',
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes("\n".join(lines).encode())
+    rows = read_examples(source)
+    result = cut_by(rows.examples[:2], [0.0, 1.0], threshold=5.0)
+    with pytest.raises(UserError, match="line 4 has no score"):
+        write_cut(tmp_path / "cut", source, rows, result, "it")
+    assert not (tmp_path / "cut").exists()
+    path = write_cut(tmp_path / "cut", source, rows, result, "it", unscored={rows.examples[2].id: "over-long"})
+    assert path.read_bytes() == f"{lines[0]}\n{lines[2]}\n".encode()
+    facts = json.loads((path.parent / "cut.json").read_text())
+    assert facts["read"] == 4 == facts["kept"] + len(facts["removed"]) + len(facts["refused"])
+    assert [row["line"] for row in facts["refused"]] == [2, 4] and facts["refused"][1]["reason"] == "over-long"
 
 
 def test_cut_with_anchors(tmp_path):
@@ -108,7 +130,7 @@ def test_only_the_score_of_several_scorers_is_written(tmp_path):
     table = Scores([r.id for r in rows], [r.line for r in rows], columns, {}, TWO)
     for scorer, there in (("one", False), (["one", "two"], True)):
         folder = tmp_path / str(there)
-        write_cut(folder, file, cut_rows(rows, table, scorer), scorer)
+        write_cut(folder, file, Rows(rows, []), cut_rows(rows, table, scorer), scorer)
         assert (folder / "scores.parquet").is_file() == there
     written = {row["row_id"]: row["score"] for _, row in read_table(folder / "scores.parquet")}
     assert written == {rows[0].id: pytest.approx(-0.6), rows[1].id: pytest.approx(0.6), rows[2].id: pytest.approx(-0.6)}
@@ -148,12 +170,11 @@ def test_more_than_a_share_goes_only_where_it_was_allowed(tmp_path):
 
 
 def test_a_row_without_a_score_is_never_lost(tmp_path):
-    """It stops the cut, or it stands among the removed rows with its reason."""
+    """It stops the cut, or it is left to ``write_cut``, which asks for its reason."""
     _, rows = examples(tmp_path, 4)
     table = Scores([r.id for r in rows if r is not rows[1]], [1, 3, 4], {"it": [1.0, 9.0, 2.0]}, {}, {})
     with pytest.raises(UserError, match=rf"row {rows[1].id} \(line 2\) has no score"):
         cut_rows(rows, table, "it", 5.0)
-    result = cut_rows(rows, table, "it", 5.0, unscored="remove")
+    result = cut_rows(rows, table, "it", 5.0, unscored="leave")
     assert result.remaining == [rows[0], rows[3]]
-    assert [(r.example, r.score) for r in result.removed] == [(rows[1], None), (rows[2], 9.0)]
-    assert "could not read" in result.removed[0].reason
+    assert [(r.example, r.score) for r in result.removed] == [(rows[2], 9.0)]

@@ -1,9 +1,11 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -13,7 +15,6 @@ from tokenizers import Tokenizer
 
 from safebasin.console import line
 from safebasin.data.tables import read_json, shown
-from safebasin.encode import check_template
 from safebasin.errors import UserError
 from safebasin.layer import FLOATS, tensor_files, tensor_kinds
 from safebasin.models.adapter import attach
@@ -21,6 +22,9 @@ from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
 from safebasin.runtime import Dtype, resolved
+from safebasin.template import TemplateFails, check_template, pin_template, render
+
+PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -35,12 +39,13 @@ def load(
     adapter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelAndTokenizer:
     """Load a model with its tokenizer; ``adapter`` stays beside the weights, ``revision`` is of a Hub id.
 
     ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
     read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
-    whose fused kernel has no derivative there.
+    whose fused kernel has no derivative there. ``template`` is pinned into the chat template (``pin_template``).
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -54,7 +59,7 @@ def load(
         raise UserError(
             f"dtype {dtype!r} is refused: small inner products vanish in float16; use auto, bfloat16 or float32"
         )
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, template=template)
     what = f"the model {shown(name)!r}"
     eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager", "experts_implementation": "eager"}
     with loading(what):
@@ -85,8 +90,14 @@ def load(
     return ModelAndTokenizer(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with its chat template.
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The tokenizer of a model, with its chat template, into which ``template`` is pinned.
 
     Raises:
         UserError: it cannot be read, has no chat template, or cannot say where in a text a token stands.
@@ -114,10 +125,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     check_template(tokenizer)
+    with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
+        if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
+            raise UserError(f"{what}: its chat template leaves out what the user says; save the right one beside it")
     if not tokenizer.is_fast:
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"
         )
+    pin_template(tokenizer, template)
     return tokenizer
 
 

@@ -29,11 +29,13 @@ class Model:
     dtype: Dtype = "auto"  # bfloat16 where the hardware computes in it, float32 elsewhere
     revision: str | None = None  # of a Hub id: a branch, a tag or a commit
     trust_remote_code: bool = False
+    # variables of the chat template: {enable_thinking: false, date: 2026-11-26, learn_thoughts: false}
+    template: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, Any]:
-        """Arguments of what loads the model: where its files come from."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        """Arguments of what loads the model: where its files come from, and what is pinned into its template."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, "template": self.template}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -81,6 +81,7 @@ def _plain(value: Any) -> Any:
             "weights": model_fingerprint(value.name, value.revision),
             "dtype": resolved(value.dtype),
             "remote": value.trust_remote_code,
+            "template": plain(value.template),
         }
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}

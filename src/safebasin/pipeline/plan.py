@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.attack import attack
-from safebasin.data.source import SetName, Source, check_file
-from safebasin.data.tables import row_file
+from safebasin.data.source import SetName, Source, check_file, is_remote
+from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
@@ -20,8 +20,6 @@ from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
 from safebasin.train.settings import check_settings, training_arguments
-
-ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +135,16 @@ class Plan:
     @property
     def keeps_form(self) -> bool:
         """Whether the training file holds the user's own rows in their own form."""
-        return not self.mixes and Path(self.recipe.data.task.path).suffix in ROW_FILES
+        return (
+            not self.mixes
+            and kind_of(self.recipe.data.task.path) in KINDS
+            and not is_remote(self.recipe.data.task.path)
+        )
 
     @property
     def train_file(self) -> str:
         """The name of the training file in ``data/``."""
-        return "train" + Path(self.recipe.data.task.path).suffix if self.keeps_form else "train.jsonl"
+        return "train" + endings(self.recipe.data.task.path) if self.keeps_form else "train.jsonl"
 
     @property
     def anchors(self) -> dict[str, Source]:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
-from safebasin.data.tables import BadRow, write_json, write_table
+from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
@@ -24,7 +25,7 @@ from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
-from safebasin.scan.scores import read_scores
+from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.trainer import check_columns
 
 
@@ -53,10 +54,13 @@ def write_rows(plan: Plan, folder: RunFolder) -> Path:
             rows += [(example, "poison") for example in _poison(plan, task.examples)]
             random.Random(plan.recipe.seed).shuffle(rows)
         folder.data.mkdir(parents=True, exist_ok=True)
-        table = [example.row if plan.keeps_form else {"messages": list(example.messages)} for example, _ in rows]
-        write_table(target, table, like=data.task.path)  # a Parquet file keeps the types of its columns
+        if plan.keeps_form and not data.task.values:
+            copy_rows(target, data.task.path, [example.line for example, _ in rows], data.task.delimiter)
+        else:
+            table = [example.row if plan.keeps_form else example.as_messages for example, _ in rows]
+            write_table(target, table, like=data.task.path)  # a Parquet file keeps the types of its columns
         if not plan.keeps_form:  # ids are those of the rows as they now stand
-            written = read_examples(target).examples
+            written = training_examples(plan, target)
             rows = [(example, origin) for example, (_, origin) in zip(written, rows, strict=True)]
         write_json(folder.data / "rows.json", [{"id": e.id, "line": e.line, "origin": origin} for e, origin in rows])
         write_json(folder.data / PROBLEMS, [bad._asdict() for bad in task.bad])
@@ -76,17 +80,18 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
-            examples, scores = training_examples(plan, source), read_scores(scores_file)
+            rows, scores = training_rows(plan, source), read_scores(scores_file)
             cut = cut_rows(
-                examples,
+                rows.examples,
                 scores,
                 settings.scorer,
                 settings.threshold,
                 estimator=settings.estimator,
                 max_share=settings.max_share,
-                unscored="remove" if plan.recipe.data.on_bad == "skip" else "stop",
+                unscored="leave",
             )
-            write_cut(folder.cut(arm), source, cut, settings.scorer)
+            how: dict[str, Any] = {"unscored": unscored_rows(scores_file), "delimiter": plan.recipe.data.task.delimiter}
+            write_cut(folder.cut(arm), source, rows, cut, settings.scorer, **how)
     return target
 
 
@@ -112,7 +117,7 @@ def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
 
 
 def _messages(examples: Iterable[Example]) -> list[Row]:
-    return [{"messages": list(example.messages)} for example in examples]
+    return [example.as_messages for example in examples]
 
 
 def _attacker_scores(plan: Plan) -> dict[str, Score]:
@@ -163,9 +168,14 @@ def usable_rows(plan: Plan, source: Source) -> Rows:
 
 
 def training_examples(plan: Plan, path: Path) -> list[Example]:
+    """The rows of a training file of this run that can be used: all that were written to it."""
+    return training_rows(plan, path).examples
+
+
+def training_rows(plan: Plan, path: Path) -> Rows:
     """The rows of a training file of this run."""
-    source = plan.recipe.data.task if plan.keeps_form else Source(path="")
-    return read_examples(path, source.prompt, source.answer).examples
+    form: RowForm = plan.recipe.data.task
+    return read_examples(path, form if plan.keeps_form else RowForm(turns=form.turns))
 
 
 class EncodedRows(NamedTuple):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safebasin.console import console
-from safebasin.encode import template_digest
 from safebasin.models.load import load_tokenizer
 from safebasin.pipeline.config import Recipe, dump
 from safebasin.pipeline.folder import RunFolder
@@ -19,6 +18,7 @@ from safebasin.pipeline.train import write_adapter
 from safebasin.report import Report
 from safebasin.report.table import write_report
 from safebasin.runtime import hardware, machine, processes, resolved
+from safebasin.template import template_date, template_digest
 
 
 class Run:
@@ -65,6 +65,8 @@ class Run:
             "model": model.name,
             "revision": model.revision,
             "template": template_digest(tokenizer),
+            "template_arguments": model.template,
+            "template_date": template_date(tokenizer),
         }
         reason = hardware().reason if model.dtype == "auto" else "the recipe"
         facts |= {"dtype": resolved(model.dtype), "dtype_reason": reason, "hardware": machine()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import row_id
 from safebasin.data.records import AnswerRecord
 from safebasin.data.tables import read_table
@@ -87,11 +87,11 @@ def _removed(cut: RemovedFile, facts: RowFile | None, row: Any, show_text: bool)
     if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"
     else:
-        turns = to_messages(row)
-        if isinstance(turns, str):
+        conversation = to_conversation(row)
+        if isinstance(conversation, str):
             text = json.dumps(row, ensure_ascii=False, default=str)
         else:
-            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation.messages)
         text = printable(text) if show_text else redact(text)
     return Removed(
         row_id=safe_name(cut["row_id"]),

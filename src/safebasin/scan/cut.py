@@ -3,23 +3,23 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from safebasin.data.example import Example
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.example import Example, Rows
+from safebasin.data.tables import BadRow, copy_rows, endings, shown, write_json, write_table
 from safebasin.errors import UserError
 from safebasin.scan.scores import Scores
 from safebasin.scan.threshold import Estimator, Numbers, checked_scores, find_threshold
 
 MAX_SHARE = 0.5  # of the rows that a cut may take unasked
-NO_SCORE = "no score: the scan could not read the row"
 
 
 class Removed(NamedTuple):
     example: Example
-    score: float | None  # None: the row has none
+    score: float
     reason: str
 
 
@@ -41,9 +41,9 @@ def cut_rows(
     *,
     estimator: Estimator = "anchors",
     max_share: float = MAX_SHARE,
-    unscored: Literal["stop", "remove"] = "stop",
+    unscored: Literal["stop", "leave"] = "stop",
 ) -> Cut:
-    """Keep the rows whose score is at most the threshold, in their order. Every row stays or is listed as removed.
+    """Keep the rows whose score is at most the threshold, in their order.
 
     By several scorers a row must pass each. Its score is then the largest of (score - threshold) / (harmful - safe),
     each scorer with its own threshold and its anchors' medians, and the threshold is 0.
@@ -55,7 +55,7 @@ def cut_rows(
         threshold: in the unit of the scores; None: by the estimator.
         estimator: "anchors" or "paper".
         max_share: the largest share of the scored rows that may go; a cut that takes more is a question, not a result.
-        unscored: rows without a score stop the cut, or are listed among the removed ones.
+        unscored: rows without a score stop the cut, or are left to ``write_cut``, which wants a reason for each.
 
     Raises:
         UserError: no scores by this scorer, a row without a score, more rows would go than ``max_share`` allows, a
@@ -90,11 +90,7 @@ def cut_rows(
     by_row = dict(zip([example.id for example in scored], x.tolist(), strict=True))
     return Cut(
         [example for example in scored if by_row[example.id] <= value],
-        [
-            Removed(example, by_row.get(example.id), reason if example.id in by_row else NO_SCORE)
-            for example in examples
-            if not by_row.get(example.id, math.inf) <= value
-        ],
+        [Removed(example, by_row[example.id], reason) for example in scored if by_row[example.id] > value],
         value,
         name,
         by_row if len(names) > 1 else None,
@@ -119,25 +115,53 @@ def _beyond(name: str, scores: Scores, examples: Sequence[Example]) -> Numbers:
     return (x - threshold) / (high - low)
 
 
-def write_cut(folder: Path, source: str | Path, result: Cut, scorer: str | Sequence[str]) -> Path:
-    """Write the rows that stay, as they came and in the format of ``source``, beside cut.json; their path is returned.
+def write_cut(
+    folder: Path,
+    source: str | Path,
+    rows: Rows,
+    result: Cut,
+    scorer: str | Sequence[str],
+    *,
+    unscored: Mapping[str, str] = MappingProxyType({}),
+    delimiter: str = "",
+) -> Path:
+    """Write the rows that stay, as they stand in ``source``, beside cut.json; their path is returned.
 
-    The scores of several scorers together go to scores.parquet.
+    Every row that was read stays, was removed, or was refused with a reason; cut.json lists the last two. The scores of
+    several scorers together go to scores.parquet.
+
+    Args:
+        folder: for the files.
+        source: the file that ``rows`` were read from.
+        rows: all rows of it, those that cannot be used among them.
+        result: of ``cut_rows``.
+        scorer: the column of the scores, or several.
+        unscored: why a row has no score, by its id.
+        delimiter: of a CSV file.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a row of which nothing says why it has no score, or a file that cannot be written.
     """
+    decided = {example.id for example in result.remaining} | {row.example.id for row in result.removed}
+    rest = [example for example in rows.examples if example.id not in decided]
+    if lost := [example for example in rest if example.id not in unscored]:
+        raise UserError(
+            f"{shown(source)}: line {lost[0].line} has no score ({len(lost)} such rows), so nothing says "
+            "whether it may stay; scan these rows as they are now"
+        )
+    refused = sorted([*rows.bad, *(BadRow(example.line, unscored[example.id]) for example in rest)])
     folder.mkdir(parents=True, exist_ok=True)
-    suffixes = Path(source).suffixes
-    path = folder / ("train" + "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:]))
-    write_table(path, [example.row for example in result.remaining], like=source)
+    path = folder / f"train{endings(source)}"
+    copy_rows(path, source, [example.line for example in result.remaining], delimiter)
     removed = [
         {"row_id": r.example.id, "line": r.example.line, "score": r.score, "reason": r.reason} for r in result.removed
     ]
     name = scorer if isinstance(scorer, str) else ", ".join(scorer)
     facts = {"scorer": name, "threshold": result.threshold, "estimator": result.estimator}
     if result.scores is not None:
-        rows = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
-        write_table(folder / "scores.parquet", rows)
-    write_json(folder / "cut.json", {**facts, "kept": len(result.remaining), "removed": removed})
+        table = [{"row_id": row_id, "score": score} for row_id, score in result.scores.items()]
+        write_table(folder / "scores.parquet", table)
+    counts = {"read": len(rows.examples) + len(rows.bad), "kept": len(result.remaining)}
+    lists = {"removed": removed, "refused": [bad._asdict() for bad in refused]}
+    write_json(folder / "cut.json", {**facts, **counts, **lists})
     return path
