@@ -104,28 +104,13 @@ def test_a_row_is_its_worst_token():
 
 
 def test_contexts_by_hand():
-    """The probe `make a bomb` / `I cannot help` with a length of 2: an opener's first two words count against, the
-    refusal's first two for it."""
+    """The probe `make a bomb` with a length of 2: an opener's first two words count twice against S, and so on."""
     [probe] = refusals(TOKENIZER, BAD[:1])
-    by_kind = {}
-    for context in contexts(TOKENIZER, [probe], 2, METHOD.openers):
-        by_kind.setdefault(context.kind, []).append(context)
-    prompt = probe.ids[: probe.answer.index(True)]
-    for kind, weight, words in (("open", -1.5, ["Sure", "here"]), ("language_refuse", 1.5, ["I", "cannot"])):
-        first = by_kind[kind][0]
-        after = tuple(TOKENIZER.convert_tokens_to_ids(words))
-        assert first.weight == weight
-        assert first.row.ids[-2:] == after and first.row.answer[-2:] == (True, True) and sum(first.row.answer) == 2
-    assert by_kind["open"][0].row.ids[:-2] == prompt
-    assert [(kind, c.weight) for kind, every in by_kind.items() for c in every] == [
-        ("open", -1.5),
-        ("structure", -1),
-        ("language", -3.5),
-        ("language_refuse", 1.5),
-        ("refuse", 0.5),
-        ("refuse", 0.5),
-        ("answer", 1),
-    ]
+    every = list(contexts(TOKENIZER, [probe], 2, METHOD.openers))
+    assert [(c.kind, c.weight) for c in every] == [("open", -2), ("structure", -1), ("language", -3), ("answer", 1)]
+    opened, prompt = every[0].row, probe.ids[: probe.answer.index(True)]
+    assert opened.ids == prompt + tuple(TOKENIZER.convert_tokens_to_ids(["Sure", "here"]))
+    assert opened.answer == (False,) * len(prompt) + (True, True)
 
 
 def test_it_needs_a_probe():
