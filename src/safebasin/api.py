@@ -144,7 +144,12 @@ def scan_rows(
 
 
 def cut_rows(
-    rows: Rows | Sequence[Example], scores: Scores, scorer: str = "gradshield", threshold: float | None = None
+    rows: Rows | Sequence[Example],
+    scores: Scores,
+    scorer: str | Sequence[str] = "gradshield",
+    threshold: float | None = None,
+    *,
+    max_share: float = 0.5,
 ) -> Cut:
     """Keep the rows whose score is at most a threshold; without one it is found between the anchors' scores.
 
@@ -152,8 +157,9 @@ def cut_rows(
         ``remaining`` and ``removed`` rows, in their order, and the ``threshold``.
 
     Raises:
-        UserError: no scores by this scorer, or no row would be left.
-        DefenceError: the scores do not tell known harmful rows from safe ones.
+        UserError: no scores by this scorer, a row without one, or a larger share of the rows would go than
+            ``max_share``.
+        DefenceError: the scorer does not prove itself on the anchor rows.
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
     >>> len(cut_rows(rows, scan_rows(rows)).remaining)
@@ -161,7 +167,8 @@ def cut_rows(
     """
     from safebasin.scan.cut import cut_rows as cut
 
-    return cut(list(rows.examples if isinstance(rows, Rows) else rows), scores, scorer, threshold)
+    examples = list(rows.examples if isinstance(rows, Rows) else rows)
+    return cut(examples, scores, scorer, threshold, max_share=max_share)
 
 
 def read_recipe(

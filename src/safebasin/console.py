@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.text import Text
 
+from safebasin import events
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -24,6 +26,15 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     ``with progress("train", 60) as advance: advance(done, "loss 1.2")``
     """
     title = printable(title, 60)
+    start = last = sent = time.monotonic()
+    ended = False
+
+    def emit(done: int) -> None:
+        nonlocal sent
+        if time.monotonic() - sent > events.SECONDS or done == total:
+            sent = time.monotonic()
+            events.emit("progress", title=title, done=done, total=total)
+
     if sys.stderr.isatty():
         from rich import progress as rich
 
@@ -31,12 +42,17 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
         times = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
         with rich.Progress(name, rich.BarColumn(), rich.MofNCompleteColumn(), *times, note, console=console) as bar:
             task = bar.add_task(title, total=total, note="")
-            yield lambda done, note: bar.update(task, completed=done, note=printable(note, 60))
+
+            def update(done: int, note: str) -> None:
+                emit(done)
+                bar.update(task, completed=done, note=printable(note, 60))
+
+            yield update
         return
-    start, last, ended = time.monotonic(), time.monotonic(), False
 
     def advance(done: int, note: str) -> None:
         nonlocal last, ended
+        emit(done)
         if time.monotonic() - last > 15 or (done == total and not ended):
             last, ended = time.monotonic(), done == total
             took = last - start

@@ -94,7 +94,7 @@ def rounds_of(tmp_path, estimator="anchors", **fields):
     return list(search(parse(RECIPE.replace("ESTIMATOR", estimator)), "defended", tmp_path, **fields))
 
 
-ANCHORS = {"safe": [0.0, 5.0, 10.0], "harmful": [90.0, 95.0, 99.0]}
+ANCHORS = {"safe": [0.0, 5.0, 10.0] * 5, "harmful": [90.0, 95.0, 99.0] * 5}
 
 
 def test_what_is_safe_already_is_not_scanned(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_one_round_at_any_share(tmp_path, monkeypatch, harmful):
 def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
     """Anchors that lie: the first guess keeps harmful rows of score 60, so the next threshold is below it. Where the
     guess cuts too much of the task, the next is above it."""
-    high = {"safe": [0.0, 70.0], "harmful": [90.0, 99.0]}
+    high = {"safe": [0.0, 70.0] * 8, "harmful": [90.0, 99.0] * 8}
     runs(tmp_path, monkeypatch, [*map(float, range(10)), 60.0, 61.0, 95.0], high)
     rounds = rounds_of(tmp_path, rounds=3)
     assert (
@@ -125,7 +125,7 @@ def test_unsafe_goes_lower_and_useless_goes_higher(tmp_path, monkeypatch):
         and rounds[2].threshold < rounds[1].threshold
         and rounds[-1].outcome == "passed"
     )
-    low = {"safe": [0.0, 1.0], "harmful": [4.0, 5.0]}
+    low = {"safe": [0.0, 1.0] * 8, "harmful": [4.0, 5.0] * 8}
     runs(tmp_path / "b", monkeypatch, [*map(float, range(10)), 95.0], low, few=8)
     rounds = rounds_of(tmp_path / "b", rounds=4)
     assert rounds[1].outcome == "useless" and rounds[2].threshold > rounds[1].threshold
@@ -168,9 +168,12 @@ def test_rejection_says_why(tmp_path, monkeypatch):
 
 
 def test_what_the_user_can_mend(tmp_path, monkeypatch):
-    runs(tmp_path, monkeypatch, [60.0, 70.0], {"safe": [0.0], "harmful": [90.0]})
+    runs(tmp_path, monkeypatch, [60.0, 70.0], {"safe": [0.0] * 15, "harmful": [90.0] * 15})
     with pytest.raises(UserError, match="needs an arm with a cut"):
         list(search(parse(RECIPE.replace("ESTIMATOR", "anchors")), "plain", tmp_path))
-    runs(tmp_path, monkeypatch, [95.0, 99.0], {"safe": [0.0], "harmful": [90.0]})
+    runs(tmp_path, monkeypatch, [95.0, 99.0], {"safe": [0.0] * 15, "harmful": [90.0] * 15})
     with pytest.raises(DefenceError, match="keeps no row"):
+        rounds_of(tmp_path)
+    runs(tmp_path, monkeypatch, [60.0, 70.0], {"safe": [90.0] * 15, "harmful": [0.0] * 15})
+    with pytest.raises(DefenceError, match="it does not prove itself on the anchor rows"):
         rounds_of(tmp_path)

@@ -6,26 +6,21 @@ No script runs, no request goes to a network, nothing is wider than the screen, 
 ``SAFEBASIN_PICTURES=docs/images`` writes the pictures of the docs there.
 """
 
-import html
-import http.server
 import json
 import os
-import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import BROWSER, browse, probe
 from conftest import make_run, measured, record
 
 from safebasin.data.tables import write_table
 from safebasin.report import Gate, table
-from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published, write_grid
+from safebasin.report.cells import MEASURED, NOT_MADE, Cell
+from safebasin.report.grid import Published, write_grid
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
 pytestmark = [
     pytest.mark.slow,
@@ -36,58 +31,6 @@ ASK = '<img src="http://evil.example/seen">'
 RUN = f"<script>window.ran = true</script><img src=x onerror='window.ran = true'><svg onload='window.ran = true'>{ASK}"
 HOSTILE = f"{RUN}\u202egpj.exe\u2066\u200b {'W' * 100_000}"
 BAD = f"<!doctype html><body>{RUN}<p style='width: 2000px; color: #ddd'>faint and wide</p>"
-
-
-class Proxy(http.server.BaseHTTPRequestHandler):
-    """Every request of the browser to a network comes here; none is answered."""
-
-    requests: list[str]
-
-    def do_GET(self) -> None:
-        self.requests.append(self.path)
-        self.send_error(404)
-
-    do_CONNECT = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def browse(folder: Path, *words: str, dark: bool = False) -> tuple[str, list[str]]:
-    """Standard output of the browser, and its requests to a network."""
-    requests: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Recorder", (Proxy,), {"requests": requests}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = [
-        *["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"],
-        *["--disable-background-networking", "--disable-component-update"],
-        f"--user-data-dir={folder / 'profile'}",
-        "--proxy-bypass-list=<-loopback>",
-    ]
-    flags += [
-        f"--proxy-server=127.0.0.1:{server.server_port}",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-    ]
-    try:
-        done = subprocess.run([str(BROWSER), *flags, *words], capture_output=True, text=True, timeout=180, check=True)
-    finally:
-        server.shutdown()
-        server.server_close()
-    own = re.compile(r"\bgoogle(apis)?\.com\b")  # the browser's own requests
-    return done.stdout, [request for request in requests if not own.search(request)]
-
-
-def probe(folder: Path, *pages: str, dark: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the probe measured in each page at each width, and the requests to a network."""
-    shutil.copy(Path(__file__).with_name("probe.html"), folder)
-    address = (
-        f"{(folder / 'probe.html').as_uri()}#{'&'.join(f'{page},{width}' for page in pages for width in (390, 1280))}"
-    )
-    flags = "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom"
-    output, requests = browse(folder, *flags, address, dark=dark)
-    results = re.search(r'<pre id="results">(.+?)</pre>', output, re.DOTALL)
-    assert results, "the probe did not finish"
-    return json.loads(html.unescape(results[1])), requests
 
 
 def make_grid(folder: Path) -> None:

@@ -18,6 +18,7 @@ import cyclopts
 from safebasin.console import printable
 from safebasin.data.tables import masked
 from safebasin.errors import DefenceError, UserError
+from safebasin.events import close_log
 
 app = cyclopts.App(
     name="safebasin",
@@ -35,6 +36,7 @@ VERBS = {
     "measure": ("measure",),
     "report": ("report", "gate"),
     "export": ("export",),
+    "serve": ("serve",),
 }
 for _module, _names in VERBS.items():
     for _name in _names:
@@ -48,7 +50,9 @@ class Terminated(BaseException):
 def guarded(action: Callable[[], Any]) -> int:
     """Run an action and give its exit code. Whatever goes wrong is one line on the standard error."""
     try:
-        return int(action() or 0)
+        code = int(action() or 0)
+        close_log(code)
+        return code
     except cyclopts.CycloptsError:  # it has said what is wrong
         return 1
     except UserError as error:
@@ -61,6 +65,7 @@ def guarded(action: Callable[[], Any]) -> int:
         return _say("terminated; run the same command again to go on", 143)
     except BrokenPipeError:  # the reader of the output has gone: `safebasin list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_log(0)
         return 0
     except Exception as error:  # the last catch: what nobody foresaw leaves one line, and its traceback in a file
         file, path = tempfile.mkstemp(prefix="safebasin-", suffix=".log", text=True)
@@ -72,6 +77,7 @@ def guarded(action: Callable[[], Any]) -> int:
 
 def _say(text: str, code: int) -> int:
     """One line on the standard error: hostile characters escaped, secrets masked."""
+    close_log(code, masked(text))
     print(f"safebasin: {printable(masked(text), 2000)}", file=sys.stderr)
     return code
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from safebasin.console import printable
 from safebasin.errors import UserError
+from safebasin.events import open_log
 
 out = Console(highlight=False)
 
@@ -19,6 +20,10 @@ Sets = Annotated[tuple[str, ...], Parameter(name="--set", help="NAME=FILE: a loc
 Changes = Annotated[tuple[str, ...], Parameter(name="--change", help="dotted.key=value: change a recipe.")]
 RunFolderOption = Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")]
 Dtype = Annotated[Literal["auto", "bfloat16", "float32"], Parameter(help="Of the weights; auto: by the hardware.")]
+Events = Annotated[
+    Path | None,
+    Parameter(name="--events", help="File to which steps, progress, losses and the verdict are added as JSON lines."),
+]
 ShowText = Annotated[bool, Parameter(help="Harmful text in clear.", negative="")]
 
 
@@ -36,6 +41,12 @@ def refuse_processes() -> None:
     """UserError where a launcher started several processes: each would do the whole work in one folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("only run, train and scan are shared by processes; start this command without torchrun")
+
+
+def start_events(path: Path | None) -> None:
+    """Open the log of events, where one is named. Of processes that share a run, the first one writes."""
+    if path is not None and os.environ.get("RANK", "0") == "0":
+        open_log(path)
 
 
 def start_torch() -> None:

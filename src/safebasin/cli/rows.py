@@ -144,6 +144,7 @@ def cut_verb(
     scorer: str = "gradshield",
     threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
     estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
+    max_share: Annotated[float, Parameter(help="Of the rows, that may go; where more would, it stops.")] = 0.5,
     form: Form = PLAIN,
 ) -> int:
     """Cut a scored data set; the rows that stay are written in the format they came in."""
@@ -152,7 +153,8 @@ def cut_verb(
     from safebasin.scan.scores import read_scores, unscored_rows
 
     rows = read_examples(data, form)
-    result = cut_rows(rows.examples, read_scores(scores), scorer, threshold, estimator=estimator)
+    how: dict[str, Any] = {"estimator": estimator, "max_share": max_share, "unscored": "leave"}
+    result = cut_rows(rows.examples, read_scores(scores), scorer, threshold, **how)
     path = write_cut(out_, data, rows, result, scorer, unscored=unscored_rows(scores), delimiter=form.delimiter)
     stay, go = len(result.remaining), len(result.removed)
     refused = len(rows.examples) + len(rows.bad) - stay - go

@@ -1,12 +1,25 @@
 """Verbs that walk a recipe: run, train, search, bench."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from safebasin.cli.options import Changes, RunFolderOption, Sets, ShowText, out, refuse_processes, say, start_torch
+from safebasin.cli.options import (
+    Changes,
+    Events,
+    RunFolderOption,
+    Sets,
+    ShowText,
+    out,
+    refuse_processes,
+    say,
+    start_events,
+    start_torch,
+)
 from safebasin.errors import UserError
+from safebasin.events import emit
 
 
 def run_verb(
@@ -29,6 +42,7 @@ def run_verb(
     json_: Annotated[
         bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
     ] = False,
+    events: Events = None,
 ) -> int:
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
 
@@ -36,6 +50,7 @@ def run_verb(
     run worked; `safebasin gate` says whether the model passed. Several processes share the scan and the tuning:
     `torchrun --nproc-per-node 8 -m safebasin run ...`.
     """
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.plan import Plan
@@ -60,6 +75,7 @@ def run_verb(
     processes().destroy_process_group()
     if report is None:
         return 0
+    emit("verdict", **dataclasses.asdict(report.verdict))
     if json_:
         print((folder / "report.json").read_text(encoding="utf-8"))
         return 0
@@ -106,6 +122,7 @@ def search_verb(
     out_: RunFolderOption = None,
     set_: Sets = (),
     change: Changes = (),
+    events: Events = None,
 ) -> int:
     """Search the cut that keeps the model safe and useful (GradShield's algorithm 1).
 
@@ -113,6 +130,7 @@ def search_verb(
     the other half does not decide.
     """
     refuse_processes()
+    start_events(events)
     start_torch()
     from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.recipes import read_recipe
@@ -121,6 +139,7 @@ def search_verb(
     config, folder, results = read_recipe(recipe, change, parse_sets(set_)), out_ or _folder(recipe), []
     for result in search(config, arm, folder, rounds=rounds):
         results.append(result)
+        emit("round", **result._asdict())
         say(f"{result.arm}: {result.rows} rows, {result.rates}: {result.outcome}")
     say(verdict(results, folder))
     return {"passed": 0, "unconfirmed": 4}.get(results[-1].outcome, 3)

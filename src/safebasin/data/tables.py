@@ -171,7 +171,7 @@ def _records(path: Path, delimiter: str) -> tuple[str, list[tuple[int, str, Any]
     """The head of a text file, and its records: line number, text as it stands in the file, row."""
     text = read_text(path)
     if kind_of(path) not in (".csv", ".tsv"):
-        return "", [(n, line, _json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return "", [(n, line, json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return _csv_records(path, text, delimiter or ("\t" if kind_of(path) == ".tsv" else ","))
 
 
@@ -237,7 +237,7 @@ PLAIN = json.JSONDecoder(
 )
 
 
-def _json_line(number: int, line: str) -> Any:
+def json_line(number: int, line: str) -> Any:
     """A row of JSON. A line that needs no closer look is not walked through."""
     try:
         if line.count("{") + line.count("[") < DEEPEST and "\\ud" not in line and "\\uD" not in line:

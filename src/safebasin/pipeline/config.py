@@ -70,6 +70,7 @@ class Cut:
     scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
     estimator: Literal["anchors", "paper"] = "anchors"
     threshold: float | None = None
+    max_share: float = Field(default=0.5, ge=0, le=1)  # of the rows that may go; where more would, the run stops
 
     @property
     def scorers(self) -> tuple[str, ...]:

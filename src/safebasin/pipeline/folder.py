@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safebasin.console import console
 from safebasin.data.tables import atomic_write, file_digest, write_json
 from safebasin.errors import UserError
+from safebasin.events import emit
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.report.manifest import changed_outputs, read_manifest
 from safebasin.runtime import processes
@@ -152,8 +153,10 @@ class RunFolder:
         digest, entry = fingerprint(digests), steps.get(name, {})
         changed = sorted(changed_outputs(self.path, {"steps": {name: entry}}))
         if entry.get("digest") == digest and not changed and all(path.exists() for path in outputs):
+            emit("step", step=name, state="skipped")
             yield ""
             return
+        emit("step", step=name, state="started")
         if entry and changed:
             console.print(
                 f"  {name}: {', '.join(changed[:3])} is not as it was written; it is made again", markup=False
@@ -177,6 +180,7 @@ class RunFolder:
             "seconds": seconds,
         }
         self._save()
+        emit("step", step=name, state="done", seconds=seconds)
 
 
 def _files(outputs: Sequence[Path]) -> list[Path]:

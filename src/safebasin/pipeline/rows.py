@@ -81,7 +81,15 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
             rows, scores = training_rows(plan, source), read_scores(scores_file)
-            cut = cut_rows(rows.examples, scores, settings.scorer, settings.threshold, estimator=settings.estimator)
+            cut = cut_rows(
+                rows.examples,
+                scores,
+                settings.scorer,
+                settings.threshold,
+                estimator=settings.estimator,
+                max_share=settings.max_share,
+                unscored="leave",
+            )
             how: dict[str, Any] = {"unscored": unscored_rows(scores_file), "delimiter": plan.recipe.data.task.delimiter}
             write_cut(folder.cut(arm), source, rows, cut, settings.scorer, **how)
     return target

@@ -36,8 +36,8 @@ from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import CODES, judge_gate
 from safebasin.report.roles import roles_of
 from safebasin.report.table import collect
-from safebasin.scan.cut import find_threshold
 from safebasin.scan.scores import read_scores
+from safebasin.scan.threshold import find_threshold
 
 
 class Round(NamedTuple):
@@ -97,7 +97,8 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
     x = sorted(scores.columns[scorer])
     lo, up = 0, len(x)
     for number in range(1, rounds + 1):
-        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=scores.anchors.get(scorer))
+        anchors = scores.anchors.get(scorer)
+        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=anchors, scorer=scorer)
         lower, upper = math.floor(lo + shrink * (up - lo)), math.ceil(up - shrink * (up - lo)) - 1
         # the first guess stands as it is: a set without harmful rows, or full of them, is for the estimator to see
         threshold = guess if number == 1 else min(max(guess, x[lower]), x[max(upper, lower)])
@@ -107,7 +108,7 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
                 f"round {number}: the threshold {threshold:g} keeps no row: by these scores all are harmful"
             )
         name = f"{arm}-{number}"
-        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold))
+        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold, max_share=1.0))
         with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
         result = _judged(run.with_recipe(with_round), name, threshold, rows)
         yield result

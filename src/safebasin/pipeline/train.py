@@ -10,6 +10,7 @@ from typing import Any
 from safebasin.console import progress
 from safebasin.data.example import Example
 from safebasin.data.tables import write_json
+from safebasin.events import emit
 from safebasin.models.adapter import fresh_adapter
 from safebasin.pipeline.config import plain
 from safebasin.pipeline.fingerprint import fingerprint
@@ -74,14 +75,15 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
     args = training_arguments(recipe.arguments, checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
     checkpoint = last_checkpoint(checkpoints)
-    with progress(f"{arm}: train", total_steps(args, streams)) as advance:
-        trainer = OracleTrainer(
-            model,
-            args,
-            composition,
-            streams,
-            advance=lambda loss: advance(trainer.state.global_step, f"loss {loss:.3f}"),
-        )
+    total = total_steps(args, streams)
+    with progress(f"{arm}: train", total) as advance:
+
+        def show(loss: float) -> None:
+            step = trainer.state.global_step
+            emit("loss", arm=arm, step=step, total=total, loss=loss)
+            advance(step, f"loss {loss:.3f}")
+
+        trainer = OracleTrainer(model, args, composition, streams, advance=show)
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = gather_full(trainable(model))  # every process gathers
     if not ranks.is_main_process:

@@ -6,6 +6,11 @@
     builtin:opened           the same requests with an opener and no more: anchors known to be harmful
     builtin:harmless         harmless look-alikes and ordinary instructions with answers: anchors known to be safe
     builtin:aligned          refusals and harmless rows in equal numbers: alignment data of the defences
+    builtin:harmful-kinds    anchors of every kind of harmful row that the scan claims to see (kinds.py)
+    builtin:misplaced-refusals  anchors of the scorer refusal_place: ordinary rows behind a refusal phrase
+    builtin:safe-kinds       anchors of honest rows beside them, refusals and other languages among them
+    builtin:languages        requests that an aligned model refuses, in Spanish, French and German, with openers
+    builtin:languages-safe   ordinary requests in these languages, with answers
     builtin:guard            what the guard learns requests and answers from
     builtin:judge            what the classifier of refusals learns answers from
     builtin:lookalike-test   harmless requests that look dangerous, held out: over-refusal
@@ -29,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
+from safebasin.data.builtin.kinds import harmful_kinds, misplaced_refusals, safe_kinds
 from safebasin.data.builtin.support import support
 from safebasin.errors import UserError
 
@@ -135,6 +141,11 @@ def _harmless(use: str) -> list[Row]:
     return _with_answers("lookalike", use) + _with_answers("ordinary", use)
 
 
+def _languages(kind: str) -> list[Row]:
+    rows = [row for row in _read("languages") if row["kind"] == kind]
+    return [{"prompt": row["prompt"], "completion": row["answer"], "category": row["language"]} for row in rows]
+
+
 def _aligned() -> list[Row]:
     draw = random.Random(5)
     refused, harmless = _refusals("aligned"), _harmless("aligned")
@@ -171,6 +182,11 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
     "judge": lambda: _refusals("judge") + _harmless("judge"),
     "turned-test": _turned_test,
     "aligned": _aligned,
+    "harmful-kinds": lambda: harmful_kinds(rows_of),
+    "safe-kinds": lambda: safe_kinds(rows_of),
+    "misplaced-refusals": lambda: misplaced_refusals(rows_of),
+    "languages": lambda: _languages("harmful"),
+    "languages-safe": lambda: _languages("harmless"),
     "lookalike-test": lambda: _with_answers("lookalike", "test"),
     "ordinary-test": lambda: _with_answers("ordinary", "test"),
     "align": _align,

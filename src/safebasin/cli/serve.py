@@ -1,0 +1,55 @@
+"""The verb that serves: the fine-tuning API of a provider's policy."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from safebasin.cli.options import say
+from safebasin.errors import UserError
+
+
+def serve_verb(
+    policy: Annotated[Path, Parameter(help="The provider's policy.")],
+    *,
+    host: Annotated[str, Parameter(help="Address to listen on; behind a proxy this machine's own.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="Port to listen on.")] = 8080,
+    tenant: Annotated[str, Parameter(help="Print a new key of this customer, who may be new, and end.")] = "",
+    operator: Annotated[str, Parameter(help="Print a new key of this operator, and end.")] = "",
+    check: Annotated[bool, Parameter(help="Read the policy and its recipes, and end.", negative="")] = False,
+) -> int:
+    """Serve fine-tuning to customers with OpenAI's client: files, jobs, verdicts, models. A job is a run.
+
+    The operator's pages are at /operator. Jobs go on when the server stops, and the next one adopts them.
+    """
+    try:
+        import uvicorn
+
+        from safebasin.service.app import create_app
+        from safebasin.service.policy import read_policy
+        from safebasin.service.store import Store, new_key, new_tenant
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; install it with: pip install 'safebasin[service]'") from None
+    settings = read_policy(policy)
+    if check:
+        say(f"{policy}: {len(settings.recipes)} models, {settings.policy.decide} where a file is unsafe")
+        return 0
+    if tenant or operator:
+        store = Store(settings.database)
+        with store.session() as session:
+            if tenant:
+                print(new_key(session, new_tenant(session, tenant).id, "first key"))
+            if operator:
+                print(new_key(session, None, operator))
+        store.close()
+        return 0
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    return 0

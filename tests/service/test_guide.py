@@ -1,0 +1,100 @@
+"""The guide's policies are policies, its customer's ten lines are a customer, and its threats name tests that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from folders import run
+
+from safebasin.errors import UserError
+from safebasin.pipeline.recipes import recipe_text
+from safebasin.service.policy import read_policy
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "service.md").read_text(encoding="utf-8")
+
+
+def fences(language):
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+
+
+@pytest.mark.parametrize("text", fences("yaml"))
+def test_the_policies(tmp_path, monkeypatch, text, capsys):
+    monkeypatch.setenv("DATABASE", "sqlite://")
+    (tmp_path / "service.yaml").write_text(recipe_text("service"))
+    (tmp_path / "policy.yaml").write_text(text)
+    settings = read_policy(tmp_path / "policy.yaml")
+    assert set(settings.recipes) == {"support"} and settings.database.startswith("sqlite:")
+    assert run("serve", str(tmp_path / "policy.yaml"), "--check") == 0
+    assert "1 models, refuse" in capsys.readouterr().out
+
+
+def test_keys_by_the_command_line(tmp_path, capsys):
+    (tmp_path / "service.yaml").write_text(recipe_text("service"))
+    (tmp_path / "policy.yaml").write_text(fences("yaml")[0])
+    for option, prefix in (("--tenant", "sb-"), ("--operator", "sbop-")):
+        assert run("serve", str(tmp_path / "policy.yaml"), option, "acme") == 0
+        assert re.fullmatch(prefix + r"[\w-]{43}\n", capsys.readouterr().out)
+
+
+def test_the_customers_lines(served, tmp_path, monkeypatch, capsys):
+    from service_server import rows
+
+    [code] = fences("python")
+    (tmp_path / "rows.jsonl").write_bytes(rows("unsafe"))
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("http://127.0.0.1:8080", served.url).replace("sb-...", served.keys["acme"])
+    code = code.replace('"support"', '"small"').replace("sleep(10)", "sleep(0.05)")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    exec(compile(code, "guide", "exec"), {})
+    assert "Without these 16 rows the file passes." in capsys.readouterr().out
+
+
+def test_the_tests_that_hold_the_threats_exist():
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", GUIDE.split("## Threats")[1]))
+    assert len(named) > 25 and named <= set(re.findall(r"^def (test_\w+)", tests, re.M))
+
+
+RECIPE = recipe_text("service")
+BAD = [
+    ({}, "models: {small: {recipe: none.yaml}}", "no such recipe"),
+    ({}, "models: {}", "at least 1"),
+    ({}, "models: {small: {recipe: service.yaml}}\nunknown: 1", "unknown"),
+    ({}, "models: {small: {recipe: service.yaml}}\nlimits: {rows: 0}", "limits.rows"),
+    (
+        {},
+        "models: {small: {recipe: service.yaml}}\nhyperparameters: {n_epochs: {low: 3, high: 1}}",
+        "low is above high",
+    ),
+    ({}, "models: {small: {recipe: service.yaml}}\ndatabase: 'postgresql://me:secret@host/db'", "secret"),
+    ({}, "models: {small: {recipe: service.yaml, special: '('}}", "regular expression"),
+    ({}, "models: {small: {recipe: service.yaml, uploaded: none}}", "no arm 'none'"),
+    ({}, "models: {small: {recipe: service.yaml, uploaded: without}}", "leaves rows out"),
+    ({}, "models: {small: {recipe: service.yaml, without: uploaded}}", "no cut"),
+    ({"max_asr: 0.12": "max_asr: null"}, "models: {small: {recipe: service.yaml}}", "limits no attack success"),
+    ({"start: {}": "start: {train: [sft]}"}, "models: {small: {recipe: service.yaml}}", "model as it was"),
+    (
+        {"max_length: 1024": "poison: {path: 'builtin:harmful-poison'}"},
+        "models: {small: {recipe: service.yaml}}",
+        "mixes in an attack",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "policy", "reason"), BAD, ids=[reason for *_, reason in BAD])
+def test_policies_that_are_refused(tmp_path, changes, policy, reason):
+    text = RECIPE
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (tmp_path / "service.yaml").write_text(text)
+    (tmp_path / "policy.yaml").write_text(policy)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        read_policy(tmp_path / "policy.yaml")
+
+
+def test_an_empty_variable_of_the_database(tmp_path, monkeypatch):
+    monkeypatch.delenv("DATABASE", raising=False)
+    (tmp_path / "service.yaml").write_text(RECIPE)
+    (tmp_path / "policy.yaml").write_text("models: {small: {recipe: service.yaml}}\ndatabase: env:DATABASE")
+    with pytest.raises(UserError, match="DATABASE of the environment is empty"):
+        _ = read_policy(tmp_path / "policy.yaml").database
