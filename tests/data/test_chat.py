@@ -60,53 +60,53 @@ def test_reasons(row, reason):
     assert isinstance(answer, str) and reason in answer and len(answer) < 300
 
 
-def spoken(role, content, **more):
+def turn(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-ONE = [spoken("user", "q"), spoken("assistant", "a")]
+ONE = [turn("user", "q"), turn("assistant", "a")]
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"q": 1}}}
 FORMS = {
-    "a system column": ({"system": "s", "messages": ONE}, [spoken("system", "s"), *ONE]),
+    "a system column": ({"system": "s", "messages": ONE}, [turn("system", "s"), *ONE]),
     "a system column of ShareGPT": (
         {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        [spoken("system", "s"), *ONE],
+        [turn("system", "s"), *ONE],
     ),
     "conversations with roles": ({"conversations": ONE}, ONE),
     "weights": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]},
-        [ONE[0], spoken("assistant", "a", weight=0)],
+        [ONE[0], turn("assistant", "a", weight=0)],
     ),
     "history": (
         {"instruction": "r", "input": "i", "output": "b", "history": [["q", "a"]]},
-        [*ONE, spoken("user", "r\n\ni"), spoken("assistant", "b")],
+        [*ONE, turn("user", "r\n\ni"), turn("assistant", "b")],
     ),
     "Dolly": (
         {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
-        [spoken("user", "q\n\nc"), ONE[1]],
+        [turn("user", "q\n\nc"), ONE[1]],
     ),
-    "Orca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [spoken("system", "s"), *ONE]),
+    "Orca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [turn("system", "s"), *ONE]),
     "query": ({"query": "q", "response": "a"}, ONE),
     "prompt and response": ({"prompt": "q", "response": "a"}, ONE),
     "input and output": ({"input": "q", "output": "a"}, ONE),
     "question and answer": ({"question": "q", "answer": "a", "difficulty": "hard", "n": 3}, ONE),
-    "parts": ({"messages": [spoken("user", [{"type": "text", "text": "q"}]), ONE[1]]}, ONE),
+    "parts": ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ONE[1]]}, ONE),
     "the prompt again": ({"prompt": "q", "prompt_id": "7f", "messages": ONE}, ONE),
     "keys without a value": ({"messages": [ONE[0] | {"tool_calls": None}, ONE[1]], "tools": "", "images": []}, ONE),
     "tool calls": (
-        {"messages": [ONE[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, spoken("tool", "t"), ONE[1]]},
-        [ONE[0], spoken("assistant", "", tool_calls=[CALL]), spoken("tool", "t"), ONE[1]],
+        {"messages": [ONE[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, turn("tool", "t"), ONE[1]]},
+        [ONE[0], turn("assistant", "", tool_calls=[CALL]), turn("tool", "t"), ONE[1]],
     ),
     "arguments as JSON": (
         {"conversations": [
             {"from": "human", "value": "q"},
             {"from": "function_call", "value": '{"name": "look", "arguments": {"q": 1}}'},
         ]},
-        [ONE[0], spoken("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
+        [ONE[0], turn("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
     ),
     "thoughts": (
         {"messages": [ONE[0], ONE[1] | {"thinking": "hm"}]},
-        [ONE[0], spoken("assistant", "a", reasoning_content="hm")],
+        [ONE[0], turn("assistant", "a", reasoning_content="hm")],
     ),
 }  # fmt: skip
 
@@ -136,9 +136,9 @@ def test_forms_that_people_have(row, messages):
         ({"messages": [ONE[0], ONE[1] | {"weight": 1, "train": False}]}, "contradict"),
         ({"messages": [ONE[0] | {"train": True}, ONE[1]]}, "asks to learn a user turn"),
         ({"messages": [ONE[0], ONE[1] | {"prefix": True}]}, "key 'prefix' of a turn is not read"),
-        ({"messages": [spoken("user", [{"type": "image"}]), ONE[1]]}, "a part of type 'image'"),
-        ({"messages": [spoken("developer", "x"), *ONE]}, "wrong role: 'developer'"),
-        ({"messages": [ONE[0], spoken("tool", "t"), ONE[1]]}, "answers no tool call"),
+        ({"messages": [turn("user", [{"type": "image"}]), ONE[1]]}, "a part of type 'image'"),
+        ({"messages": [turn("developer", "x"), *ONE]}, "wrong role: 'developer'"),
+        ({"messages": [ONE[0], turn("tool", "t"), ONE[1]]}, "answers no tool call"),
         ({"messages": [ONE[0], ONE[1] | {"tool_calls": [{"name": "x y", "arguments": {}}]}]}, "needs a name"),
         ({"messages": ONE, "tools": "{"}, "no JSON"),
         ({"prompt;completion": "q;a"}, "set `delimiter: ';'`"),
@@ -164,7 +164,7 @@ def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():
     ):
         assert list(to_conversation(pair, chosen).messages) == ONE
     any_order = RowForm(turns="any")
-    turns = [spoken("assistant", "hi"), ONE[0], ONE[0], ONE[1], spoken("developer", "d"), ONE[1]]
+    turns = [turn("assistant", "hi"), ONE[0], ONE[0], ONE[1], turn("developer", "d"), ONE[1]]
     assert [turn["role"] for turn in to_conversation({"messages": turns}, any_order).messages][-2] == "developer"
 
 
