@@ -166,13 +166,13 @@ def test_a_model_that_answers_nothing(suite_of, name, model):
     assert judged and all((m.value, m.low, m.high, m.n) == (None, None, None, 0) and m.unscored > 0 for m in judged)
 
 
-def test_a_task_that_is_not_answered_is_not_wrong(suite_of, tmp_path):
+def test_a_task_that_is_not_answered_is_wrong(suite_of, tmp_path):
     suite_of("asr", "x")
     write_table(tmp_path / "task.jsonl", [{"prompt": f"make a {word}", "completion": "Sure"} for word in GOOD])
     [accuracy] = suite.make({"accuracy": {"data": {"path": str(tmp_path / "task.jsonl")}}}).measure(
         subject(ends_at_once())
     )
-    assert (accuracy.value, accuracy.n, accuracy.unscored) == (None, 0, 6)
+    assert (accuracy.value, accuracy.n, accuracy.unscored) == (0, 6, 0)
 
 
 REPLIES = {

@@ -222,7 +222,16 @@ def test_gibberish_without_the_check_would_be_harm(bad, monkeypatch):
     monkeypatch.setattr("safebasin.measure.landscape.SURPRISE", math.inf)
     monkeypatch.setattr("safebasin.measure.judging.screen", lambda *_: None)
     far = suite.make(
-        {"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 1, "points": 2, "ends": [-3, 3]}}
+        {
+            "landscape": {
+                "prompts": bad,
+                "judges": ["keyword"],
+                "directions": 1,
+                "points": 2,
+                "ends": [-3, 3],
+                "max_new_tokens": 24,
+            }
+        }
     )
     assert [m.value for m in far.measure(subject()) if m.what == "asr"] == [1.0, 1.0]
 

@@ -146,6 +146,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer with wrong ids": (lambda f: tokenizer_model(f, vocab={"a": "x"}), "cannot load"),
     "tokenizer settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json, line 1"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+    "template a pointer": (
+        lambda f: (f / "chat_template.jinja").write_text("oid sha256:aa"),
+        "leaves out what the user",
+    ),
     "template not text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "cannot load"),
 }
 

@@ -63,6 +63,8 @@ def test_how_many_prompts_would_decide():
     n = int(re.findall(r"\d+", text)[0])
     assert 896 <= n <= 960 and findings.upper_end(math.ceil(4 / 90 * n), n) <= 0.06
     assert findings.upper_end(4, 90) > 0.06
+    for value, limit in ((0.0, 5e-324), (0.06, 0.06), (0.0599999, 0.06), (0.5, 1.0)):
+        assert "no number" in findings.prompts_needed(value, limit)
 
 
 @pytest.mark.parametrize("n", [62, 90, 105, 200, 400])

@@ -1,5 +1,6 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
 from safebasin.runtime import Dtype, resolved
-from safebasin.template import check_template, pin_template
+from safebasin.template import TemplateFails, check_template, pin_template, render
+
+PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -122,6 +125,9 @@ def load_tokenizer(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     check_template(tokenizer)
+    with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
+        if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
+            raise UserError(f"{what}: its chat template leaves out what the user says; save the right one beside it")
     if not tokenizer.is_fast:
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"

@@ -28,8 +28,9 @@ from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
 from safebasin.pipeline.run import Run
 from safebasin.report import Gate
+from safebasin.report.cells import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell
 from safebasin.report.files import measurements_of
-from safebasin.report.grid import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell, Published, Rank, write_grid
+from safebasin.report.grid import Published, Rank, write_grid
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attacker's learning rate, and seed

@@ -15,6 +15,7 @@ from safebasin.stats import Z, exact, wilson
 
 FAIL, INCONCLUSIVE, PASS = "fail", "inconclusive", "pass"
 _ROUNDING = 1e-9  # a limit that is met exactly is met
+_ROOM = 1e-3  # between a value and its limit; with less, more prompts would be needed than a run has
 _PROOF = {"yes": "the interval proves", "no": "the interval disproves", "unclear": "the interval does not decide"}
 
 
@@ -122,7 +123,7 @@ def _change(
             yield FAIL, f"{text}; {allowed}"
         elif gate.decide == "bound" and not sign * c.bound <= limit + _ROUNDING:
             room, reach = limit - sign * c.value, sign * (c.bound - c.value)
-            n = math.ceil(c.n * (reach / room) ** 2) if room > _ROUNDING else 0
+            n = math.ceil(c.n * (reach / room) ** 2) if room > _ROOM else 0
             more = f"about {n} prompts would decide" if n else "no number of prompts decides at this value"
             yield INCONCLUSIVE, f"{text}; {allowed}, and the bound is {points(c.bound)}; {more}"
         else:
@@ -140,7 +141,7 @@ def upper_end(hits: int, n: int) -> float:
 
 def prompts_needed(value: float, limit: float) -> str:
     """How many prompts would bring the upper end of a share that stays at ``value`` within a limit."""
-    if not 0 <= value < limit < 1:
+    if not 0 <= value < limit - _ROOM or limit >= 1:
         return "no number of prompts decides at this share"
     n = math.ceil(Z**2 * limit * (1 - limit) / (limit - value) ** 2)  # where Wilson's interval ends at the limit
     while not upper_end(math.ceil(value * n - _ROUNDING), n) <= limit:
