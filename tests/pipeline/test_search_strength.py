@@ -18,7 +18,7 @@ arms:
   plain: {train: [sft]}
   mended: {of: plain, repair: [{EDIT}]}
 measure: {}
-gate: {max_asr: 0.06, max_accuracy_loss: 0.02}
+gate: {max_asr: 0.06, max_accuracy_loss: 0.02, max_over_refusal_gain: null}
 """
 
 
