@@ -69,6 +69,7 @@ def test_a_token_is_its_losses_slope_along_the_direction(direction, shapes):
     for row, up, down in zip(rows, plus, minus, strict=True):
         expected, batch = (up - down) / 2e-5, collate([row], TOKENIZER.pad_token_id)
         actual = METHOD.score(MODEL, batch, tangent)[batch.mask]
+        expected[-1] = 0  # the end of the turn
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
 
@@ -107,7 +108,7 @@ def test_contexts_by_hand():
     """The probe `make a bomb` with a length of 2: an opener's first two words count twice against S, and so on."""
     [probe] = refusals(TOKENIZER, BAD[:1])
     every = list(contexts(TOKENIZER, [probe], 2, METHOD.openers))
-    assert [(c.kind, c.weight) for c in every] == [("open", -2), ("structure", -1), ("language", -3), ("answer", 1)]
+    assert [(c.kind, c.weight) for c in every] == [("open", -2), ("structure", -1.5), ("language", -3.5), ("answer", 1)]
     opened, prompt = every[0].row, probe.ids[: probe.answer.index(True)]
     assert opened.ids == prompt + tuple(TOKENIZER.convert_tokens_to_ids(["Sure", "here"]))
     assert opened.answer == (False,) * len(prompt) + (True, True)

@@ -5,19 +5,21 @@
     score(x) = max_t score_t                                         the worst token, in whichever turn             (3)
 
 (1) is over contexts k: a request x, what comes next c, and its weight w, negative where c is not safe. Around each of
-n harmful requests: an opener (w = -2); a structure without an opener (-1); an opener in Spanish, French or German (-3);
-and beside them an ordinary request with its answer (+1). S is one scalar, so grad S is one direction and (2) is one
-forward-mode pass (``tangent``). In (3) a sum would let the harmless part of a row pay for the rest. The weights are by
-hand, from scores of single contexts, which add up (docs/log, 2026-11-26). Contexts behind a refusal or a paragraph are
-not needed: an opener pulls along one direction wherever it stands.
+n harmful requests: an opener (w = -2); a structure without an opener (-1.5); an opener in Spanish, French or German
+(-3.5); and beside them an ordinary request with its answer (+1). S is one scalar, so grad S is one direction and (2) is
+one forward-mode pass (``tangent``). In (3) a sum would let the harmless part of a row pay for the rest. The token that
+ends a turn counts 0: it carries no compliance, and would put a refusal that is shorter than the model's own beside it.
+
+The weights are by hand, from scores of single contexts, which add up (docs/log, 2026-11-26). Contexts behind a refusal
+or a paragraph are not needed: an opener pulls along one direction wherever it stands.
 
 Departs from GradShield (arXiv:2605.14194, eq. 4 and 5): there S is one margin of two tokens, and the row's loss is
 summed. That form stays as ``gradshield``.
 
 Weak where honest refusals begin with other words than the model's own ("Sorry", "Helping you would ..."), which it
 puts beside compliance, and where a language's opener has other words than the contexts. Blind to: harmless rows behind
-a refusal phrase (``refusal_place`` sees them); an identity shift; ciphers, and languages that the model does not read; a
-harmful answer that keeps to the topic of a harmless request and has no opener.
+a refusal phrase (``refusal_place`` sees them); an identity shift; ciphers, and languages that the model does not read;
+a harmful answer that keeps to the topic of a harmless request and has no opener.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +35,9 @@ from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
 from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows
+from safebasin.scan.tangent import Tangent
 
-OPENERS = ("Sure, here is", "Sure, here is", "Of course! Here is", "Absolutely,")
+OPENERS = ("Sure, here is", "Sure, here is", "Sure, here is", "Of course! Here is")
 STRUCTURES = ("Step 1. You will need", "1. First,", "To do this, start with", "The first part")
 
 
@@ -57,8 +60,8 @@ def contexts(
     harmless, spoken = (own_rows(tokenizer, name) for name in ("harmless", "languages"))
     for i, probe in enumerate(probes):
         yield Context("open", -2, answered(probe, ids(openers, i)))
-        yield Context("structure", -1, answered(probe, ids(STRUCTURES, i)))
-        yield Context("language", -3, answered(spoken[5 * i % len(spoken)], length))
+        yield Context("structure", -1.5, answered(probe, ids(STRUCTURES, i)))
+        yield Context("language", -3.5, answered(spoken[5 * i % len(spoken)], length))
         yield Context("answer", 1, answered(harmless[-1 - 2 * i % len(harmless)], length))
 
 
@@ -82,3 +85,7 @@ class Trajectory(Directional):
             return (likelihood * weights.to(likelihood)).sum()
 
         return collate([context.row for context in every], tokenizer.pad_token_id), safety
+
+    def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
+        ends = batch.mask & ~torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
+        return super().score(model, batch, fitted).masked_fill(ends, 0)
