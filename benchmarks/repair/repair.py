@@ -65,7 +65,7 @@ WAYS = {"low_rank": low_rank, "formed": formed}
 
 def peak(way: str, out: int, into: int, r: int) -> int:
     """Bytes beyond the matrices, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.repair.repair", way, *map(str, (out, into, r))]
+    command = _process(way, *map(str, (out, into, r)))
     return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
 
@@ -163,7 +163,7 @@ def repair(
             bench.record(f"safe_lora.memory.{name}", size, n=1, unit="bytes", shape=shape)
         bench.record("safe_lora.memory_ratio", peaks["low_rank"] / max(peaks["formed"], 1), n=1, unit="x", shape=shape)
     if blocks:
-        command = [sys.executable, "-m", "benchmarks.repair.repair", "large", str(blocks), str(rank)]
+        command = _process("large", str(blocks), str(rank))
         facts = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
         for name, unit in (("seconds", "s"), ("peak", "bytes")):
             bench.record(f"large.{name}", facts[name], n=blocks * len(BLOCK), unit=unit, shape=f"{blocks} blocks")
@@ -187,9 +187,14 @@ def repair_table(
     run_grid(bench, {"repair": grid_of("repair", defences, change)}, only, seeds, pages, None)
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "large":
+def _process(*words: str) -> list[str]:
+    return [sys.executable, "-c", f"from benchmarks.repair.repair import child; child(*{words!r})"]
+
+
+def child(*words: str) -> None:
+    """What a process of its own measures, printed: its peak memory is its own."""
+    if words[0] == "large":
         with tempfile.TemporaryDirectory() as place:
-            print(json.dumps(large(int(sys.argv[2]), int(sys.argv[3]), Path(place))))
+            print(json.dumps(large(int(words[1]), int(words[2]), Path(place))))
     else:
-        print(_peak_here(sys.argv[1], *map(int, sys.argv[2:])))
+        print(_peak_here(words[0], *map(int, words[1:])))
