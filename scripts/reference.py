@@ -182,7 +182,7 @@ def fields_table(schema: dict[str, Any], notes: dict[str, str], section: str = "
     rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
     order = [*notes, *schema.get("properties", {})]
     for name, inner in sorted(schema.get("properties", {}).items(), key=lambda item: order.index(item[0])):
-        default = "required" if name in schema.get("required", ()) else ""
+        default = "required" if name in schema.get("required", ()) else "its defaults"
         if "default" in inner:
             text = json.dumps(inner["default"], ensure_ascii=False)
             default = "its defaults" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"

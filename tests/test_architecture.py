@@ -210,7 +210,7 @@ def test_the_core_is_small():
 
 
 def test_the_service_is_small():
-    """At most 1,900 statements beside the core (docs/decisions/0018), and it reads what a run left: no stage, no
+    """At most 1,900 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
     model."""
     assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1900
     allowed = ("service", "pipeline.config", "pipeline.yaml12", "report", "data", "errors", "console", "cli.options")

@@ -22,7 +22,7 @@ class Antidote:
     """Zero the weights of the adapter that matter most on harmful rows."""
 
     dense: Share = 0.1  # of a row's entries
-    canonical: bool = False
+    canonical: bool = False  # factors by the singular values of dW, whatever they were
 
     def edit(self, layer: Layer) -> Update:
         h = layer.moments["harmful"].double()

@@ -25,7 +25,7 @@ class Control:
     """Move every module as far as another edit does, at random or back to the start."""
 
     of: str | dict[str, Any]  # the edit: its name, or {name: {field: value}}
-    by: Literal["shrink", "noise", "mask"] = "noise"
+    by: Literal["shrink", "noise", "mask"] = "noise"  # less of the same, Gaussian noise, or entries at random
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
