@@ -87,6 +87,8 @@ class Child:
         """Whether the child is gone. What it left of its group is killed."""
         if self.process is not None:
             gone = self.process.poll() is not None
+        elif not (self.folder / "lock").is_file():  # the server was killed before it came to start the child
+            gone = True
         else:
             lock = _lock(self.folder)
             if gone := lock is not None:
