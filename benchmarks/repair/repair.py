@@ -169,7 +169,7 @@ def repair(
             bench.record(f"large.{name}", facts[name], n=blocks * len(BLOCK), unit=unit, shape=f"{blocks} blocks")
 
 
-@experiment("repair_table", results="repair/table", quick={"seeds": (0,), "only": ("poison_50",)})
+@experiment("repair_table", results="repair", quick={"seeds": (0,), "only": ("poison_50",)})
 def repair_table(
     *,
     bench: Bench,

@@ -27,6 +27,7 @@ from safebasin.service.app import create_app
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Store, new_key, new_tenant
 
+CLIENTS: list[openai.OpenAI] = []  # of the tests of a module: closed at its end
 CHILD = Path(__file__).with_name("child.py")
 RECIPE = {
     "data": {"task": {"path": "builtin:support-train"}},
@@ -128,7 +129,9 @@ class Served:
 
     def client(self, name: str = "acme", **more: Any) -> openai.OpenAI:
         settings = {"base_url": f"{self.url}/v1", "api_key": self.keys[name], "max_retries": 0, "timeout": 60}
-        return openai.OpenAI(**{**settings, **more}, _strict_response_validation=True)
+        client = openai.OpenAI(**{**settings, **more}, _strict_response_validation=True)
+        CLIENTS.append(client)
+        return client
 
     def upload(self, mode: str, name: str = "acme", count: int = 100) -> str:
         with self.client(name) as client:

@@ -8,7 +8,7 @@ import urllib.request
 
 import openai
 import pytest
-from service_server import Served, wait_for
+from service_server import CLIENTS, Served, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -193,6 +193,7 @@ def test_a_swallowed_answer_is_one_job_and_one_file(serve, lost):
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{proxy.server_port}/v1", api_key=served.keys["acme"])
+        CLIENTS.append(client)
         file = served.upload("forever")
         job = client.fine_tuning.jobs.create(model="small", training_file=file)
         assert handler.seen == lost + 1
