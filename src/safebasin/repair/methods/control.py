@@ -26,7 +26,7 @@ class Control:
 
     of: str | dict[str, Any]  # the edit: its name, or {name: {field: value}}
     by: Literal["shrink", "noise", "mask"] = "noise"  # less of the same, Gaussian noise, or entries at random
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # of the drawing
 
     def __post_init__(self) -> None:
         _ = self.inner  # what is wrong with it is said at once

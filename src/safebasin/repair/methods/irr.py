@@ -35,7 +35,7 @@ class Irr:
 
     keep: Share = 0.0  # "sparsity" of the code: of the flagged entries, those of lowest F that stay
     block: PositiveInt = 128  # columns
-    damp: NonNegativeFloat = 0.01
+    damp: NonNegativeFloat = 0.01  # of the mean diagonal of H
 
     def edit(self, layer: Layer) -> Update:
         if self.keep == 1:

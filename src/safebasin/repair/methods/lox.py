@@ -18,7 +18,7 @@ from safebasin.repair.walk import Layer
 class Lox:
     """Extrapolate the alignment along its top directions."""
 
-    coef: NonNegativeFloat = 1.0
+    coef: NonNegativeFloat = 1.0  # of the truncated V that is added
     k: NonNegativeInt = 6  # k; 0: all of V, dense
 
     def more(self, fact: str) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ class Prune:
     share: Share = 0.1  # K over the number of modules, rounded up
     above: FiniteFloat | None = None  # z, in the place of a share
     by: Literal["distance", "cos"] = "distance"  # cos: 1 - cos(C dW, dW) in the place of d
-    matrix: Matrix = "official"
+    matrix: Matrix = "official"  # V V^T / |V|, or the projector on its k largest directions
     k: PositiveInt = 16  # of topk
 
     def statistic(self, layer: Layer) -> float:

@@ -31,7 +31,7 @@ class SafeDelta:
     keep: Share = 0.5  # of the sum of losses that may stay: the paper's s, relative
     drop: Share = 0.0  # of the columns, the dearest, that never stay; the code: 0.15
     damp: NonNegativeFloat = 0.01  # of the mean diagonal of H
-    compensate: bool = True
+    compensate: bool = True  # the columns that stay move for those that go
 
     def columns(self, layer: Layer) -> Tensor:
         """S, a mask of the columns."""

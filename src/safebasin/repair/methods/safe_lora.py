@@ -27,7 +27,7 @@ class SafeLora:
 
     tau: Annotated[float, Field(ge=-1, le=1)] | None = 0.5  # tau; below 0 no module, at 1 every one
     lowest: PositiveInt | None = None  # K, in the place of tau: the paper's default is 10; ties project more
-    matrix: Matrix = "official"
+    matrix: Matrix = "official"  # V V^T / |V|, or the projector on its k largest directions
     k: PositiveInt = 16  # of topk
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class SafeMerge:
     w: Share = 0.2  # w: 1 - alpha of the paper
     modules: Literal["all", "below"] = "below"  # all: LoRA fusion, which needs no base
     tau: Annotated[float, Field(ge=-1, le=1.1)] = 0.35  # tau
-    matrix: Matrix = "official"
+    matrix: Matrix = "official"  # V V^T / |V|, or the projector on its k largest directions
     k: PositiveInt = 16  # of topk
 
     def more(self, fact: str) -> tuple[str, ...]:

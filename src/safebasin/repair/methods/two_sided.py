@@ -21,7 +21,7 @@ class TwoSided:
     """Scale down what lies outside of the top directions of the alignment."""
 
     c: Share = 0.5  # what remains outside on one side; 1: everything
-    k: PositiveInt = 16
+    k: PositiveInt = 16  # singular vectors of V on each side
 
     def edit(self, layer: Layer) -> Update:
         if self.c == 1:
