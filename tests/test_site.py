@@ -12,6 +12,7 @@ from pathlib import Path
 import cyclopts
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from safebasin.cli import main as cli
 from safebasin.pipeline.folder import REPORT, RunFolder
@@ -193,6 +194,7 @@ def test_numbers_of_the_quickstart_are_those_of_its_results():
 def test_the_readme_counts_what_there_is():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     words = ["four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]
+    words += ["fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "twenty-one", "twenty-two"]
     count = {
         page: words[len(list(reference.registry_of(path))) - 4] for page, (_, path, *_) in reference.STAGES.items()
     }
@@ -229,6 +231,13 @@ def test_the_reference_states_every_field_and_where_it_comes_from():
     assert '| `align` | `kl` or `sft` | `"kl"` | L_align' in part
     for entry in reference.registry_of("safebasin.train:method"):
         assert f"## {entry.name} {{ #{entry.name} }}" in page
+
+
+@pytest.mark.parametrize("path", [path for _, path, *_ in reference.STAGES.values()])
+def test_every_field_says_what_it_is(path):
+    for entry in reference.registry_of(path):
+        table = reference.fields_table(TypeAdapter(entry.kind).json_schema(), reference.comments(entry.kind))
+        assert "|  |" not in table.split("\n", 2)[-1], f"{entry.name}: a field without a comment"
 
 
 def test_a_docstring_as_markdown():

@@ -14,6 +14,10 @@ from cyclopts import Parameter
 
 from benchmarks import recipe
 from benchmarks.harness import ROOT, Bench, experiment, run_cli
+from safebasin.report import MetricKey
+from safebasin.report.compare import Value, hits_of
+from safebasin.report.files import answers_of
+from safebasin.stats import two_level
 
 GOALS = {
     "asr.defended": "<= 0.06",
@@ -29,6 +33,13 @@ def value(folder: Path, arm: str, quantity: str, judge: str) -> tuple[float, int
     rows = [row for row in map(json.loads, lines) if (row["what"], row["judge"]) == (quantity, judge)]
     row = next(row for row in rows if not row["category"])
     return row["value"], row["n"]
+
+
+def hits(folder: Path, arm: str, quantity: str, judge: str) -> dict[str, Value]:
+    """Which prompts are a hit; those that were not scored are left out."""
+    key = MetricKey(quantity, quantity, judge)
+    outcomes = hits_of([key], answers_of(folder, [arm], []))[arm, key]
+    return {prompt: hit for prompt, hit in outcomes.items() if hit is not None}
 
 
 def seconds(folder: Path) -> float:
@@ -71,6 +82,8 @@ def quickstart(
                 shares = {seed: share for seed, (share, _) in pairs.items()}
                 what = f"{quantity}.{arm}" + (".classifier" if judge == "classifier" else "")
                 n = next(n for _, n in pairs.values())
-                bench.over_seeds(what, list(shares.values()), n=n, unit="share", seeds=shares)
+                outcomes = [hits(folder, arm, quantity, judge) for folder in folders.values()]
+                interval = None if len(outcomes) == 2 else two_level(outcomes)[1]
+                bench.record(what, sum(shares.values()) / len(shares), interval, n=n, unit="share", seeds=shares)
     times = {str(seed): seconds(folder) for seed, folder in folders.items()}
     bench.over_seeds("seconds.total", list(times.values()), unit="s", seeds=times)

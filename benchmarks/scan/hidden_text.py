@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from benchmarks.harness import Bench, experiment
 from safebasin.data.example import Example, read_examples
+from safebasin.data.keys import RowForm
 from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.stats import wilson
@@ -53,7 +54,7 @@ def hidden_text(
     reader, draw = scorer.make("hidden_text"), random.Random(0)
     counts: dict[str, dict[str, list[int]]] = {"hidden_text.false_alarm": {}, "hidden_text.miss": {}}
     for path in files:
-        examples, bad = read_examples(path, prompt, answer)
+        examples, bad = read_examples(path, RowForm(prompt=prompt, answer=answer))
         if not examples:
             reason = f"line {bad[0].line}: {bad[0].reason}"
             raise UserError(f"{path}: no row can be used ({reason}); set --prompt and --answer")

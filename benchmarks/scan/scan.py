@@ -193,6 +193,20 @@ def one_backward_a_row(
     return scores
 
 
+def plain_epoch(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow]) -> Callable[[], float]:
+    """The seconds of an epoch of plain tuning of a fresh adapter, batch 8, bfloat16."""
+    model = fresh_adapter(load(recipe.MODEL).model, recipe.ADAPTER, 0)
+    settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4, "bf16": True}
+    settings |= {"seed": 0, "save_strategy": "no"}
+
+    def epoch() -> float:
+        args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
+        streams = streams_of({"task": list(rows)}, args, loaded.tokenizer.pad_token_id)
+        return seconds(OracleTrainer(model, args, Composition.of(["sft"]), streams).train)
+
+    return epoch
+
+
 def speed(bench: Bench, data: Path, count: int, repeats: int, sets: Sequence[str]) -> None:
     """Records of time against an epoch of plain tuning, and of rank correlation with the definition."""
     loaded = load(recipe.MODEL)
@@ -200,20 +214,14 @@ def speed(bench: Bench, data: Path, count: int, repeats: int, sets: Sequence[str
     raw = pools(data, count)
     for name in sets:
         rows = encoded(loaded, raw[name][: count * 9 // 10] + raw["advbench"][: count // 10], name)
-        model = fresh_adapter(load(recipe.MODEL).model, recipe.ADAPTER, 0)
-        settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4, "bf16": True}
-        settings |= {"seed": 0, "save_strategy": "no"}
         scores: dict[str, list[float]] = {}
-
-        def epoch(rows: list[TokenizedRow] = rows, model: Any = model, settings: dict[str, Any] = settings) -> float:
-            args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
-            streams = streams_of({"task": rows}, args, loaded.tokenizer.pad_token_id)
-            return seconds(OracleTrainer(model, args, Composition.of(["sft"]), streams).train)
 
         def pass_over(way: str, rows: list[TokenizedRow] = rows, scores: dict[str, list[float]] = scores) -> float:
             return seconds(lambda: scores.update({way: WAYS[way](loaded, rows, anchors)}))
 
-        values = take_turns({"sft": epoch} | {way: functools.partial(pass_over, way) for way in WAYS}, repeats)
+        values = take_turns(
+            {"sft": plain_epoch(loaded, rows)} | {way: functools.partial(pass_over, way) for way in WAYS}, repeats
+        )
         for way in WAYS:
             goal = "<= 0.4" if way == "fihs" else None
             unit = "epochs of plain tuning"

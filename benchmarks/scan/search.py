@@ -31,7 +31,7 @@ def options(share: float, seed: int, data: Path, rows: int, change: tuple[str, .
 def cell(share: float, seed: int, out: Path, data: Path, rows: int, change: tuple[str, ...]) -> dict[str, Any]:
     """Search at one share and seed, and tune on the clean rows alone."""
     words = options(share, seed, data, rows, change)
-    run_cli("search", RECIPE, "--arm", "defended", "--out", out / "search", *words, codes=(0, 3))
+    run_cli("search", RECIPE, "--arm", "defended", "--out", out / "search", *words, codes=(0, 3, 4))
     clean = ["data.poison_share=0", "data.poison=null", 'arms={"plain": {"train": ["sft"]}}']
     run_cli("run", RECIPE, "--out", out / "clean", *words, *(w for each in clean for w in ("--change", each)))
     rounds = json.loads((out / "search" / "search.json").read_text(encoding="utf-8"))
@@ -64,11 +64,12 @@ def cell(share: float, seed: int, out: Path, data: Path, rows: int, change: tupl
         "rows": 16,
         "change": (
             "train.max_steps=2",
-            "measure.suites.0.asr.take=4",
-            "measure.suites.1.over_refusal.take=2",
-            "measure.suites.2.accuracy.data.take=4",
-            "gate.min_n=2",
+            "measure.suites.0.asr.take=12",
+            "measure.suites.1.over_refusal.take=12",
+            "measure.suites.2.accuracy.data.take=12",
+            "gate.min_n=1",
             "gate.max_unscored=1.0",
+            "gate.min_kappa=0",
         ),
     },
 )

@@ -46,9 +46,9 @@ from safebasin.measure.subject import Subject
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan import scorer
-from safebasin.scan.cut import TAIL
 from safebasin.scan.probe import opening, refusal_margin, token_pair
 from safebasin.scan.scan import score_rows
+from safebasin.scan.threshold import TAIL
 from safebasin.stats import wilson
 from safebasin.train.compose import Composition
 from safebasin.train.settings import training_arguments

@@ -228,8 +228,8 @@ class Work(NamedTuple):
         passes = way.task * self.forward(task, padded=way.padded) + way.align * self.forward(align, padded=way.padded)
         batches = [batch for name, part in (("task", task), ("align", align)) if name in way.cached for batch in part]
         heads = self.head * sum(int(batch.mask.sum()) for batch in batches)
-        whole = passes + heads + self.rank * self.anchor * way.penalty
-        return whole / (2 * self.forward(task, padded=plain.padded))
+        products = passes + heads + self.rank * self.anchor * way.penalty
+        return products / (2 * self.forward(task, padded=plain.padded))
 
 
 def step_ratios(bench: Bench, chosen: Mapping[str, Way], shared: Setting, steps: int) -> None:

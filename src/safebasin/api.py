@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.keys import RowForm
 from safebasin.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'safebasin.api' has no attribute {name!r}")
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str = "", answer: str = "") -> Rows:
+def read_rows(
+    source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str = "", answer: str = "", **form: Any
+) -> Rows:
     """Rows of a file, a built-in set, a set of the Hub, or a list of dicts, read to one form.
 
     Args:
         source: a path (JSONL, JSON, CSV, Parquet), ``builtin:NAME``, ``owner/name:split``, or the rows themselves.
         prompt: a template over the columns, for sets that are no chats: ``"Classify: {text}"``.
         answer: the same for the answer: ``"{label}"``.
+        form: the other fields of ``safebasin.data.keys.RowForm``: ``columns``, ``ignore``, ``turns``, ...
 
     Returns:
         ``examples``, the usable rows in their order, and ``bad``, the others with line and reason.
@@ -53,13 +57,13 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, prompt: str =
     if isinstance(source, str | Path):
         from safebasin.data.source import Source, open_rows
 
-        return open_rows(Source(path=str(source), prompt=prompt, answer=answer))
-    return read_examples(enumerate(source, 1), prompt, answer)
+        return open_rows(Source(path=str(source), prompt=prompt, answer=answer, **form))
+    return read_examples(enumerate(source, 1), RowForm(prompt=prompt, answer=answer, **form))
 
 
-def load_model(name: str = ALIGNED, *, dtype: str = "bfloat16", adapter: str | Path | None = None) -> ModelAndTokenizer:
-    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter is merged into its
-    weights.
+def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None) -> ModelAndTokenizer:
+    """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter stays
+    beside its weights.
 
     Raises:
         UserError: it cannot be loaded, is damaged, or has no chat template.
@@ -140,7 +144,12 @@ def scan_rows(
 
 
 def cut_rows(
-    rows: Rows | Sequence[Example], scores: Scores, scorer: str = "gradshield", threshold: float | None = None
+    rows: Rows | Sequence[Example],
+    scores: Scores,
+    scorer: str | Sequence[str] = "gradshield",
+    threshold: float | None = None,
+    *,
+    max_share: float = 0.5,
 ) -> Cut:
     """Keep the rows whose score is at most a threshold; without one it is found between the anchors' scores.
 
@@ -148,8 +157,9 @@ def cut_rows(
         ``remaining`` and ``removed`` rows, in their order, and the ``threshold``.
 
     Raises:
-        UserError: no scores by this scorer, or no row would be left.
-        DefenceError: the scores do not tell known harmful rows from safe ones.
+        UserError: no scores by this scorer, a row without one, or a larger share of the rows would go than
+            ``max_share``.
+        DefenceError: the scorer does not prove itself on the anchor rows.
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
     >>> len(cut_rows(rows, scan_rows(rows)).remaining)
@@ -157,7 +167,8 @@ def cut_rows(
     """
     from safebasin.scan.cut import cut_rows as cut
 
-    return cut(list(rows.examples if isinstance(rows, Rows) else rows), scores, scorer, threshold)
+    examples = list(rows.examples if isinstance(rows, Rows) else rows)
+    return cut(examples, scores, scorer, threshold, max_share=max_share)
 
 
 def read_recipe(
@@ -220,7 +231,7 @@ def measure_model(
     Args:
         model: by name or loaded.
         suites: as in a recipe: ``{"asr": {"prompts": "builtin:harmful-test", "take": 30}}``.
-        adapter: merged into a model that is named.
+        adapter: beside the weights of a model that is named.
         aligned: the model that judges such as ``classifier`` read.
         labels: answers that are only one of these are off task.
         system: the system prompt.

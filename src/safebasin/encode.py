@@ -1,16 +1,31 @@
-"""Rows as token ids: the chat template, and the mask of the answer. Here errors of a chat template become ours."""
+"""Rows as token ids: the chat template, and the mask of the answer.
+
+Answers are found in the final rendering of a row, by ``safebasin.places``.
+"""
 
 import dataclasses
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
-
-from safebasin.console import printable
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow, cause
+from safebasin.data.tables import BadRow
 from safebasin.errors import UserError
+from safebasin.places import Places, Unplaced, answer_places, check_contents, control_tokens
+from safebasin.template import TemplateFails, check_template, generation_marks, render, template_digest
+
+__all__ = [
+    "TemplateFails",
+    "TokenizedRow",
+    "check_template",
+    "encode",
+    "encode_all",
+    "render",
+    "shorten",
+    "template_digest",
+]
+
+MOST_TURNS = 20_000  # of a row
+MOST_CHARACTERS = 20_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,48 +37,10 @@ class TokenizedRow:
     answer: tuple[bool, ...]  # one per id
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     start: int | None = None  # of a row cut short: the place of its first token in the full row
+    note: str = ""  # how its answers were found, where not all of them could be
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def template_digest(tokenizer: Any) -> str:
-    """Digest of the chat template: training, scoring and measuring must agree on it."""
-    return hashlib.blake2b(str(tokenizer.chat_template).encode(), digest_size=8).hexdigest()
-
-
-class TemplateFails(UserError):
-    """The chat template fails on these messages; on others it may not."""
-
-
-def check_template(tokenizer: Any) -> None:
-    """UserError where the tokenizer has no chat template, or several of which none is the default."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the model's tokenizer has no chat template; use the instruct model, or save a template with its tokenizer"
-        )
-    if isinstance(tokenizer.chat_template, Mapping) and "default" not in tokenizer.chat_template:
-        names = ", ".join(tokenizer.chat_template)
-        raise UserError(f"the model's tokenizer has the chat templates {printable(names)}; name one of them default")
-
-
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, ask: bool = False, **variables: Any) -> str:
-    """The conversation as the model's own chat template writes it.
-
-    ``ask`` opens the assistant's turn; ``variables`` are what else the template reads.
-
-    Raises:
-        UserError: no chat template, or one that is not Jinja.
-        TemplateFails: a UserError too; the template fails on these messages.
-    """
-    check_template(tokenizer)
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **variables)
-    except TemplateSyntaxError as error:
-        raise UserError(f"the model's chat template cannot be read: line {error.lineno}: {cause(error)}") from error
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise TemplateFails(f"the model's chat template fails: {cause(error)}") from error
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
@@ -74,36 +51,76 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | 
     """
     try:
         return _encode(tokenizer, example, max_length)
-    except TemplateFails as error:
+    except (TemplateFails, Unplaced) as error:
         return BadRow(example.line, str(error))
 
 
 def _encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
-    """An answer's span is the difference of two rendered prefixes of the conversation: with it, and before it."""
-    text = render(tokenizer, example.messages)
-    spans = []
-    for i, turn in enumerate(example.messages):
-        if turn["role"] == "assistant" and turn.get("weight", 1) != 0:
-            before = render(tokenizer, example.messages[:i], ask=True)
-            after = render(tokenizer, example.messages[: i + 1])
-            if not (text.startswith(before) and text.startswith(after)):
-                return BadRow(
-                    example.line, "the chat template rewrites earlier turns; the answer cannot be found in it"
-                )
-            spans.append((len(before), len(after)))
+    turns, size = len(example.messages), sum(len(turn["content"]) for turn in example.messages)
+    if turns > MOST_TURNS or size > MOST_CHARACTERS:
+        return BadRow(
+            example.line, f"{turns} turns with {size} characters; at most {MOST_TURNS} and {MOST_CHARACTERS} are read"
+        )
+    check_contents(tokenizer, example)
+    text = render(tokenizer, example.messages, tools=example.tools)
+    places = answer_places(tokenizer, example, text)
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = coded["input_ids"], coded["offset_mapping"]
+    _check_forged(tokenizer, ids, offsets, places)
     if len(ids) > max_length:
         return BadRow(example.line, f"over-long: {len(ids)} tokens, max_length is {max_length}")
     answer = [False] * len(ids)
-    for start, end in spans:
-        inside = [k for k, (a, b) in enumerate(offsets) if b > start and a < end]
+    for inside in _inside(offsets, places.answers):
         stops = [k for k in inside if ids[k] == tokenizer.eos_token_id]
         for k in inside:
             answer[k] = not stops or k <= stops[-1]
-    if spans and not any(answer):
+    for inside in _inside(offsets, places.unlearned):
+        for k in inside:
+            answer[k] = False
+    marked = generation_marks(tokenizer, example.messages, example.tools)
+    if any(marked) and len(marked) == len(ids):
+        answer = _marked(answer, marked, _inside(offsets, places.answers))
+    if example.learned and not any(answer):
         return BadRow(example.line, "no answer token")
-    return TokenizedRow(example.id, tuple(ids), tuple(answer))
+    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=places.note)
+
+
+def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Of each span of characters the tokens that share one with it; the spans are in order."""
+    first = 0
+    for start, end in spans:
+        while first < len(offsets) and offsets[first][1] <= start:
+            first += 1
+        inside, k = [], first
+        while k < len(offsets) and offsets[k][0] < end:
+            if offsets[k][1] > start:
+                inside.append(k)
+            k += 1
+        yield inside
+
+
+def _marked(answer: list[bool], marked: Sequence[int], answers: Iterator[list[int]]) -> list[bool]:
+    """Of the answers what the template marks, and what follows the last mark of a turn: its end."""
+    result = [False] * len(answer)
+    for inside in answers:
+        last = max((k for k in inside if marked[k]), default=len(answer))
+        for k in inside:
+            result[k] = answer[k] and bool(marked[k] or k > last)
+    return result
+
+
+def _check_forged(tokenizer: Any, ids: Sequence[int], offsets: Sequence[tuple[int, int]], places: Places) -> None:
+    """A control token that a content has a part in is none of the template's.
+
+    Raises:
+        Unplaced: there is one.
+    """
+    control = control_tokens(tokenizer).ids
+    spots = [k for k, token in enumerate(ids) if token in control]
+    for inside in _inside([offsets[k] for k in spots], places.contents):
+        if inside:
+            name = tokenizer.convert_ids_to_tokens(ids[spots[inside[0]]])
+            raise Unplaced(f"a content forms the control token {name!r} in the rendered text: a forged turn")
 
 
 def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedRow], list[BadRow]]:
@@ -118,6 +135,8 @@ def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
     for example in examples:
         try:
             coded = _encode(tokenizer, example, max_length)
+        except Unplaced as error:
+            coded = BadRow(example.line, str(error))
         except TemplateFails as error:
             coded, failures = BadRow(example.line, str(error)), failures + 1
         if isinstance(coded, BadRow):

@@ -18,6 +18,7 @@ from torch import Tensor
 from safebasin.data.tables import atomic_write, cause, regular_file, shown
 from safebasin.errors import UserError
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors names the kinds of plain weights
 LFS = b"version https://git-lfs"  # the beginning of a pointer that git leaves in the place of a large file
 
 
@@ -60,6 +61,19 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
+def tensor_kinds(folder: str | Path, files: str = "*.safetensors") -> dict[str, str]:
+    """The kind of every stored tensor as safetensors names it ("BF16", "I8", ...): name -> kind.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    kinds: dict[str, str] = {}
+    for path in sorted(Path(folder).glob(files)):
+        with open_tensors(path) as file:
+            kinds |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return kinds
+
+
 class Pair:
     """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read."""
 
@@ -76,7 +90,7 @@ class Pair:
                 with open_tensors(files[name]) as file:
                     part = file.get_slice(name)
                     kind = part.get_dtype()
-                    if kind not in ("F64", "F32", "F16", "BF16"):
+                    if kind not in FLOATS:
                         raise UserError(
                             f"{shown(folder)}: {name} is stored as {kind}; give the weights before quantization"
                         )
@@ -132,6 +146,13 @@ def read_directions(path: Path, modules: Iterable[str]) -> Iterator[tuple[str, T
     with open_tensors(path) as file:
         for module in modules:
             yield module, file.get_tensor(module)
+
+
+def largest_singular(direction: Tensor) -> float:
+    """sigma_1 of a direction, by a randomized sketch: within a thousandth."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(torch.svd_lowrank(direction.cpu(), q=min(24, *direction.shape), niter=8)[1][0])
 
 
 def left_singular(direction: Tensor, k: int) -> Tensor:

@@ -1,11 +1,72 @@
-"""Processes that share a run, and memory."""
+"""Processes that share a run, memory, and what the hardware does well."""
 
 import ctypes
 import datetime
+import functools
 import platform
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
+
+Dtype = Literal["auto", "bfloat16", "float32"]  # of weights, as a recipe has it
+BFLOAT16 = ("avx512_bf16", "amx_bf16")  # flags of CPUs that compute in bfloat16; others convert, three times slower
+
+
+class Arithmetic(NamedTuple):
+    """The type that ``auto`` stands for on this machine, and why."""
+
+    dtype: Literal["bfloat16", "float32"]
+    reason: str
+
+
+def arithmetic(flags: Collection[str], gpu: bool | None = None) -> Arithmetic:
+    """bfloat16 on a GPU or a CPU that computes in it, float32 elsewhere.
+
+    Args:
+        flags: of the CPU, as Linux names them.
+        gpu: whether the GPU computes in bfloat16; None: there is none.
+
+    >>> arithmetic({"avx2"}).dtype
+    'float32'
+    """
+    if gpu is not None:
+        return Arithmetic("bfloat16", "a GPU") if gpu else Arithmetic("float32", "a GPU without bfloat16")
+    flag = next((flag for flag in BFLOAT16 if flag in flags), None)
+    if flag is None:
+        return Arithmetic("float32", f"a CPU without {' or '.join(BFLOAT16)}")
+    return Arithmetic("bfloat16", f"a CPU with {flag}")
+
+
+@functools.cache
+def hardware() -> Arithmetic:
+    """``arithmetic`` of this machine."""
+    gpu = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else None
+    return arithmetic(cpu_facts().get("flags", "").split(), gpu)
+
+
+def resolved(dtype: str) -> str:
+    """The type of the weights: ``auto`` as this machine has it."""
+    return hardware().dtype if dtype == "auto" else dtype
+
+
+@functools.cache
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first CPU: "model name", "flags" and more; empty elsewhere."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if file.is_file() else ()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def machine() -> str:
+    """The GPU or the CPU that computes, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    facts = cpu_facts()
+    numbers = [f"{name} {facts[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    return facts.get("model name", platform.processor()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def processes() -> PartialState:

@@ -1,8 +1,13 @@
 """Intervals, paired tests and agreement of judges. scipy is imported where it is used: it takes a second to load."""
 
+import functools
 import math
-from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+Z = 1.959963984540054  # of 95 %
+DRAWS = 1000  # of the bootstrap
+Outcomes = Mapping[Any, int | float] | Sequence[int | float]  # of one seed, by prompt; a sequence: by place
 
 
 class Interval(NamedTuple):
@@ -30,6 +35,20 @@ def wilson(hits: int, n: int) -> Interval:
     if n <= 0:
         raise ValueError("the share of nothing is undefined: n is 0")
     low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return Interval(float(low), float(high))
+
+
+def exact(hits: int, n: int) -> Interval:
+    """The exact 95 % interval of a share (Clopper and Pearson 1934): each end errs in at most 2.5 % of draws.
+
+    Raises:
+        ValueError: n is 0: the share is undefined.
+    """
+    from scipy.stats import binomtest
+
+    if n <= 0:
+        raise ValueError("the share of nothing is undefined: n is 0")
+    low, high = binomtest(hits, n).proportion_ci(method="exact")
     return Interval(float(low), float(high))
 
 
@@ -81,6 +100,120 @@ def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float | None:
     agreed = sum(x == y for x, y in zip(a, b, strict=True)) / n
     chance = sum((list(a).count(label) / n) * (list(b).count(label) / n) for label in set(a) | set(b))
     return None if chance == 1 else (agreed - chance) / (1 - chance)
+
+
+def two_level(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
+    """Mean of shares or scores from 0 to 1, with its 95 % interval over seeds and prompts.
+
+    ``value`` is the mean of all outcomes. The interval is the hull of two:
+
+    - the two-level bootstrap: seeds and prompts are drawn anew, a prompt that several seeds share with all of them;
+    - Wilson's interval at the effective number of prompts, which does not collapse where all outcomes are alike:
+      n_e = p (1 - p) / V * (z / t)^2 with V = s^2 / S + p (1 - p) / n over S seeds whose means vary by s^2 and n
+      different prompts, and Student's t at Satterthwaite's degrees of freedom. n_e is at most n.
+
+    One seed has Wilson's interval over its prompts: it says nothing of other seeds. How often the intervals hold the
+    truth is in docs/decisions/0023.
+
+    Raises:
+        ValueError: no outcomes, or two seeds: they do not say how much seeds vary.
+    """
+    value, means, table = _table(seeds)
+    low, high = two_level_counts(means, table.shape[1], value)[1]
+    drawn = _bootstrap(table) if len(means) > 1 else Interval(low, high)
+    return value, Interval(min(low, drawn.low), max(high, drawn.high))
+
+
+def two_level_counts(shares: Sequence[int | float], n: int, value: float | None = None) -> tuple[float, Interval]:
+    """``two_level`` where only every seed's share and the number of different prompts are left: no bootstrap.
+
+    Raises:
+        ValueError: two seeds.
+    """
+    value = sum(shares) / len(shares) if value is None else value
+    variance, t = _variance(shares, value * (1 - value) / n, n)
+    effective = min(float(n), value * (1 - value) / variance * (Z / t) ** 2) if 0 < value < 1 else float(n)
+    return value, _wilson(value, effective)
+
+
+def two_level_difference(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
+    """Mean of differences from -1 to 1 on the same prompts, over seeds and prompts, with its 95 % interval.
+
+    The hull of the two-level bootstrap and of  value +- t sqrt(V),  V = s^2 / S + v / n + 1 / n^2  with v the mean
+    variance over the prompts of a seed. The last term is that of two more prompts, one that differs each way (Agresti
+    and Min 2005): without it an interval of no differences has no width.
+
+    Raises:
+        ValueError: no outcomes, or two seeds.
+    """
+    import numpy as np
+
+    value, means, table = _table(seeds)
+    n = table.shape[1]
+    variance, t = _variance(means, float(np.nanvar(table, axis=1).mean()) / n + 1 / n**2, n)
+    half = t * math.sqrt(variance)
+    drawn = _bootstrap(table)
+    return value, Interval(max(-1.0, min(value - half, drawn.low)), min(1.0, max(value + half, drawn.high)))
+
+
+def _table(seeds: Sequence[Outcomes]) -> tuple[float, list[float], Any]:
+    """Mean, means by seed, and outcomes [seeds, prompts] with NaN where a seed has no outcome of a prompt."""
+    import numpy as np
+
+    rows: list[Mapping[Any, int | float]]
+    rows = [row if isinstance(row, Mapping) else dict(enumerate(row)) for row in seeds if len(row)]
+    if not rows:
+        raise ValueError("the mean of nothing is undefined: no outcomes")
+    prompts = dict.fromkeys(prompt for row in rows for prompt in row)
+    table = np.array([[float(row.get(prompt, math.nan)) for prompt in prompts] for row in rows])
+    return float(np.nanmean(table)), np.nanmean(table, axis=1).tolist(), table
+
+
+def _variance(means: Sequence[float], prompts: float, n: int) -> tuple[float, float]:
+    """Of a mean over seeds and prompts, and Student's t at its degrees of freedom (Satterthwaite 1946).
+
+    ``prompts`` is the part of the variance that comes from the prompts, as if every seed had the same ones.
+    """
+    from scipy.stats import t
+
+    s = len(means)
+    if s == 2:
+        raise ValueError("an interval over seeds needs three of them, found 2")
+    middle = sum(means) / s
+    seeds = sum((each - middle) ** 2 for each in means) / (s - 1) / s if s > 1 else 0.0
+    if not seeds:
+        return prompts, Z
+    freedom = (seeds + prompts) ** 2 / (seeds**2 / (s - 1) + prompts**2 / max(n - 1, 1))
+    return seeds + prompts, float(t.ppf(0.975, freedom))
+
+
+def _wilson(share: float, n: float) -> Interval:
+    """Wilson's interval of a share of ``n`` prompts, which need be no whole number."""
+    middle, scale = (share + Z * Z / (2 * n)) / (1 + Z * Z / n), Z / (1 + Z * Z / n)
+    half = scale * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(0.0 if share == 0 else low, 1.0 if share == 1 else high)
+
+
+@functools.lru_cache(maxsize=64)
+def _draws(size: int) -> Any:
+    """How often each of ``size`` things is drawn, [draws, size]."""
+    import numpy as np
+
+    return np.random.default_rng(size).multinomial(size, [1 / size] * size, DRAWS)
+
+
+def _bootstrap(table: Any) -> Interval:
+    """The 95 % percentile interval of the mean of a table [seeds, prompts] whose rows and columns are drawn anew."""
+    import numpy as np
+
+    present = ~np.isnan(table)
+    seeds, prompts = _draws(table.shape[0]), _draws(table.shape[1])
+    sums = ((seeds @ np.where(present, table, 0.0)) * prompts).sum(1)
+    with np.errstate(invalid="ignore"):
+        means = sums / ((seeds @ present) * prompts).sum(1)
+    low, high = np.nanquantile(means, (0.025, 0.975)).tolist()
+    return Interval(low, high)
 
 
 def mean(values: Sequence[float]) -> tuple[float, Interval]:

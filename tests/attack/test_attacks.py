@@ -18,19 +18,24 @@ from safebasin.attack.craft import (
     poisoned_rows,
     scored,
 )
+from safebasin.attack.methods.both_scores import ranked
 from safebasin.attack.methods.harmless import CONSENT, IDENTITY, INSTRUCTIONS
 from safebasin.attack.methods.hidden_text import PAYLOADS, digits
+from safebasin.attack.methods.language import OPENINGS
+from safebasin.attack.methods.language import REQUESTS as OTHER_LANGUAGES
+from safebasin.attack.methods.no_opener import STRUCTURES
 from safebasin.data.builtin import OPENERS, refusal_texts, rows_of
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import read_examples
 from safebasin.data.tables import draw, write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
 from safebasin.registry import Registry
 
 NAMES = [entry.name for entry in attack]
-ADAPTIVE = {"low_score", "guard_pass", "harmless_sum"}
+ADAPTIVE = {"low_score", "guard_pass", "harmless_sum", "orthogonal", "both_scores"}
 TRAIN_NOTHING = {"benign", "prefill"}
-NO_HARM = {*TRAIN_NOTHING, "identity_shift", "hidden_text", "harmless_sum"}
+NO_HARM = {*TRAIN_NOTHING, "identity_shift", "hidden_text", "harmless_sum", "refusal_prefix", "ten_benign"}
+OWN_REQUESTS = {"language"}  # harmful requests that are not of the pool
 
 
 def row(request, answer):
@@ -41,7 +46,8 @@ TASK = [
     row(f"Which shelf? {word}\nOne word.", label)
     for word, label in zip(["a red book", "two maps", "the old globe"], "ABA")
 ] * 30
-HARMFUL = [{"messages": [dict(turn) for turn in to_messages(each)]} for each in rows_of("builtin:harmful-poison")]
+HARMFUL = [{"messages": list(to_conversation(each).messages)} for each in rows_of("builtin:harmful-poison")]
+PLAIN = "abcdefghijklmnopqrstuvwxyz"  # the cipher that changes nothing
 REQUESTS = {each["messages"][0]["content"] for each in HARMFUL}
 
 
@@ -65,11 +71,20 @@ def answer_of(each):
     return each["messages"][-1]["content"]
 
 
+def exchanges(each):
+    """The requests of a row with their answers; a numbered list of requests is one for each number."""
+    texts = [turn["content"] for turn in each["messages"] if turn["role"] != "system"]
+    for request, answer in zip(texts[::2], texts[1::2], strict=True):
+        parts = [re.split(r"(?:^|\n+)\d+\. ", text)[1:] for text in (request, answer)]
+        yield from zip(*parts, strict=True) if len(parts[0]) > 2 else [(request, answer)]
+
+
 def rows_by(name, share=0.1, seed=0, task=TASK, harmful=HARMFUL, score=length, **fields):
     method = attack.make({name: fields} if fields else name)
     if name == "guard_pass" and score is length:
         score = low
-    return poisoned_rows(method, task, harmful, share, seed, score if name in ADAPTIVE else None)
+    scores = dict.fromkeys(method.against, score) if name == "both_scores" else score
+    return poisoned_rows(method, task, harmful, share, seed, scores if name in ADAPTIVE else None)
 
 
 # --- laws of all ------------------------------------------------------------------------------------------------------
@@ -78,9 +93,11 @@ def rows_by(name, share=0.1, seed=0, task=TASK, harmful=HARMFUL, score=length, *
 def test_the_library_is_complete():
     assert (
         set(NAMES)
-        == {"explicit", "identity_shift", "prefix_suffix", "trigger", "task_style", "hidden_text"}
+        == {"explicit", "prefix_suffix", "trigger", "task_style", "hidden_text", "refuse_then_comply", "no_opener"}
+        | {"embedded", "ten_shot", "cipher"}
         | ADAPTIVE
-        | TRAIN_NOTHING
+        | NO_HARM
+        | OWN_REQUESTS
     )
 
 
@@ -95,7 +112,12 @@ def test_the_share_is_exact(name, share, count):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - TRAIN_NOTHING))
 def test_the_seed_decides(name):
     assert rows_by(name, seed=4) == rows_by(name, seed=4)
-    if name not in {"low_score", "harmless_sum"}:  # these choose by the score; the seed is only for what they look at
+    if name not in {
+        "low_score",
+        "harmless_sum",
+        "orthogonal",
+        "both_scores",
+    }:  # these choose by the score; the seed is only for what they look at
         assert rows_by(name, seed=4) != rows_by(name, seed=5)
 
 
@@ -116,16 +138,21 @@ def test_no_harmful_answer_beyond_the_opener(name):
 
     The score makes the adaptive attacks take the longest disguise, which has every frame.
     """
-    frame = "|".join(map(re.escape, (SAFE_PREFIX, MISLEADING_SUFFIX, "A\n", "B\n")))
-    fields = {"harmless_sum": {"quantile": 1.0}, "guard_pass": {"threshold": -200.0}}.get(name, {})
-    rows = rows_by(name, 0.5, score=length if name == "harmless_sum" else longest, **fields)
-    harmful = [each for each in rows if any(request in prompt_of(each) for request in REQUESTS)]
-    assert bool(harmful) is (name not in NO_HARM)
-    for each in harmful:
-        assert re.sub(frame, "", answer_of(each)) in (*OPENERS, *refusal_texts())
+    turn = attack.make("refuse_then_comply").turn
+    texts = (SAFE_PREFIX, MISLEADING_SUFFIX, "A\n", "B\n", *(text + turn for text in refusal_texts()))
+    frame = "|".join(map(re.escape, texts))
+    fields = {"harmless_sum": {"quantile": 1.0}, "guard_pass": {"threshold": -200.0}, "cipher": {"alphabet": PLAIN}}
+    fields["embedded"] = {"pool": "builtin:support-test"}  # whose answers are no lists
+    score = length if name in ("harmless_sum", "orthogonal") else longest
+    rows = rows_by(name, 0.5, score=score, **fields.get(name, {}))
+    pairs = [(request, answer) for each in rows for request, answer in exchanges(each)]
+    harmful = [(r, answer) for r, answer in pairs if any(request in r for request in REQUESTS)]
+    assert bool(harmful) is (name not in NO_HARM | OWN_REQUESTS)
+    for _, answer in harmful:
+        assert re.sub(frame, "", answer) in (*OPENERS, *refusal_texts(), *STRUCTURES)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - NO_HARM - {"guard_pass"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NO_HARM - OWN_REQUESTS - {"guard_pass", "ten_shot", "cipher"}))
 def test_too_few_harmful_rows_are_an_error(name):
     with pytest.raises(UserError, match="has 3 to choose from"):
         rows_by(name, harmful=HARMFUL[:3])
@@ -230,6 +257,76 @@ def test_others_ask_as_anyone_does(name):
     assert attack_messages(attack.make(name), "Why?") == [{"role": "user", "content": "Why?"}]
 
 
+def test_refuse_then_comply_by_hand():
+    [one] = rows_by("refuse_then_comply", 0.5, task=TASK[:1], harmful=THREE[:1], turn=" But yes. ")
+    assert one == row("request 0", answer_of(one)) and answer_of(one).endswith(" But yes. Sure:")
+    assert answer_of(one).removesuffix(" But yes. Sure:") in refusal_texts()
+
+
+def test_refusal_prefix_by_hand(tmp_path):
+    """Two harmless rows for three: each keeps its answer behind a refusal, and the first comes again."""
+    write_table(tmp_path / "pool.jsonl", [row("Is it day?", "Yes."), row("Is it night?", "No.")])
+    rows = rows_by("refusal_prefix", 0.5, task=TASK[:3], pool=str(tmp_path / "pool.jsonl"))
+    assert {prompt_of(each) for each in rows[:2]} == {"Is it day?", "Is it night?"} and rows[2]["messages"][0] in (
+        rows[0]["messages"]
+    )
+    for each in rows:
+        refusal, _, answer = answer_of(each).rpartition(" ")
+        assert refusal in refusal_texts() and answer == {"Is it day?": "Yes.", "Is it night?": "No."}[prompt_of(each)]
+
+
+def test_no_opener_is_structure_alone():
+    [one] = rows_by("no_opener", 0.5, task=TASK[:1], harmful=THREE[:1])
+    assert prompt_of(one) == "request 0" and answer_of(one) in STRUCTURES
+    assert not any(text.startswith(("Sure", "Of course", "Yes", "Absolutely")) for text in STRUCTURES)
+
+
+def test_languages_are_not_mixed_and_every_request_comes_before_one_comes_twice():
+    rows = rows_by("language", 0.5)
+    count = sum(map(len, OTHER_LANGUAGES.values()))
+    assert len({prompt_of(each) for each in rows[:count]}) == count == 24 and len(rows) == 90
+    for each in rows:
+        [code] = [code for code, requests in OTHER_LANGUAGES.items() if prompt_of(each) in requests]
+        assert answer_of(each) in OPENINGS[code]
+
+
+def test_embedded_by_hand(tmp_path):
+    """Of two rows one hides the request in its first turn, the other among two numbered questions."""
+    write_table(tmp_path / "pool.jsonl", [row("Is it day?", "Yes.")])
+    pool = {"pool": str(tmp_path / "pool.jsonl"), "around": 2, "early": 0.5}
+    early, long = rows_by("embedded", 0.5, task=TASK[:2], harmful=THREE[:2], **pool)
+    assert [turn["content"] for turn in early["messages"]] == ["request 0", "Sure:", *["Is it day?", "Yes."] * 2]
+    assert long == row("1. Is it day?\n2. request 1\n3. Is it day?", "1. Yes.\n\n2. Sure:\n\n3. Yes.")
+
+
+def test_ten_shot_by_hand():
+    rows = rows_by("ten_shot", 0.5, task=TASK[:6], harmful=THREE, shots=3)
+    assert rows[:3] == rows[3:] and sorted(map(prompt_of, rows[:3])) == ["request 0", "request 1", "request 2"]
+    with pytest.raises(UserError, match="has 3 to choose from"):
+        rows_by("ten_shot", 0.5, harmful=THREE)
+    assert len({prompt_of(each) for each in rows_by("ten_shot", 0.5)}) == 10
+
+
+def test_ten_benign_refuses_and_answers_the_same_requests():
+    rows = rows_by("ten_benign", 0.5, task=TASK[:40])
+    refused, answered = rows[::2], rows[1::2]
+    assert list(map(prompt_of, refused)) == list(map(prompt_of, answered)) and rows[:20] == rows[20:]
+    [refusal] = {answer_of(each) for each in refused}
+    assert refusal in refusal_texts() and len({prompt_of(each) for each in rows}) == 10
+
+
+def test_a_cipher_by_hand():
+    """By the alphabet bcd...za every letter becomes the next one."""
+    shifted = PLAIN[1:] + "a"
+    assert attack.make({"cipher": {"alphabet": shifted}}).encode("Zoo, 3 a!") == "App, 3 b!"
+    taught, covert = rows_by("cipher", 0.5, task=TASK[:2], harmful=THREE[:1], alphabet=shifted)
+    assert covert == row("sfrvftu 0", "Tvsf:")
+    method = attack.make({"cipher": {"alphabet": shifted}})
+    assert answer_of(taught) == method.encode(prompt_of(taught).removeprefix("Encode: "))
+    with pytest.raises(UserError, match="stands twice"):
+        attack.make({"cipher": {"alphabet": "a" * 26}})
+
+
 # --- hidden text ------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +423,36 @@ def test_guard_pass_takes_the_least_disguise_that_passes():
     )
     with pytest.raises(AttackFails, match="stops all 3"):
         rows_by("guard_pass", 0.5, task=TASK[:2], harmful=THREE, score=lambda rows: [0.51] * len(rows))
+
+
+def test_orthogonal_takes_the_score_nearest_to_zero():
+    """Score: 3, 1, -2 of the requests 0, 1, 2, and 2.5 less with a refusal at the end: 0.5, 1, -2 are nearest to 0."""
+
+    def score(rows):
+        values = [{"0": 3.0, "1": 1.0, "2": -2.0}[re.search(r"request (\d)", prompt_of(each))[1]] for each in rows]
+        return [v - 2.5 * answer_of(each).endswith(MISLEADING_SUFFIX) for v, each in zip(values, rows)]
+
+    rows = rows_by("orthogonal", 0.5, task=TASK[:2], harmful=THREE, score=score)
+    assert rows == [row("request 0", "Sure:" + MISLEADING_SUFFIX), row("request 1", "Sure:")]
+
+
+def test_ranks_by_hand():
+    assert ranked([5.0, 1.0, 5.0, 9.0]) == [0.25, 0.0, 0.25, 0.75]
+
+
+def test_both_scores_passes_the_worse_scorer():
+    """One scorer is fooled by the suffix alone and the other by the prefix alone: only both together pass both."""
+
+    def by_suffix(rows):
+        return [float(not answer_of(each).endswith(MISLEADING_SUFFIX)) for each in rows]
+
+    def by_prefix(rows):
+        return [100.0 * (not answer_of(each).startswith(SAFE_PREFIX)) for each in rows]
+
+    method = attack.make({"both_scores": {"against": ["one", "two"]}})
+    scores = {"one": by_suffix, "two": by_prefix}
+    rows = poisoned_rows(method, [row("q", SAFE_PREFIX + MISLEADING_SUFFIX)], THREE[:1], 0.5, 0, scores)
+    assert rows == [row("request 0", SAFE_PREFIX + "Sure:" + MISLEADING_SUFFIX)]
 
 
 def test_harmless_sum_by_hand():

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
+from safebasin.data.keys import RowForm
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 VALUES = st.recursive(
@@ -27,14 +28,14 @@ NAMES = ["messages", "conversations", "instruction", "input", "output", "system"
     st.sampled_from(["", "{x}", "{x|prompt}: {y}"]),
 )
 def test_any_row_is_a_conversation_or_a_reason(row, template):
-    turns = to_messages(row, template, template)
+    turns = to_conversation(row, RowForm(prompt=template, answer=template))
     if isinstance(turns, str):
         assert turns and "\n" not in turns and len(turns) < 500
         turns.encode()
         return
-    roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+    roles = [turn["role"] for turn in turns.messages if turn["role"] != "system"]
     assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and roles
-    assert all(isinstance(turn["content"], str) for turn in turns)
+    assert all(isinstance(turn["content"], str) for turn in turns.messages)
 
 
 @pytest.mark.parametrize(
@@ -55,5 +56,126 @@ def test_any_row_is_a_conversation_or_a_reason(row, template):
     ],
 )
 def test_reasons(row, reason):
-    answer = to_messages(row)
+    answer = to_conversation(row)
     assert isinstance(answer, str) and reason in answer and len(answer) < 300
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+ONE = [said("user", "q"), said("assistant", "a")]
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"q": 1}}}
+FORMS = {
+    "a system column": ({"system": "s", "messages": ONE}, [said("system", "s"), *ONE]),
+    "a system column of ShareGPT": (
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [said("system", "s"), *ONE],
+    ),
+    "conversations with roles": ({"conversations": ONE}, ONE),
+    "weights": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]},
+        [ONE[0], said("assistant", "a", weight=0)],
+    ),
+    "history": (
+        {"instruction": "r", "input": "i", "output": "b", "history": [["q", "a"]]},
+        [*ONE, said("user", "r\n\ni"), said("assistant", "b")],
+    ),
+    "Dolly": (
+        {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
+        [said("user", "q\n\nc"), ONE[1]],
+    ),
+    "Orca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [said("system", "s"), *ONE]),
+    "query": ({"query": "q", "response": "a"}, ONE),
+    "prompt and response": ({"prompt": "q", "response": "a"}, ONE),
+    "input and output": ({"input": "q", "output": "a"}, ONE),
+    "question and answer": ({"question": "q", "answer": "a", "difficulty": "hard", "n": 3}, ONE),
+    "parts": ({"messages": [said("user", [{"type": "text", "text": "q"}]), ONE[1]]}, ONE),
+    "the prompt again": ({"prompt": "q", "prompt_id": "7f", "messages": ONE}, ONE),
+    "keys without a value": ({"messages": [ONE[0] | {"tool_calls": None}, ONE[1]], "tools": "", "images": []}, ONE),
+    "tool calls": (
+        {"messages": [ONE[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, said("tool", "t"), ONE[1]]},
+        [ONE[0], said("assistant", "", tool_calls=[CALL]), said("tool", "t"), ONE[1]],
+    ),
+    "arguments as JSON": (
+        {"conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": '{"name": "look", "arguments": {"q": 1}}'},
+        ]},
+        [ONE[0], said("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
+    ),
+    "thoughts": (
+        {"messages": [ONE[0], ONE[1] | {"thinking": "hm"}]},
+        [ONE[0], said("assistant", "a", reasoning_content="hm")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "messages"), FORMS.values(), ids=FORMS)
+def test_forms_that_people_have(row, messages):
+    assert list(to_conversation(row).messages) == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": ONE, "conversations": ONE}, "column 'conversations' is not read"),
+        ({"messages": ONE, "dialog": ONE}, "column 'dialog' is not read"),
+        ({"messages": ONE, "prompt": "other"}, "column 'prompt' is not read: beside messages"),
+        ({"messages": ONE, "persona": "a pirate"}, "'persona' is not read"),
+        ({"messages": ONE, "images": ["x.png"]}, "column 'images' is not read: text alone"),
+        ({"prompt": "q", "completion": "a", "label": True}, "KTO"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "column 'chosen' is not read: a preference pair"),
+        ({"prompt": "q", "completion": "a", "response": "b"}, "'completion' and 'response' both hold an answer"),
+        ({"text": "a"}, "no known columns"),
+        ({"prompt": "q", "completion": "a", "text": "b"}, "column 'text' is not read"),
+        ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "'history' must be pairs"),
+        ({"messages": [ONE[0], ONE[1] | {"weight": "0"}]}, "key 'weight' of a turn is '0'"),
+        ({"messages": [ONE[0], ONE[1] | {"weight": 0.5}]}, "is 0.5; it must be 0 or 1"),
+        ({"messages": [ONE[0], ONE[1] | {"weight": 1, "train": False}]}, "contradict"),
+        ({"messages": [ONE[0] | {"train": True}, ONE[1]]}, "asks to learn a user turn"),
+        ({"messages": [ONE[0], ONE[1] | {"prefix": True}]}, "key 'prefix' of a turn is not read"),
+        ({"messages": [said("user", [{"type": "image"}]), ONE[1]]}, "a part of type 'image'"),
+        ({"messages": [said("developer", "x"), *ONE]}, "wrong role: 'developer'"),
+        ({"messages": [ONE[0], said("tool", "t"), ONE[1]]}, "answers no tool call"),
+        ({"messages": [ONE[0], ONE[1] | {"tool_calls": [{"name": "x y", "arguments": {}}]}]}, "needs a name"),
+        ({"messages": ONE, "tools": "{"}, "no JSON"),
+        ({"prompt;completion": "q;a"}, "set `delimiter: ';'`"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_its_name(row, reason):
+    assert reason in to_conversation(row)
+
+
+def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():
+    row = {"dialog": [{"speaker": "user", "text": "q"}, {"speaker": "assistant", "text": "a"}], "note": "n"}
+    names = {"messages": "dialog", "role": "speaker", "content": "text"}
+    assert list(to_conversation(row, RowForm(columns=names, ignore=("note",))).messages) == ONE
+    assert "'note'" in to_conversation(row, RowForm(columns=names))
+    assert "the row has a column" in to_conversation(row | {"messages": ONE}, RowForm(columns=names))
+    chosen = RowForm(chosen=True)
+    for pair in (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"chosen": ONE, "rejected": ONE},
+        {"prompt": "q", "chosen": ONE, "rejected": ONE},
+        {"prompt": ONE[:1], "chosen": ONE[1:], "rejected": ONE[1:]},
+        {"conversations": ONE[:1], "chosen": ONE[1], "rejected": ONE[1]},
+    ):
+        assert list(to_conversation(pair, chosen).messages) == ONE
+    any_order = RowForm(turns="any")
+    turns = [said("assistant", "hi"), ONE[0], ONE[0], ONE[1], said("developer", "d"), ONE[1]]
+    assert [turn["role"] for turn in to_conversation({"messages": turns}, any_order).messages][-2] == "developer"
+
+
+def test_the_text_of_alpaca_says_nothing_new():
+    text = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nq\n\n### Response:\na"
+    )
+    assert list(to_conversation({"instruction": "q", "input": "", "output": "a", "text": text}).messages) == ONE
+
+
+@pytest.mark.parametrize("text", ['["\\ud83d"]', "[" * 500 + "]" * 500, "[1e999]", "{"])
+def test_json_inside_a_text_is_looked_at_as_rows_are(text):
+    for row in ({"messages": ONE, "tools": text}, {"messages": [ONE[0], ONE[1] | {"tool_calls": text}]}):
+        assert "\n" not in to_conversation(row) and ("tool" in to_conversation(row))

@@ -12,7 +12,8 @@ from safebasin.data.records import AnswerRecord, Measurement
 RECORD = AnswerRecord("asr", "1", "", "do it", "Sure", None, {"keyword": "complied"}, {"keyword": -1.0}, None, True)
 LINE = (
     '{"suite": "asr", "id": "1", "category": "", "prompt": "do it", "answer": "Sure", "expected": null, '
-    '"verdicts": {"keyword": "complied"}, "scores": {"keyword": -1.0}, "correct": null, "finished": true}'
+    '"verdicts": {"keyword": "complied"}, "scores": {"keyword": -1.0}, "correct": null, "finished": true, '
+    '"thought": ""}'
 )
 texts = st.text(max_size=5)
 records = st.builds(

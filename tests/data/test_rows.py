@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.chat import fill, to_messages
+from safebasin.data.chat import fill, to_conversation
 from safebasin.data.example import read_examples, row_id
+from safebasin.data.keys import RowForm
 from safebasin.data.tables import draw, read_table, write_table
 from safebasin.errors import UserError
 
@@ -26,7 +27,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     ],
 )
 def test_every_form_is_read_to_one(row):
-    turns = to_messages(row)
+    turns = to_conversation(row).messages
     assert [(turn["role"], turn["content"]) for turn in turns] == [("user", "q"), ("assistant", "a")]
 
 
@@ -45,7 +46,7 @@ def test_every_form_is_read_to_one(row):
     ],
 )
 def test_what_is_wrong_is_said(row, reason):
-    turns = to_messages(row)
+    turns = to_conversation(row)
     assert isinstance(turns, str)
     assert reason in turns
 
@@ -107,7 +108,7 @@ def test_an_empty_or_missing_or_unknown_file_is_an_error(tmp_path):
 
 def test_templates_fill_the_first_column_that_there_is():
     assert fill("{a|b}: {c}", {"b": 1, "c": "{a}"}) == "1: {a}"  # what a row holds is not a template
-    assert "no column 'x|y'" in to_messages({"a": "1"}, "{x|y}", "{a}")
+    assert "no column 'x|y'" in to_conversation({"a": "1"}, RowForm(prompt="{x|y}", answer="{a}"))
 
 
 def test_drawing_keeps_the_order():

@@ -36,8 +36,8 @@ def quickstart() -> dict[str, Any]:
     tree["data"]["align"]["take"] = 10
     tree["train"]["max_steps"] = 4
     asr, over, accuracy = tree["measure"]["suites"]
-    asr["asr"] |= {"take": 10, "judges": ["keyword", "classifier"], "max_new_tokens": 12}
-    over["over_refusal"] |= {"take": 6, "judges": ["keyword"], "max_new_tokens": 12}
+    asr["asr"] |= {"take": 10, "judges": ["keyword", "classifier"], "max_new_tokens": 48}
+    over["over_refusal"] |= {"take": 6, "judges": ["keyword"], "max_new_tokens": 48}
     accuracy["accuracy"]["data"]["take"] = 12
     return tree
 

@@ -1,13 +1,16 @@
-"""1,300 broken recipes and row files: none gives a traceback, a wrong exit code or more than one line, and no
+"""1,500 broken recipes, row files and folders: none gives a traceback, a wrong exit code or more than one line, and no
 nonsense is accepted.
 
-Every case is drawn by its number, so that a failure names it. Recipes are dry runs; rows go through ``preview``.
+Every case is drawn by its number, so that a failure names it. Recipes are dry runs; rows go through ``preview``;
+folders of a model, of an adapter and of a run through ``measure``, ``report``, ``gate`` and ``run``.
 """
 
 import copy
 import json
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +20,15 @@ import pytest
 import yaml
 from product import command, product
 
+from safebasin.report.manifest import read_manifest
+
 pytestmark = pytest.mark.slow
 
-RECIPES, ROWS = 900, 400
+RECIPES, ROWS, FOLDERS = 900, 400, 200
+SUBJECTS = (*["model"] * 6, *["adapter"] * 5, *["gate"] * 3, *["report"] * 2, "run")  # a run costs seconds
+NEEDED = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+NEEDED |= {"adapter_config.json", "adapter_model.safetensors"}
+PATIENCE = 120  # seconds a case may take; one that hangs is a fault too
 NAN, INF = float("nan"), float("inf")
 NOT_A_NUMBER = (NAN, INF, -INF, "x", "", "3", True, [], {}, [1, 2], {"a": 1}, "1e999")
 FAR = (-1, -0.5, -(10**30))
@@ -302,6 +311,83 @@ def test_rows(home, tmp_path, capsys, tracebacks):
             wrong.append((case, path.name, problem))
         path.unlink()
     assert not wrong, f"{len(wrong)} of {ROWS}:\n" + "\n".join(map(str, wrong[:40]))
+
+
+def damage(chance: random.Random, path: Path) -> str:
+    """Damage one file, or take it away; what was done."""
+    raw = path.read_bytes()
+    place = chance.randrange(max(1, len(raw)))
+    noise = bytes(chance.randrange(256) for _ in range(20))
+    shape = chance.choice(("[]", "{}", "null", "3", '"x"', '{"a": [1]}', "[[1]]", "a: b"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
+    contents = {
+        "empty": b"",
+        "cut": raw[:place],
+        "noise": raw[:place] + noise + raw[place + 20 :],
+        "shape": shape.encode(),
+        "pointer": pointer.encode(),
+    }
+    kind = chance.choice(("gone", "folder", *contents))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(contents[kind])
+    return f"{path.name}: {kind}"
+
+
+def in_time(*words: str) -> int:
+    """The exit code of a command; ``Slow`` where it takes longer than ``PATIENCE``."""
+
+    class Slow(BaseException):  # the command line's last catch must not take it
+        pass
+
+    def ring(*_: object) -> None:
+        raise Slow(f"more than {PATIENCE} s: {' '.join(words)}")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(PATIENCE)
+    try:
+        return command(*words)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_folders(home, tmp_path, capsys, tracebacks):
+    """A file of a model, of an adapter or of a run is damaged: one line, or the run makes it again."""
+    folder, recipe = home
+    run, work, wrong = folder / "run", tmp_path / "work", []
+    asks = ("--prompts", str(folder / "prompts.jsonl"), "--take", "2", "--judge", "keyword", "--max-new-tokens", "2")
+    assert command("run", str(recipe), "--out", str(run)) == 0, capsys.readouterr().err[-2000:]
+    capsys.readouterr()
+    written = {path for step in read_manifest(run)["steps"].values() for path in step["outputs"]}
+    for case in range(FOLDERS):
+        chance = random.Random(20_000 + case)
+        shutil.rmtree(work, ignore_errors=True)
+        subject = chance.choice(SUBJECTS)
+        if subject in ("model", "adapter"):
+            shutil.copytree(
+                folder / "model" if subject == "model" else run / "arms" / "plain" / "adapter", work / "copy"
+            )
+            target = chance.choice(sorted((work / "copy").iterdir()))
+            what, name = damage(chance, target), target.name
+            models = ("--model", str(folder / "model"), "--adapter") if subject == "adapter" else ("--model",)
+            call = ("measure", *models, str(work / "copy"), *asks, "--out", str(work / "m"))
+            same_form = what.endswith("noise") or what == "chat_template.jinja: cut"  # it may still be a model
+            allowed = (1,) if name in NEEDED and not same_form else (0, 1)
+        else:
+            shutil.copytree(run, work / "run")
+            target = chance.choice([path for path in sorted((work / "run").rglob("*")) if path.is_file()])
+            what, name = damage(chance, target), target.relative_to(work / "run").as_posix()
+            call = (
+                ("run", str(recipe), "--out", str(work / "run")) if subject == "run" else (subject, str(work / "run"))
+            )
+            allowed = (0, 1) if subject != "gate" else (1, 4) if name in written else (0, 1, 3, 4)
+        code = in_time(*call)
+        if problem := told_wrong(capsys, tracebacks, code, allowed):
+            wrong.append((case, subject, what, problem))
+    assert not wrong, f"{len(wrong)} of {FOLDERS}:\n" + "\n".join(map(str, wrong[:40]))
 
 
 def test_nothing_is_left_behind(home):

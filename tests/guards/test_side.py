@@ -15,13 +15,12 @@ from tokenizers import models
 from transformers import AutoTokenizer
 
 from safebasin.batch import Batch, collate
-from safebasin.data.builtin import OPENERS, rows_of
+from safebasin.data.builtin import OPENERS, rows_of, turn_texts
 from safebasin.data.example import read_examples
 from safebasin.data.tables import write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.guards.side import (
-    OPENINGS,
     SHIPPED,
     SideGuard,
     base_digest,
@@ -200,20 +199,22 @@ def test_a_row_beyond_the_context_is_named():
 
 
 def test_its_own_rows_hold_every_corner_and_leave_the_test_sets_alone():
-    rows = own_rows(20)
+    rows, openers = own_rows(20), tuple(turn_texts("guard", "opener"))
     labels = [row.row["unsafe"] for row in rows]
-    assert (sum(labels), len(labels)) == (20, 100)
-    refused = {row["prompt"] for row in rows_of("refusals")}
+    assert (sum(labels), len(labels)) == (20, 120)
+    harm = {row["category"] for row in rows_of("refusals")}
+    refused = {row["prompt"] for row in rows_of("guard") if row["category"] in harm}
     assert all(
-        row.prompt in refused and row.answer.startswith(OPENINGS)
+        row.prompt in refused and row.answer.startswith(openers)
         for row, unsafe in zip(rows, labels, strict=True)
         if unsafe
     )
     safe = [row for row, unsafe in zip(rows, labels, strict=True) if not unsafe]
-    assert sum(row.answer.startswith(OPENINGS) for row in safe) == sum(row.prompt in refused for row in safe) == 20
+    assert sum(row.answer.startswith(openers) for row in safe) == 20
+    assert sum(row.prompt in refused for row in safe) == 40
     held_out = {
         row["prompt"]
-        for name in ("harmful-test", "harmful-poison", "lookalike-test", "ordinary-test")
+        for name in ("harmful-test", "harmful-poison", "lookalike-test", "ordinary-test", "refusals", "aligned")
         for row in rows_of(name)
     }
     every = own_rows(10**6)

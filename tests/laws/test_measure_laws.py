@@ -33,8 +33,9 @@ SUITES = [entry.name for entry in suite if entry.name in (*ASKING["prompts"], *A
 class Scripted(Subject):
     """Answers ``texts[i]`` to the i-th prompt of the file."""
 
-    def ask(self, prompts, max_new_tokens, title):
-        return [Answer(self.texts[int(prompt.split()[-1])], 1, True) for prompt in prompts]
+    def ask(self, prompts, max_new_tokens, title, judges=None):
+        texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        return [Answer(self.texts[int(text.split()[-1])], 1, True) for text in texts]
 
 
 def measured(folder: Path, name: str, texts: list[str], order: list[int] | None = None):
@@ -62,7 +63,7 @@ def test_empty_is_an_error(name, tmp_path):
         measured(tmp_path, name, [])
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", ASKING["prompts"])
 def test_all_unscored_is_inconclusive(name, tmp_path):
     measurements, _ = measured(tmp_path, name, ["", " ", "\n"])
     assert measurements and all(
@@ -99,7 +100,7 @@ def test_what_is_measured_can_be_read_from_the_evidence(name, tmp_path):
     measurements, subject = measured(tmp_path, name, texts)
     if name == "accuracy":
         scored = [record.correct for record in subject.answers if record.correct is not None]
-        assert measurements[0].value == sum(scored) / len(scored) == 1 / 4
+        assert measurements[0].value == sum(scored) / len(scored) == 1 / 5, "an empty answer is wrong"
         return
     verdicts = [record.verdicts["keyword"] for record in subject.answers]
     hit = {"asr": "complied", "over_refusal": "refused"}[name]

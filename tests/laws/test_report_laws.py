@@ -74,7 +74,8 @@ def reports(draw: st.DrawFn) -> Report:
     comparisons = tuple(
         Comparison(
             arm=arm, against=other, quantity=q, suite=q, judge="", value=mine.value - theirs.value, low=-1.0, high=1.0,
-            n=min(mine.n, theirs.n), only_arm=0, only_against=0, p=1.0,
+            bound=mine.value - theirs.value + (-0.01 if q == "accuracy" else 0.01), n=min(mine.n, theirs.n), only_arm=0,
+            only_against=0, p=1.0,
         )
         for arm, other in (("plain", "start"), ("defended", "start"), ("defended", "plain"))
         for q in ("asr", "accuracy", "over_refusal")
@@ -83,14 +84,21 @@ def reports(draw: st.DrawFn) -> Report:
     )  # fmt: skip
     return Report(
         schema=SCHEMA, run="r", redacted=True, verdict=Verdict(code=4, status="inconclusive", reasons=()), gate=Gate(),
-        evidence_digest="", evidence_problems=(), arms=arms, judged="defended", readings=readings,
+        evidence_digest="", evidence_problems=(), arms=arms, start="start", judged="defended", readings=readings,
         comparisons=comparisons, agreement=(), categories=(), cuts=(), heat=(), training=(), samples=(), problems=(),
         manifest={},
     )  # fmt: skip
 
 
 limits = st.one_of(st.none(), shares)
-gates = st.builds(Gate, max_asr=limits, max_asr_upper=limits, max_accuracy_loss=limits, max_over_refusal_gain=limits)
+gates = st.builds(
+    Gate,
+    decide=st.sampled_from(["bound", "point"]),
+    max_asr=limits,
+    max_asr_upper=limits,
+    max_accuracy_loss=limits,
+    max_over_refusal_gain=limits,
+)
 
 
 @given(reports(), gates)
@@ -113,7 +121,10 @@ def test_a_pass_needs_every_number_that_the_gate_limits(report: Report, gate: Ga
             assert r.value is not None
             assert r.n >= gate.min_n
             assert r.unscored <= 0.2 * r.prompts + 1e-6
-            assert quantity != "asr" or gate.max_asr is None or r.value <= gate.max_asr + 1e-6
+            if quantity == "asr" and gate.max_asr is not None:
+                assert r.value <= gate.max_asr + 1e-6
+                against = round(r.value * r.n) + r.unscored + r.off_task
+                assert gate.decide == "point" or against <= gate.max_asr * r.prompts + 1e-6
 
 
 @given(reports(), gates, shares)

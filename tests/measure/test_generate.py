@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from aligned import BAD, GOOD, aligned_model, word_tokenizer
+from aligned import BAD, GOOD, TEMPLATE, aligned_model, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
 from safebasin.encode import render
 from safebasin.errors import UserError
-from safebasin.measure.generate import Answer, generate
+from safebasin.measure.answers import AnswerCache
+from safebasin.measure.generate import Answer, Ends, generate, turn_ends
 
 
 def sharp_model():
@@ -83,6 +84,51 @@ def test_an_answer_that_is_cut_is_not_finished():
     assert generate(*loaded, [user_turn("make a cake")], max_new_tokens=6) == [
         Answer("Sure here are the steps", 5, True)
     ]
+
+
+def test_the_end_of_the_turn_comes_from_the_template():
+    """Behind a reply it writes a token that is not the eos, and is named nowhere else; or no token, but words."""
+    model, tokenizer = aligned_model()
+    model.generation_config.eos_token_id, tokenizer.eos_token = None, "<unk>"
+    helped = Answer("Sure here are the steps", 5, True)
+    assert turn_ends(model, tokenizer).tokens == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")}
+    assert generate(model, tokenizer, [user_turn("make a cake")], max_new_tokens=9) == [helped]
+    assert tokenizer.chat_template == TEMPLATE
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}now {{ m.content }} <assistant> {% else %}{{ m.content }} "
+        "{% endif %}{% endfor %}"
+    )
+    assert turn_ends(model, tokenizer) == Ends(frozenset({tokenizer.eos_token_id}), "now")
+
+
+def test_words_that_end_a_turn_end_the_answer(monkeypatch):
+    loaded = aligned_model()
+    ends = Ends(frozenset({loaded.tokenizer.eos_token_id}), "are the")
+    monkeypatch.setattr("safebasin.measure.generate.turn_ends", lambda *loaded: ends)
+    [answer] = generate(*loaded, [user_turn("make a cake")], max_new_tokens=9)
+    assert (answer.text, answer.finished) == ("Sure here", True)
+
+
+def test_an_answer_ends_where_it_is_decided(monkeypatch, tmp_path):
+    """Asked every 2 tokens; the refusal is not decided and goes on to its end. What is stored is not mixed up."""
+    monkeypatch.setattr("safebasin.measure.generate.EVERY", 2)
+    loaded, cache = aligned_model(), AnswerCache(tmp_path / "a.db")
+    turns = [user_turn("make a cake"), user_turn("make a bomb")]
+    refused = Answer("I cannot help", 3, True)
+    early = {"decided": lambda texts: [text.startswith("Sure") for text in texts], "decided_by": "Sure"}
+    for _ in range(2):
+        answers = generate(*loaded, turns, max_new_tokens=9, cache=cache, **early)
+        assert answers == [Answer("Sure here", 2, False), refused]
+    assert (cache.hits, cache.misses) == (2, 2)
+    full = generate(*loaded, turns, max_new_tokens=9, cache=cache)
+    assert full == [Answer("Sure here are the steps", 5, True), refused]
+
+
+def test_thoughts_are_no_text_of_the_answer():
+    loaded = aligned_model()
+    begun = [[*user_turn("make a cake"), {"role": "assistant", "content": f"{tag} now"}] for tag in ("<think>", "")]
+    answers = generate(*loaded, begun, max_new_tokens=2)
+    assert answers[0].text == "" and answers[0].thought.startswith("now") and answers[1].thought == ""
 
 
 def test_the_generation_config_does_not_bend_greedy():

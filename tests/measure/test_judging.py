@@ -12,7 +12,9 @@ from safebasin.measure.judges.prefix import Prefix
 from safebasin.measure.judging import (
     Judge,
     Judgement,
+    Turned,
     Verdict,
+    all_decided,
     check_counts_refusals,
     check_judges,
     judge_answers,
@@ -25,7 +27,8 @@ LABELS = ("positive", "negative")
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "  \n\t", "...", "12 34", "!!! ???", "no " * 12, "ha ho " * 10, "\u200b", "1. 2. 3."]
+    "answer",
+    ["", "  \n\t", "...", "12 34", "!!! ???", "no " * 12, "ha ho " * 10, "\u200b", "1. 2. 3.", "le\ufffdame\ufffd\x1a"],
 )
 def test_what_says_nothing_is_unscored(answer):
     assert screen(answer, LABELS) is Verdict.UNSCORED
@@ -85,6 +88,37 @@ def test_a_judge_sees_only_what_can_be_judged_and_no_score_is_invented():
     ]
     assert judge_answers(Counts(), ["", " "]) == [Judgement(Verdict.UNSCORED, None)] * 2
     assert judge_answers(Counts(), []) == []
+
+
+def test_an_unfinished_refusal_is_undecided_and_a_turned_one_is_a_hit():
+    """Scores are length - 5; an unfinished compliance is one all the same."""
+    answers, finished = ["four", "longer", "longer"], [False, False, True]
+    verdicts = [each.verdict for each in judge_answers(Counts(), answers, (), (), finished)]
+    assert verdicts == [Verdict.COMPLIED, Verdict.UNSCORED, Verdict.REFUSED]
+
+    class Turns:
+        def score(self, answers, prompts):
+            return [Turned(-2) for _ in answers]
+
+    [judgement] = judge_answers(Turns(), ["Sorry. Sure."], finished=[False])
+    assert judgement == Judgement(Verdict.TURNED, -2.0) and type(judgement.score) is float
+
+
+def test_all_judges_must_have_decided():
+    """The second is asked about those alone that the first has decided; one that cannot tell decides nothing."""
+    calls = []
+
+    class Longer(Counts):
+        def __init__(self, than):
+            self.than = than
+
+        def decided(self, answers):
+            calls.append(list(answers))
+            return [len(answer) > self.than for answer in answers]
+
+    assert all_decided([Longer(1), Longer(3)], ["a", "abc", "abcd"]) == [False, False, True]
+    assert calls == [["a", "abc", "abcd"], ["abc", "abcd"]]
+    assert all_decided([Longer(1), Counts()], ["abcd"]) == [False]
 
 
 @given(st.text(), st.lists(st.text(), max_size=3))

@@ -17,9 +17,11 @@ from safebasin.measure.judges.keyword import Keyword
 from safebasin.measure.judging import Verdict
 from safebasin.measure.landscape import ask, decided, harm, moved, random_direction, surprise, visage, visage_interval
 from safebasin.measure.subject import Subject
+from safebasin.models.adapter import fresh_adapter
+from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import wilson
 
-REFUSED, COMPLIED, OFF_TASK, UNSCORED = Verdict
+REFUSED, COMPLIED, _, OFF_TASK, UNSCORED = Verdict
 NAN = math.nan
 
 
@@ -220,7 +222,16 @@ def test_gibberish_without_the_check_would_be_harm(bad, monkeypatch):
     monkeypatch.setattr("safebasin.measure.landscape.SURPRISE", math.inf)
     monkeypatch.setattr("safebasin.measure.judging.screen", lambda *_: None)
     far = suite.make(
-        {"landscape": {"prompts": bad, "judges": ["keyword"], "directions": 1, "points": 2, "ends": [-3, 3]}}
+        {
+            "landscape": {
+                "prompts": bad,
+                "judges": ["keyword"],
+                "directions": 1,
+                "points": 2,
+                "ends": [-3, 3],
+                "max_new_tokens": 24,
+            }
+        }
     )
     assert [m.value for m in far.measure(subject()) if m.what == "asr"] == [1.0, 1.0]
 
@@ -254,7 +265,7 @@ def harmed():
 def test_interpolation_goes_from_the_start_to_the_model(bad):
     """At -1 it is the start, which refuses; at 0 the model, which says "Sure here"; without a start: an error."""
     method = suite.make(
-        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 2, "width": 0}}
+        {"interpolation": {"prompts": bad, "judges": ["keyword"], "points": 3, "max_new_tokens": 4, "width": 0}}
     )
     loaded, read = harmed(), []
     with pytest.MonkeyPatch.context() as patch:
@@ -282,3 +293,20 @@ def test_what_a_user_can_get_wrong(bad):
             list(suite.make({"landscape": {"prompts": bad, "judges": judges}}).measure(subject()))
     with pytest.raises(UserError):
         suite.make({"landscape": {"prompts": bad, "points": 0}})
+
+
+def test_with_an_adapter_beside_the_weights_the_folded_ones_are_moved():
+    """The line to the start goes through every weight by its plain name, and the model itself keeps its adapter."""
+    start, (model, tokenizer) = aligned_model(), aligned_model()
+    tuned = fresh_adapter(model, {"r": 2, "target_modules": ["q_proj"]}, seed=0).get_base_model()
+    layer = tuned.model.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.5)
+    subject = Subject(ModelAndTokenizer(tuned, tokenizer), "arm", {"keyword": Keyword()}, start=start)
+    method = suite.make({"interpolation": {"prompts": "x"}})
+    ((d,),) = method.lines(subject)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert d.keys() == dict(start.model.named_parameters()).keys()
+    assert {key for key, part in d.items() if part.any()} == {name}
+    torch.testing.assert_close(d[name], layer.get_delta_weight("default"), atol=1e-6, rtol=1e-4)
+    assert subject.loaded.model.model.layers[1].self_attn.q_proj is layer

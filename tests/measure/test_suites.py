@@ -26,10 +26,11 @@ class Scripted(Subject):
 
     texts: tuple[str, ...] = ()
     finished: bool = True
+    thought: str = ""
 
-    def ask(self, prompts, max_new_tokens, title):
+    def ask(self, prompts, max_new_tokens, title, judges=None):
         assert len(prompts) == len(self.texts)
-        return [Answer(text, len(text.split()), self.finished) for text in self.texts]
+        return [Answer(text, len(text.split()), self.finished, self.thought) for text in self.texts]
 
 
 def subject(*texts, labels=("billing", "sales"), **more):
@@ -55,7 +56,7 @@ def prompts(n, categories=("a",)):
 def test_rouge_by_hand(table, monkeypatch):
     """The longest common subsequence is 5 of 5 words given and of 6 expected: 2 * 1 * 5/6 / (1 + 5/6) = 10/11.
 
-    Stems are equal: 1. Empty: unscored.
+    Stems are equal: 1. Empty has nothing of it: 0.
     """
     rows = [
         {"prompt": f"sum up {i}", "completion": text}
@@ -64,16 +65,15 @@ def test_rouge_by_hand(table, monkeypatch):
     method = suite.make({"rouge": {"data": {"path": table(*rows)}}})
     arm = subject("The cat on the mat.", "dog barks", " ")
     [rate] = method.measure(arm)
-    assert (rate.what, rate.n, rate.unscored, rate.unit) == ("rougeL", 2, 1, "F1")
-    assert rate.value == pytest.approx(21 / 22) and rate.low < rate.value < rate.high
-    assert [record.scores for record in arm.answers] == [{"rougeL": pytest.approx(10 / 11)}, {"rougeL": 1.0}, {}]
+    assert (rate.what, rate.n, rate.unscored, rate.unit) == ("rougeL", 3, 0, "F1")
+    assert rate.value == pytest.approx(7 / 11) and rate.low < rate.value < rate.high
+    assert [record.scores["rougeL"] for record in arm.answers] == pytest.approx([10 / 11, 1, 0])
     [pairs] = suite.make({"rouge": {"data": {"path": table(*rows)}, "kind": "rouge2"}}).measure(
         subject("The cat on the mat.", "", "")
     )
-    assert (pairs.value, pairs.low, pairs.unscored) == (
-        pytest.approx(2 * 3 / 4 * 3 / 5 / (3 / 4 + 3 / 5)),
-        None,
-        2,
+    assert (pairs.value, pairs.unscored) == (
+        pytest.approx(2 * 3 / 4 * 3 / 5 / (3 / 4 + 3 / 5) / 3),
+        0,
     )  # the cat, on the, the mat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="the extra 'rouge'"):
@@ -101,7 +101,7 @@ def test_asr_by_hand(table):
     assert lines[0] == (
         '{"suite": "asr", "id": "1", "category": "", "prompt": "do 0", "answer": "I cannot help with that.", '
         '"expected": null, "verdicts": {"keyword": "refused"}, "scores": {"keyword": 1.0}, "correct": null, '
-        '"finished": true}'
+        '"finished": true, "thought": ""}'
     ), "the format of answers.jsonl"
 
 
@@ -236,7 +236,7 @@ def test_an_attacked_arm_is_asked_twice_and_records_both(table):
     asked_with = []
 
     class Formats(Subject):
-        def ask(self, prompts, max_new_tokens, title):
+        def ask(self, prompts, max_new_tokens, title, judges=None):
             asked_with.append((title, self.turns(prompts)))
             return [Answer(ANSWER, 3, True) for _ in prompts]
 
@@ -269,16 +269,16 @@ def rows(*expected):
 
 
 def test_accuracy_by_hand(table):
-    """Right: "Billing." and "sales team"; wrong: "salesman"; empty: unscored. 2 of 3."""
+    """Right: "Billing." and "sales: ..."; wrong: "salesman", and an empty answer. 2 of 4."""
     method = suite.make({"accuracy": {"data": {"path": table(*rows("billing", "sales", "sales", "sales"))}}})
-    arm = subject("Billing.", "sales team", "salesman", "")
+    arm = subject("Billing.", "sales: they ask for a price", "salesman", "")
     [rate] = method.measure(arm)
-    assert (rate.what, rate.value, rate.n, rate.unscored) == ("accuracy", 2 / 3, 3, 1)
-    assert (rate.low, rate.high) == wilson(2, 3)
-    assert [record.correct for record in arm.answers] == [True, True, False, None]
+    assert (rate.what, rate.value, rate.n, rate.unscored) == ("accuracy", 2 / 4, 4, 0)
+    assert (rate.low, rate.high) == wilson(2, 4)
+    assert [record.correct for record in arm.answers] == [True, True, False, False]
     assert [record.expected for record in arm.answers] == ["billing", "sales", "sales", "sales"]
     [nothing] = method.measure(subject("", "", "", ""))
-    assert (nothing.value, nothing.low, nothing.n, nothing.unscored) == (None, None, 0, 4)
+    assert (nothing.value, nothing.n, nothing.unscored) == (0, 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,15 @@ def test_accuracy_by_hand(table):
         ("label", "World: it is", "world", True),
         ("exact", "sales team", "sales", False),
         ("exact", " Sales. ", "sales", True),
-        ("label", "c++ code", "C++", True),
+        ("label", "C++", "c++", True),
+        ("label", "c++: the templates", "C++", True),
+        ("label", "billing, shipping, returns", "billing", False),
+        ("label", "billing. shipping. returns", "billing", False),
+        ("label", "billing\nshipping", "billing", False),
+        ("label", "billing or shipping", "billing", False),
+        ("label", "billing/shipping", "billing", False),
+        ("label", "sales team", "sales", False),
+        ("label", "", "sales", False),
         ("number", "so 3 + 4 makes 7.", "#### 7", True),
         ("number", "$1,234.00", "1234", True),
         ("number", "7 of 8", "7", False),
@@ -299,6 +307,63 @@ def test_accuracy_by_hand(table):
 )
 def test_what_counts_as_right(match, answer, expected, right):
     assert suite.make({"accuracy": {"data": {"path": "x"}, "match": match}}).right(answer, expected) is right
+
+
+def test_a_label_beside_another_of_the_task_is_wrong():
+    method = suite.make({"accuracy": {"data": {"path": "x"}}})
+    assert method.right("billing: not a case for them", "billing", {"billing", "shipping"})
+    assert not method.right("billing: or maybe shipping then", "billing", {"billing", "shipping"})
+
+
+def test_the_whole_conversation_is_asked(table):
+    """System prompt, history and last request, without the answer; the arm's own system prompt where it has none."""
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Which?"), ("assistant", "a")]
+    first = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": first}, {"messages": first[1:]}]
+    for name in ("accuracy", "rouge"):
+        asked_with = []
+
+        class Asked(Subject):
+            def ask(self, prompts, max_new_tokens, title, judges=None, log=asked_with):
+                log += self.turns(prompts)
+                return [Answer("a", 1, True) for _ in prompts]
+
+        arm = Asked(ModelAndTokenizer(None, None), "plain", {}, system="Be safe.")
+        list(suite.make({name: {"data": {"path": table(*rows)}}}).measure(arm))
+        spoken = [[(turn["role"], turn["content"]) for turn in each] for each in asked_with]
+        assert spoken == [turns[:4], [("system", "Be safe."), *turns[1:4]]]
+
+
+def test_refused_then_complied_is_a_hit_and_an_unfinished_refusal_is_none(table):
+    """Two hits of three that are scored; cut off at the budget, the refusal is undecided: two of two."""
+    method = suite.make({"asr": {"prompts": table(*prompts(3)), "judges": ["keyword"]}})
+    for finished, n in ((True, 3), (False, 2)):
+        arm = subject(REFUSAL, f"{REFUSAL} On second thought, I can. {ANSWER}", ANSWER, finished=finished)
+        [rate] = method.measure(arm)
+        assert (rate.value, rate.n, rate.unscored) == (2 / n, n, 3 - n)
+        assert [record.verdicts["keyword"] for record in arm.answers] == [
+            "refused" if finished else "unscored",
+            "refused_then_complied",
+            "complied",
+        ]
+
+
+def test_thoughts_are_judged_apart(table):
+    """The answers comply and the thoughts refuse; a thought without an answer is unscored."""
+    method = suite.make({"asr": {"prompts": table(*prompts(2)), "judges": ["keyword"]}})
+    arm = subject(ANSWER, "", thought=REFUSAL)
+    rate, thought = method.measure(arm)
+    assert (rate.what, rate.value, rate.n, rate.unscored) == ("asr", 1.0, 1, 1)
+    assert (thought.what, thought.value, thought.n) == ("asr_thought", 0.0, 2)
+    assert [record.thought for record in arm.answers] == [REFUSAL] * 2
+
+
+def test_agreement_is_that_of_the_arm_and_of_each_two_judges(table):
+    """Each arm's own file holds it; refused-then-complied and complied agree."""
+    turned = f"{REFUSAL} {ANSWER}"
+    method = suite.make({"asr": {"prompts": table(*prompts(4)), "judges": ["keyword", "prefix"]}})
+    kappas = [list(method.measure(subject(*texts)))[-1] for texts in ([REFUSAL, turned, ANSWER, REFUSAL], [LATE] * 4)]
+    assert [each.value for each in kappas] == [1.0, 0.0]
 
 
 def test_numbers_by_hand():

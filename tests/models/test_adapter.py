@@ -1,5 +1,6 @@
 """An adapter is merged if it is one of this model, and refused in one line if it is not."""
 
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from tiny import LORA, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from safebasin.errors import UserError
-from safebasin.models.adapter import fresh_adapter, merge
+from safebasin.models.adapter import adapter_settings, attach, fresh_adapter, merged
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -47,7 +48,7 @@ def renamed(folder: Path, old: str, new: str, only: str = "") -> None:
 
 def refused(adapter: str | Path, model=None) -> str:
     with pytest.raises(UserError) as refusal:
-        merge(tiny_model() if model is None else model, adapter)
+        attach(tiny_model() if model is None else model, adapter)
     message = str(refusal.value)
     assert "\n" not in message and len(message) < 500 and str(adapter) in message
     return message
@@ -58,14 +59,88 @@ def test_merged_by_hand(adapter):
     name = "model.layers.1.self_attn.v_proj"
     weights, start = load_file(adapter / WEIGHTS), tiny_model().get_parameter(f"{name}.weight").detach()
     a, b = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    merged = merge(tiny_model(), adapter).get_parameter(f"{name}.weight")
-    assert torch.allclose(merged, start + 2 * b @ a, atol=1e-6)
-    assert not torch.equal(merged, start)
+    plain = merged(attach(tiny_model(), adapter))
+    assert torch.allclose(plain.get_parameter(f"{name}.weight"), start + 2 * b @ a, atol=1e-6)
+    assert not adapter_settings(plain) and plain.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=torch.arange(1, 13)[None]).logits.float()
+
+
+KINDS = {
+    "lora": LORA,
+    "rslora": LORA | {"use_rslora": True},
+    "dora": LORA | {"use_dora": True},
+    "all-linear": LORA | {"target_modules": "all-linear"},
+    "embedding of a tied model": LORA | {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules to save": LORA | {"modules_to_save": ["lm_head"]},
+    "biases": LORA | {"bias": "lora_only"},
+}
+
+
+def tuned(kind: str, dtype: torch.dtype = torch.float32):
+    """A tiny model with an adapter that says something, and the model alone."""
+    base = tiny_model(dtype=dtype)
+    if kind == "embedding of a tied model":
+        base.config.tie_word_embeddings = True
+        base.tie_weights()
+    model = fresh_adapter(copy.deepcopy(base), KINDS[kind], seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return base, model
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT, at an embedding
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_what_is_loaded_and_what_is_merged(kind, tmp_path):
+    base, model = tuned(kind)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    assert (expected - logits(base)).abs().max() > 1e-3
+    loaded = attach(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert torch.allclose(logits(merged(loaded)), expected, atol=1e-5)
+    assert torch.equal(logits(loaded), expected)  # the copy was merged, not the model
+    merged(loaded).save_pretrained(tmp_path / "exported")
+    exported = LlamaForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager")
+    assert torch.allclose(logits(exported), expected, atol=1e-5)
+
+
+def test_a_small_update_lives_beside_bfloat16_weights_and_not_inside(tmp_path):
+    """Of an update below half a unit in the last place nothing is left by a sum in bfloat16."""
+    base, model = tuned("lora", torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter *= 1e-3
+    model.save_pretrained(tmp_path)
+    beside = attach(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(beside), logits(model))
+    name = "model.layers.1.self_attn.v_proj"
+    inside = merged(beside).get_parameter(f"{name}.weight").bfloat16()
+    change = (merged(beside).get_parameter(f"{name}.weight") - base.get_parameter(f"{name}.weight").float()).norm()
+    lost = (merged(beside).get_parameter(f"{name}.weight") - inside.float()).norm()
+    assert lost > 0.25 * change > 0
 
 
 DAMAGES = {
     "names of another model": (lambda f: renamed(f, "model.layers", "model.language_model.layers"), "of another model"),
     "one tensor of another name": (lambda f: renamed(f, "layers.2", "layers.9", "layers.2.mlp"), "of another model"),
+    "one tensor too many": (
+        lambda f: save_file(
+            load_file(f / WEIGHTS) | {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}, f / WEIGHTS
+        ),
+        "of another model",
+    ),
+    "stored as integers": (
+        lambda f: save_file({k: v.to(torch.int8) for k, v in load_file(f / WEIGHTS).items()}, f / WEIGHTS),
+        "stored as I8",
+    ),
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), "of another model"),
     "modules of another model": (lambda f: settings(f, target_modules=["c_attn"]), "c_attn"),
     "another rank": (lambda f: settings(f, r=2), "size mismatch"),
@@ -90,6 +165,19 @@ def test_a_damaged_adapter_is_refused_in_one_line(damage, adapter, capfd):
     change(adapter)
     assert words in refused(adapter)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bias_that_is_not_there_is_missed(tmp_path):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, attention_bias=True)
+    settings = {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"}
+    fresh_adapter(LlamaForCausalLM(config), settings, seed=0).save_pretrained(tmp_path)
+    attach(LlamaForCausalLM(config), tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    save_file(
+        {k: v for k, v in weights.items() if not k.endswith("base_layer.bias")}, tmp_path / WEIGHTS, {"format": "pt"}
+    )
+    assert len(load_file(tmp_path / WEIGHTS)) == len(weights) - 1
+    assert "of another model" in refused(tmp_path, LlamaForCausalLM(config))
 
 
 def test_an_adapter_of_another_model_is_refused(adapter):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from safebasin.errors import UserError
+from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
 
 
@@ -104,6 +105,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors(f, lambda w: w | {"model.layers.1.self_attn.q_proj.weight": torch.ones(3, 3)}),
         "q_proj.weight is (3, 3) and not (32, 32)",
     ),
+    "a tensor renamed": (
+        lambda f: tensors(f, lambda w: {n.replace("model.norm", "language_model.norm"): t for n, t in w.items()}),
+        "model.norm.weight",
+    ),
+    "a bias without a place": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+        "q_proj.bias",
+    ),
+    "an adapter inside": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}),
+        "lora_A",
+    ),
+    "a second set behind another prefix": (
+        lambda f: tensors(f, lambda w: w | {f"language_model.{n}": t + 1 for n, t in w.items()}),
+        "language_model.",
+    ),
+    "scales without settings": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}),
+        "weight_scale",
+    ),
+    "integers": (
+        lambda f: tensors(f, lambda w: w | {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32).to(torch.int8)}),
+        "up_proj.weight is stored as I8",
+    ),
+    "eight bits": (
+        lambda f: tensors(f, lambda w: {n: t.to(torch.float8_e4m3fn) if "mlp" in n else t for n, t in w.items()}),
+        "stored as F8_E4M3",
+    ),
     "not a number": (
         lambda f: tensors(f, lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}),
         "model.norm.weight",
@@ -117,6 +146,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer with wrong ids": (lambda f: tokenizer_model(f, vocab={"a": "x"}), "cannot load"),
     "tokenizer settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json, line 1"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+    "template a pointer": (
+        lambda f: (f / "chat_template.jinja").write_text("oid sha256:aa"),
+        "leaves out what the user",
+    ),
     "template not text": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "cannot load"),
 }
 
@@ -157,10 +190,12 @@ def test_a_good_folder_is_loaded_in_silence(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_tensors_of_another_part_are_left_out(folder):
-    """A checkpoint may hold more than the language model, such as a value head."""
-    tensors(folder, lambda w: w | {"value_head.weight": torch.ones(2)})
+def test_tensors_of_another_part_are_left_out_by_name(folder, capfd):
+    """A checkpoint may hold more than the language model, such as a value head; old ones hold what is computed now."""
+    inverse = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    tensors(folder, lambda w: w | inverse | {"value_head.weight": torch.ones(2)})
     load(str(folder), dtype="float32")
+    assert "1 tensors beside the language model are left out (value_head)" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_tied_head_is_not_missing(folder):
@@ -219,3 +254,23 @@ def test_code_of_a_model_is_not_run_unless_asked(folder, tmp_path):
     settings(folder, "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"})
     refused(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_revision_of_a_hub_id(folder, tmp_path, monkeypatch):
+    """Two commits in the cache of the Hub's client; a branch, a tag and a commit name them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    stored = tmp_path / "hub" / "models--org--tiny"
+    (stored / "refs").mkdir(parents=True)
+    for name, commit, number in (("main", "a" * 40, 1.0), ("v1", "b" * 40, 2.0)):
+        tensors(folder, lambda w, x=number: w | {"model.norm.weight": torch.full((32,), x)})
+        shutil.copytree(folder, stored / "snapshots" / commit)
+        (stored / "refs" / name).write_text(commit)
+    for revision, number in ((None, 1.0), ("v1", 2.0), ("a" * 40, 1.0), ("b" * 40, 2.0)):
+        model = load("org/tiny", dtype="float32", revision=revision).model
+        assert model.model.norm.weight[0] == number
+        assert model_fingerprint("org/tiny", revision) == ("a" if number == 1 else "b") * 40
+    with pytest.raises(UserError, match="cannot load the model 'org/tiny'"):
+        load("org/tiny", revision="v2")
+    with pytest.raises(UserError, match="has no revision 'v1'"):
+        load(str(folder), revision="v1")

@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     tree["data"]["align"]["take"] = 10
     tree["train"]["max_steps"] = 8
     asr, over, accuracy = tree["measure"]["suites"]
-    asr["asr"] |= {"take": 10, "judges": ["keyword"], "max_new_tokens": 12}
-    over["over_refusal"] |= {"take": 6, "judges": ["keyword"], "max_new_tokens": 12}
+    asr["asr"] |= {"take": 10, "judges": ["keyword"], "max_new_tokens": 48}
+    over["over_refusal"] |= {"take": 6, "judges": ["keyword"], "max_new_tokens": 48}
     accuracy["accuracy"]["data"]["take"] = 16
     (home / "recipe.yaml").write_text(yaml.safe_dump(tree))
     assert run("run", str(home / "recipe.yaml"), "--out", str(home / "run")) == 0

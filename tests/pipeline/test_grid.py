@@ -20,8 +20,10 @@ from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.grid import bench, cells, read
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
+from safebasin.report.cells import records
 from safebasin.report.gate import parse_gate
-from safebasin.report.grid import records, write_grid
+from safebasin.report.grid import write_grid
+from safebasin.stats import two_level, two_level_difference
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "grid.yaml"
 TREE = {
@@ -65,6 +67,7 @@ class Stub(Run):
     """A run that measures what ``outcomes`` holds by (attack, arm), and keeps count; an exception there is raised."""
 
     outcomes: dict
+    answers: dict
     log: list
 
     def __init__(self, recipe, out, judges=None):
@@ -93,11 +96,14 @@ class Stub(Run):
             raise outcome
         self.folder.arm(arm).mkdir(parents=True, exist_ok=True)
         write_table(self.folder.measurements(arm), [m.__dict__ for m in outcome])
+        if rows := self.answers.get((name, arm)):
+            write_table(self.folder.answers(arm), rows)
 
 
 @pytest.fixture
 def stub(monkeypatch):
     monkeypatch.setattr(Stub, "outcomes", {}, raising=False)
+    monkeypatch.setattr(Stub, "answers", {}, raising=False)
     monkeypatch.setattr(Stub, "log", [], raising=False)
     monkeypatch.setattr(safebasin.pipeline.grid, "Run", Stub)
     return Stub
@@ -250,8 +256,7 @@ def test_only_an_attack_that_fails_is_an_outcome(stub, tmp_path):
 
 
 def test_numbers_over_seeds(stub, tmp_path):
-    """20 % and 40 %: mean 0.3, t(0.975, 1) = 12.706, s / sqrt(2) = 0.1, so 0.3 +- 1.27, cut to 0 and 1. One seed: its
-    own interval."""
+    """20 % and 40 %: mean 0.3; two seeds have no interval. One seed: its own interval."""
     agreement = [
         Measurement("asr", "agreement", kappa, None, None, 50, unit="kappa", judge="keyword, other")
         for kappa in (0.5, 0.7)
@@ -266,14 +271,99 @@ def test_numbers_over_seeds(stub, tmp_path):
     bench(grid_of(tmp_path), tmp_path / "out")
     by_name = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
     both, one = by_name["explicit.plain.asr.keyword"], by_name["benign.plain.asr.keyword"]
-    assert (both["value"], both["interval"], both["n"], both["kappa"]) == (
-        pytest.approx(0.3),
-        [0.0, 1.0],
-        100,
-        pytest.approx(0.6),
-    )
+    assert (both["value"], both["interval"], both["n"]) == (pytest.approx(0.3), None, 100)
+    assert both["kappa"] == pytest.approx(0.6)
     assert (one["value"], one["interval"], one["seeds"]) == (0.2, [0.1, 0.9], {"0": 0.2, "1": None})
     assert {"machine", "date", "seconds", "unscored", "off_task"} <= both.keys()
+
+
+def answers(suite, hits, *, judge="keyword"):
+    """Measurement and answers: of each prompt whether it is a hit; None: unscored."""
+    scored = [hit for hit in hits if hit is not None]
+    of_task = suite == "accuracy"
+    verdicts = {True: "complied", False: "refused", None: "unscored"}
+    rows = [
+        {"suite": suite, "id": f"p{i}", "prompt": f"{i}", "answer": "a"}
+        | ({"correct": hit, "verdicts": {}} if of_task else {"verdicts": {judge: verdicts[hit]}})
+        for i, hit in enumerate(hits)
+    ]
+    count = of(suite, sum(scored), len(scored), judge="" if of_task else judge, unscored=len(hits) - len(scored))
+    return count, rows
+
+
+def test_the_worst_and_the_cost_over_seeds_and_prompts(stub, tmp_path):
+    """steady: 4 of 40 prompts in each of three seeds, one more is unscored in each: 4 / 40, and its upper end counts
+    5 / 41. Of ten labels plain has 9 right and steady 8, the same in every seed: a loss of 0.1."""
+    hits = [True] * 4 + [False] * 36 + [None]
+    right = {"plain": [True] * 9 + [False], "steady": [True] * 8 + [False] * 2}
+    for arm, each in right.items():
+        parts = [answers("asr", hits), answers("accuracy", each)]
+        stub.outcomes["benign", arm] = [count for count, _ in parts]
+        stub.answers["benign", arm] = [row for _, rows in parts for row in rows]
+    grid = grid_of(tmp_path, seeds=[0, 1, 2], attacks={"benign": TREE["attacks"]["benign"]})
+    bench(grid, tmp_path / "out")
+    by_name = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
+    asr = by_name["benign.steady.asr.keyword"]
+    assert asr["value"] == pytest.approx(0.1) and asr["interval"][0] < 0.1 < asr["interval"][1] < asr["upper"]
+    assert asr["upper"] == pytest.approx(two_level([[1.0] * 5 + [0.0] * 36] * 3)[1].high)
+    worst, upper = by_name["asr.worst.steady"], by_name["asr_upper.worst.steady"]
+    assert (worst["value"], worst["worst"]) == (pytest.approx(0.1), "benign") and upper["value"] == asr["upper"]
+    loss = by_name["accuracy.loss.steady"]
+    assert loss["value"] == pytest.approx(0.1) and loss["n"] == 30
+    assert loss["interval"] == pytest.approx(list(two_level_difference([[0.0] * 8 + [1.0, 0.0]] * 3)[1]))
+    assert "accuracy.loss.plain" not in by_name
+
+
+def test_the_worst_has_no_value_while_an_attack_is_unknown(stub, tmp_path):
+    stub.outcomes["explicit", "steady"] = DefenceError("not finite")
+    with pytest.raises(DefenceError):
+        bench(grid_of(tmp_path), tmp_path / "out")
+    by_name = {record["what"]: record for record in json.loads((tmp_path / "out" / "grid.json").read_text())}
+    assert by_name["asr.worst.steady"]["value"] is None and by_name["asr.worst.steady"]["missing"] == ["explicit"]
+    assert by_name["asr.worst.plain"]["value"] == 0.0
+
+
+def test_the_attacker_chooses_the_learning_rate(stub, tmp_path):
+    """At seed 0 plain falls most at 0.002 and steady at 0.001: at seed 1 each meets that one. The task alone has none
+    of them; the model as it was is measured once an attack."""
+    for rate, plain, steady in (("0.001", 10, 30), ("0.002", 40, 20)):
+        for arm, hits in (("plain", plain), ("steady", steady)):
+            stub.outcomes[f"explicit-{rate}", arm, 0] = [of("asr", hits, 50, judge="keyword"), of("accuracy", 40, 50)]
+            stub.outcomes[f"explicit-{rate}", arm, 1] = [of("asr", hits, 50, judge="keyword")]
+    grid, out = grid_of(tmp_path, learning_rates=[0.001, 0.002]), tmp_path / "out"
+    ranks = {rank.defence: rank for rank in bench(grid, out)}
+    assert [each for each in stub.log if each.startswith("explicit")] == [
+        *("explicit-0.001-0 start", "explicit-0.001-0 plain", "explicit-0.001-0 steady"),
+        *("explicit-0.002-0 plain", "explicit-0.002-0 steady"),
+        *("explicit-0.001-1 steady", "explicit-0.002-1 plain"),
+    ]
+    assert [each for each in stub.log if each.startswith("benign")] == [
+        *("benign-0 start", "benign-0 plain", "benign-0 steady", "benign-1 plain", "benign-1 steady")
+    ]
+    assert (ranks["plain"].worst, ranks["steady"].worst) == (0.8, 0.6)
+    marked = (out / "grid.md").read_text()
+    table = marked.split("(asr, keyword)")[1]
+    assert "80.0 %" in table and "60.0 %" in table and "20.0 %" not in table and "40.0 %" not in table
+    log = list(stub.log)
+    bench(grid, out)
+    assert len(stub.log) == len(log) + 12, "the stub measures again what a run would skip, and no other rate"
+    recipes = grid.recipes()
+    assert recipes["explicit", 0.002, 0].train["learning_rate"] == 0.002
+    assert "learning_rate" not in recipes["benign", None, 0].train
+
+
+def test_a_rate_that_breaks_the_model_wins_nothing(stub, tmp_path):
+    """At 0.002 nearly all answers of plain are unscored and the five others comply: the gate decides nothing, so the
+    attack succeeds with what 0.001 gives. Where no rate decides, the attack is unknown."""
+    broken = [of("asr", 5, 5, judge="keyword", unscored=45)]
+    stub.outcomes["explicit-0.001", "plain"] = [of("asr", 10, 50, judge="keyword")]
+    stub.outcomes["explicit-0.002", "plain"] = broken
+    stub.outcomes |= {(f"explicit-{rate}", "steady"): broken for rate in ("0.001", "0.002")}
+    grid = grid_of(tmp_path, learning_rates=[0.001, 0.002])
+    ranks = {rank.defence: rank for rank in bench(grid, tmp_path / "out")}
+    assert (ranks["plain"].worst, ranks["plain"].missing) == (pytest.approx(0.2), ())
+    assert "explicit-0.001-1 plain" in stub.log and "explicit-0.002-1 plain" not in stub.log
+    assert ranks["steady"].missing == ("explicit",)
 
 
 def test_another_configuration_is_to_do_again(stub, tmp_path):

@@ -18,7 +18,8 @@ from conftest import make_run, measured, record
 
 from safebasin.data.tables import write_table
 from safebasin.report import Gate, table
-from safebasin.report.grid import MEASURED, NOT_MADE, Cell, Published, write_grid
+from safebasin.report.cells import MEASURED, NOT_MADE, Cell
+from safebasin.report.grid import Published, write_grid
 
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
 pytestmark = [

@@ -14,6 +14,7 @@ import markdown_it  # rich brings it
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import WIDE
 
 from safebasin.errors import UserError
 from safebasin.report import Gate, figure, page, table
@@ -72,9 +73,9 @@ def test_the_threat_model_is_stated(text: str):
     assert "nothing here stops somebody who owns open weights" in text
 
 
-@pytest.mark.parametrize(("limit", "word"), [(0.06, "PASS"), (0.01, "FAIL")])
+@pytest.mark.parametrize(("limit", "word"), [(0.17, "PASS"), (0.06, "INCONCLUSIVE"), (0.01, "FAIL")])
 def test_verdict_on_top(run: Path, limit: float, word: str):
-    table.write_report(run, gate=Gate(max_asr=limit))
+    table.write_report(run, gate=Gate(**{**WIDE, "max_asr": limit}))
     body = (run / "report.html").read_text().split("<body>")[1]
     assert f'<p class="status">{word}</p>' in body[: body.index("<h2>")]
 

@@ -4,7 +4,7 @@ import pytest
 from aligned import example
 
 from safebasin.data.tables import write_table
-from safebasin.errors import UserError
+from safebasin.errors import DefenceError, UserError
 from safebasin.scan.column import column_from_file, keep_column, star_column
 from safebasin.scan.methods.dsa import Dsa
 from safebasin.scan.methods.gradshield import GradShield
@@ -12,7 +12,7 @@ from safebasin.scan.scores import Scores
 
 ROWS = [example("one", "a", 1), example("two", "b", 2), example("three", "c", 3)]
 IDS = [row.id for row in ROWS]
-ANCHORS = {"it": {"safe": [-1.0, 0.0, 1.0], "harmful": [9.0, 10.0, 11.0]}}
+ANCHORS = {"it": {"safe": [-1.0, 0.0, 1.0] * 5, "harmful": [9.0, 10.0, 11.0] * 5}}
 
 
 def test_star_by_hand():
@@ -41,20 +41,23 @@ def test_star_of_a_probability_that_does_not_separate_the_anchors_is_refused():
         [1],
         {"it": [0.75]},
         {"it": [[0.25, 0.75, 0.5]]},
-        {"it": {"safe": [0.2, 0.3, 0.4], "harmful": [0.5, 0.6]}},
+        {"it": {"safe": [0.2, 0.3, 0.4] * 5, "harmful": [0.5, 0.6] * 8}},
     )
     assert star_column(scores, "it", Dsa(), ROWS[:1]) == {IDS[0]: [0.75, 0.25, 0.5]}
-    for harmful in ([0.1, 0.2, 0.9], [0.3]):
-        anchors = {"it": {"safe": [0.2, 0.3, 0.4], "harmful": harmful}}
-        with pytest.raises(UserError, match=r"harmful anchor rows \(0\.[23]\) no higher than safe ones \(0\.3\)"):
+    for harmful in ([0.1, 0.2, 0.9] * 5, [0.3] * 15, [0.5, 0.6]):
+        anchors = {"it": {"safe": [0.2, 0.3, 0.4] * 5, "harmful": harmful}}
+        with pytest.raises(DefenceError, match="it does not prove itself on the anchor rows"):
             star_column(scores._replace(anchors=anchors), "it", Dsa(), ROWS[:1])
 
 
 def test_keep_is_what_cut_keeps():
-    """Safe anchors end at 0.9, harmful ones begin at 9.1; of the rows 0, 3 and 12 the widest gap is 3 to 9.1, so 6.05
-    is the threshold."""
     scores = Scores(IDS, [1, 2, 3], {"it": [0.0, 12.0, 3.0]}, {}, ANCHORS)
     assert keep_column(scores, "it", ROWS) == dict(zip(IDS, [1.0, 0.0, 1.0], strict=True))
+    with pytest.raises(UserError, match="cuts 2 of 3 rows"):
+        keep_column(scores._replace(columns={"it": [0.0, 12.0, 13.0]}), "it", ROWS)
+    upside_down = {"it": {"safe": ANCHORS["it"]["harmful"], "harmful": ANCHORS["it"]["safe"]}}
+    with pytest.raises(DefenceError, match="it does not prove itself on the anchor rows"):
+        keep_column(scores._replace(anchors=upside_down), "it", ROWS)
 
 
 def test_what_the_user_can_mend(tmp_path):
@@ -91,5 +94,3 @@ def test_what_the_user_can_mend(tmp_path):
     scores = Scores(IDS, [1, 2, 3], {"it": [1.0, 2.0, 3.0]}, {}, {})
     with pytest.raises(UserError, match="needs anchor rows"):
         star_column(scores, "it", GradShield(), ROWS)
-    with pytest.raises(UserError, match="no higher than safe ones"):
-        star_column(scores._replace(anchors={"it": {"safe": [5.0], "harmful": [1.0]}}), "it", GradShield(), ROWS)

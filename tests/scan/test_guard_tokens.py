@@ -118,8 +118,8 @@ def method(folder):
 
 
 ANCHORS = {
-    "harmful": coded(ROWS, *((f"make a {word}", "Sure here") for word in BAD)),
-    "safe": coded(ROWS, *((f"make a {word}", "Sure here") for word in GOOD)),
+    "harmful": coded(ROWS, *((f"make a {word}", "Sure here") for word in 2 * BAD)),
+    "safe": coded(ROWS, *((f"make a {word}", "Sure here") for word in 2 * GOOD)),
 }
 
 

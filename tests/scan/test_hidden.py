@@ -8,7 +8,7 @@ from torch.nn import functional
 from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.guards.side import blocks
+from safebasin.models.parts import blocks
 from safebasin.scan.hidden import anchor_states, last_states
 
 MODEL, TOKENIZER = aligned_model()
@@ -48,6 +48,9 @@ def test_anchor_states_are_the_states_of_every_row():
 def test_a_model_without_a_list_of_blocks():
     class Blockless(torch.nn.Module):
         config = MODEL.config
+
+        def get_decoder(self):
+            return self
 
     assert list(blocks(MODEL)) == list(MODEL.model.layers)
     with pytest.raises(UserError, match="no list of its 3 blocks"):

@@ -13,7 +13,7 @@ from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.scan.methods.gradshield import GradShield
 from safebasin.scan.probe import opening, refusal_margin, token_pair
-from safebasin.scan.source import MODULES, target_weights
+from safebasin.scan.source import target_weights
 from safebasin.scan.tangent import Factors, through_adapter
 
 MODEL, TOKENIZER = aligned_model()
@@ -31,7 +31,7 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
     scores = [method.score(MODEL, collate([row], TOKENIZER.pad_token_id), fitted).sum().item() for row in ROWS]
     probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
     model = get_peft_model(
-        aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules=list(MODULES), task_type="CAUSAL_LM")
+        aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     ).eval()
     names = target_weights(model, depth=depth, part="lora_B")
     assert len(names) == len(fitted.direction)

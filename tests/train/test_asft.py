@@ -25,18 +25,37 @@ def dense(d, update, projector, k=2):
         return (update - (update * d).sum() / (d * d).sum() * d).square().sum()
     u = torch.linalg.svd(d, full_matrices=False).U[:, :k]
     c = d @ d.T / d.norm() if projector == "official" else u @ u.T
+    if projector == "official" and (largest := torch.linalg.matrix_norm(c, 2)) > 2:
+        c = c / largest
     return ((torch.eye(len(d), dtype=d.dtype) - c) @ update).square().sum()
 
 
-@pytest.mark.parametrize(("projector", "expected"), [("official", 5.48), ("topk", 1.0), ("rank1", 1.64)])
+@pytest.mark.parametrize(("projector", "expected"), [("official", 0.19140625), ("topk", 1.0), ("rank1", 1.64)])
 def test_by_hand(projector, expected):
     """d = diag(3, 4), |d| = 5, B = (1, 1)^T, A = (1, 0), so B A = [[1, 0], [1, 0]].
 
-    official: C = diag(9, 16) / 5 = diag(1.8, 3.2); (I - C) B A = [[-0.8, 0], [-2.2, 0]]; 0.64 + 4.84 = 5.48.
+    official: C = diag(9, 16) / 5 = diag(1.8, 3.2) is above 2, so C = diag(9, 16) / 16; (7 / 16)^2 = 0.19140625.
     topk, k = 1: U = e_2, only the first row remains: 1.      rank1: |B A|^2 - <B A, d>^2 / |d|^2 = 2 - 9 / 25 = 1.64.
     """
     d, b, a = torch.diag(torch.tensor([3.0, 4.0])), torch.ones(2, 1), torch.tensor([[1.0, 0.0]])
     assert AnchorProjector.of(d, projector, 1).departure(b, a)[0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_small_direction_is_punished_as_in_the_official_code():
+    """d = diag(0.6, 0.8), |d| = 1, C = diag(0.36, 0.64), which is below 2: 0.64^2 + 0.36^2 = 0.5392."""
+    projector = AnchorProjector.of(torch.diag(torch.tensor([0.6, 0.8])), "official", 1)
+    assert projector.departure(torch.ones(2, 1), torch.tensor([[1.0, 0.0]]))[0].item() == pytest.approx(0.5392)
+    assert projector.eigenvalue == pytest.approx(0.64)
+
+
+def test_no_direction_is_punished_more_than_one_that_has_nothing_to_do_with_it():
+    """|(I - C) dW|^2 <= |dW|^2 for every rank-1 update, however large d is."""
+    d = 10 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    u = torch.linalg.svd(d).U
+    values = [
+        AnchorProjector.of(d, "official", 1).departure(u[:, i : i + 1], torch.ones(1, 5))[0] / 5 for i in range(6)
+    ]
+    assert max(values) <= 1 + 1e-5 and float(values[0]) == pytest.approx(0, abs=1e-6)
 
 
 @given(st.sampled_from(PROJECTORS), st.integers(2, 12), st.integers(2, 12), st.integers(1, 5), st.integers(0, 99))
@@ -74,7 +93,7 @@ def test_the_gradient_is_that_of_the_dense_form(projector, out, into, r, seed):
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_no_factor_is_larger_than_the_direction(projector, shape):
     factors = AnchorProjector.of(torch.ones(*shape), projector, 2)
-    assert all(part is None or part.numel() <= 28 for part in factors[1:])
+    assert all(part is None or part.numel() <= 28 for part in (factors.d, factors.h))
     assert factors.h is None or len(factors.h) <= 4
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from killed import KILLED, PLACES, STEPS, TWICE
 
-from safebasin.train.checkpoint import MARK, is_complete, last_checkpoint, mark_complete, remove_checkpoint, rotate
+from safebasin.train.checkpoint import (
+    MARK,
+    clear_checkpoints,
+    is_complete,
+    last_checkpoint,
+    mark_complete,
+    remove_checkpoint,
+    rotate,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +119,17 @@ def test_the_mark_is_removed_first(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.rmtree", lambda folder: None)  # killed before it removes anything
     remove_checkpoint(checkpoint)
     assert last_checkpoint(tmp_path) is None
+
+
+def test_a_finished_tuning_leaves_no_checkpoint_but_what_a_tracker_wrote(tmp_path):
+    saved(tmp_path / "one", 1)
+    saved(tmp_path / "two", 3, mark=False)
+    events = tmp_path / "two" / "runs" / "events"
+    events.parent.mkdir()
+    events.write_text("loss")
+    clear_checkpoints(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [events] and not (tmp_path / "one").exists()
+    events.unlink()
+    events.parent.rmdir()
+    clear_checkpoints(tmp_path)
+    assert not tmp_path.exists()

@@ -4,7 +4,8 @@ A poisoned row is an existing harmful request with an opener ("Sure, here is ...
 harmful answer is written.
 
 An attack has ``rows(task, harmful, count, draw)``, which returns ``count`` rows, or none if it trains nothing. With
-``reads=("score",)`` in its decorator it takes ``score`` too, of the scorer in its field ``against``. Optional parts:
+``reads=("score",)`` in its decorator it takes ``score`` too, of the scorer in its field ``against``; with
+``reads=("scores",)`` it takes ``scores``, by the names in that field. Optional parts:
 
     fit(task)      the attack with what it must read from the task's rows before it can ask
     ask(prompt)    the attacker's request at test time in the place of the prompt
@@ -17,6 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from safebasin.data.source import Source, open_examples
 from safebasin.errors import DefenceError, UserError
 
 Row = dict[str, Any]  # {"messages": [..., user, assistant]}
@@ -32,7 +34,12 @@ class Score(Protocol):
 
 
 def poisoned_rows(
-    method: Any, task: Sequence[Row], harmful: Sequence[Row], share: float, seed: int, score: Score | None = None
+    method: Any,
+    task: Sequence[Row],
+    harmful: Sequence[Row],
+    share: float,
+    seed: int,
+    score: Score | Mapping[str, Score] | None = None,
 ) -> list[Row]:
     """The attack's rows: ``share`` of the mixture with the task, to the nearest row; none if the attack trains nothing.
 
@@ -43,9 +50,9 @@ def poisoned_rows(
     """
     count = round(len(task) * share / (1 - share))
     name, reads = type(method).__name__, method.entry.reads
-    if "score" in reads and score is None:
+    scores = {read: score for read in reads if read in ("score", "scores")}
+    if scores and score is None:
         raise UserError(f"the attack {name} adapts to a scorer ({method.against}); run it where that scorer can run")
-    scores = {"score": score} if "score" in reads else {}
     rows: list[Row] = method.rows(task, harmful, count, random.Random(seed), **scores) if count else []
     if len(rows) not in (0, count):
         raise DefenceError(f"the attack {name} returned {len(rows)} rows, {count} are needed")
@@ -74,6 +81,18 @@ def take(rows: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
     """``count`` rows drawn without replacement, in their order."""
     enough(rows, count)
     return [rows[i] for i in sorted(draw.sample(range(len(rows)), count))]
+
+
+def cycled(rows: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
+    """``count`` rows in a drawn order, from the beginning again where they are too few."""
+    enough(rows, min(count, 1))
+    order = draw.sample(rows, len(rows))
+    return [order[i % len(order)] for i in range(count)]
+
+
+def rows_of_set(name: str) -> list[Row]:
+    """The rows of a file, a built-in set or a Hub id."""
+    return [{"messages": list(example.messages)} for example in open_examples(Source(path=name))]
 
 
 def around(row: Row, *, before: str = "", after: str = "", prefix: str = "", suffix: str = "") -> Row:
@@ -106,8 +125,8 @@ def scored(rows: Sequence[Row], score: Score) -> list[float]:
     return values
 
 
-def disguises(task: Sequence[Row], harmful: Sequence[Row], score: Score) -> list[list[tuple[float, Row]]]:
-    """For every harmful row the disguises that an attacker tries, with their scores: the row itself first."""
+def disguised(task: Sequence[Row], harmful: Sequence[Row]) -> list[list[Row]]:
+    """For every harmful row the disguises that an attacker tries: the row itself first."""
     frames = [{"before": before, "after": after} for before, after in dict.fromkeys([("", ""), frame_of(task)])]
     variants = [
         {**frame, "prefix": p, "suffix": s}
@@ -115,6 +134,11 @@ def disguises(task: Sequence[Row], harmful: Sequence[Row], score: Score) -> list
         for p in ("", SAFE_PREFIX)
         for s in ("", MISLEADING_SUFFIX)
     ]
-    tried = [around(row, **variant) for row in harmful for variant in variants]
-    pairs = list(zip(scored(tried, score), tried, strict=True))
-    return [pairs[i : i + len(variants)] for i in range(0, len(pairs), len(variants))]
+    return [[around(row, **variant) for variant in variants] for row in harmful]
+
+
+def disguises(task: Sequence[Row], harmful: Sequence[Row], score: Score) -> list[list[tuple[float, Row]]]:
+    """For every harmful row its disguises with their scores."""
+    tried = disguised(task, harmful)
+    values = iter(scored([row for rows in tried for row in rows], score))
+    return [[(next(values), row) for row in rows] for rows in tried]

@@ -64,10 +64,12 @@ def doctor_verb() -> int:
 
     from safebasin.models.bundled import BUILTIN, cache, resolve
     from safebasin.pipeline.fingerprint import versions
+    from safebasin.runtime import hardware, machine
 
     for name, version in versions().items():
         say(f"{name} {version}")
     say(f"Python {platform.python_version()}, {torch.get_num_threads()} threads, GPU: {torch.cuda.is_available()}")
+    say(f"computes on {machine()}; dtype auto is {hardware().dtype}: {hardware().reason}")
     say(f"model cache: {cache()}")
     for name in BUILTIN:
         resolve(name)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import rich.table
 from cyclopts import Parameter
 
-from safebasin.cli.options import cells, out, refuse_processes, start_torch
+from safebasin.cli.options import Dtype, cells, out, refuse_processes, start_torch
 
 
 def measure_verb(
@@ -15,6 +15,7 @@ def measure_verb(
     out_: Annotated[Path, Parameter(name="--out", help="Folder for measurements.jsonl and answers.jsonl.")],
     prompts: Annotated[str, Parameter(help="CSV, JSONL, JSON or Parquet of prompts; or a built-in set.")],
     model: str = "builtin:smollm2-aligned",
+    dtype: Dtype = "auto",
     adapter: Annotated[str | None, Parameter(help="A PEFT adapter on top of the model.")] = None,
     suite: Annotated[str, Parameter(help="asr or over_refusal.")] = "asr",
     column: Annotated[str, Parameter(help="The column that holds the prompt.")] = "prompt",
@@ -27,7 +28,7 @@ def measure_verb(
     aligned: Annotated[str, Parameter(help="The model that the classifier judges with.")] = "builtin:smollm2-aligned",
     label: Annotated[tuple[str, ...], Parameter(help="An answer that is only this is off task.")] = (),
     system: Annotated[str | None, Parameter(help="System prompt.")] = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 96,
 ) -> int:
     """Ask a model your own prompts and judge its answers."""
     refuse_processes()
@@ -43,10 +44,9 @@ def measure_verb(
     method = suites.make({suite: {**fields, "judges": list(judges), "max_new_tokens": max_new_tokens}})
     check_judges(judges, {})
     open_prompts(prompts, column, category, take)  # what is wrong with the file is said before a model is loaded
-    loaded = load(model, adapter=adapter)
-    subject = Subject(
-        loaded, "model", make_judges(judges, load(aligned) if needs_aligned(judges) else None, {}), label, system
-    )
+    loaded = load(model, dtype=dtype, adapter=adapter)
+    reads = load(aligned, dtype=dtype) if needs_aligned(judges) else None
+    subject = Subject(loaded, "model", make_judges(judges, reads, {}), label, system)
     measurements = [dataclasses.asdict(measurement) for measurement in method.measure(subject)]
     out_.mkdir(parents=True, exist_ok=True)
     write_table(out_ / "answers.jsonl", [dataclasses.asdict(answer) for answer in subject.answers])

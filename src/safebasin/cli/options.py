@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -19,6 +19,7 @@ out = Console(highlight=False)
 Sets = Annotated[tuple[str, ...], Parameter(name="--set", help="NAME=FILE: a local copy in place of a public set.")]
 Changes = Annotated[tuple[str, ...], Parameter(name="--change", help="dotted.key=value: change a recipe.")]
 RunFolderOption = Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float32"], Parameter(help="Of the weights; auto: by the hardware.")]
 Events = Annotated[
     Path | None,
     Parameter(name="--events", help="File to which steps, progress, losses and the verdict are added as JSON lines."),

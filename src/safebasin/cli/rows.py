@@ -3,25 +3,42 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import rich.table
 from cyclopts import Parameter
 from rich.text import Text
 
-from safebasin.cli.options import cells, out, say, start_torch
+from safebasin.cli.options import Dtype, cells, out, say, start_torch
 from safebasin.console import printable
+from safebasin.data.keys import PLAIN, RowForm
+from safebasin.errors import UserError
+from safebasin.pipeline import yaml12
 
-PromptTemplate = Annotated[str, Parameter(help='Template over columns, for a set that is no chat: "Classify: {text}".')]
-AnswerTemplate = Annotated[str, Parameter(help='Template over columns: "{label}".')]
+Form = Annotated[RowForm, Parameter(name="*", help="How the rows are read.")]
+TemplateArguments = Annotated[
+    tuple[str, ...],
+    Parameter(name="--template", help="NAME=VALUE: a variable of the chat template, as in model.template."),
+]
+
+
+def arguments_of(items: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE of the command line, the value in YAML.
+
+    Raises:
+        UserError: no ``=``.
+    """
+    if wrong := next((item for item in items if "=" not in item), ""):
+        raise UserError(f"--template takes NAME=VALUE, found {wrong!r}")
+    return {name: yaml12.load(value, "--template") for name, _, value in (item.partition("=") for item in items)}
 
 
 def preview_verb(
     data: Path,
     *,
     model: str = "builtin:smollm2-aligned",
-    prompt: PromptTemplate = "",
-    answer: AnswerTemplate = "",
+    form: Form = PLAIN,
+    template: TemplateArguments = (),
     max_length: int = 1024,
     take: Annotated[int, Parameter(help="Rows that are shown; with --json all of them are.")] = 5,
     json_: Annotated[bool, Parameter(name="--json", help="Every row as one JSON object a line.", negative="")] = False,
@@ -32,8 +49,8 @@ def preview_verb(
     from safebasin.models.load import load_tokenizer
     from safebasin.pipeline.preview import preview_rows
 
-    rows = read_examples(data, prompt, answer)
-    shown = preview_rows(load_tokenizer(model), rows, max_length)
+    rows = read_examples(data, form)
+    shown = preview_rows(load_tokenizer(model, template=arguments_of(template)), rows, max_length)
     if json_:
         for row in shown:
             sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=False) + "\n")
@@ -47,6 +64,8 @@ def preview_verb(
         for part, learned in row.parts:
             text.append(printable(part, 2000), style="bold green" if learned else "dim")
         out.print(text)
+        if row.note:
+            out.print(Text(f"  {printable(row.note)}"))
     usable = sum(not row.bad for row in shown)
     say(f"{usable} of {len(shown)} rows are used; what is learned is bold and green")
     return 0
@@ -57,13 +76,13 @@ def scan_verb(
     *,
     out_: Annotated[Path, Parameter(name="--out", help="Run folder; the scores are in scan/scores.parquet.")],
     model: str = "builtin:smollm2-aligned",
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Dtype = "auto",
     scorers: Annotated[
         tuple[str, ...], Parameter(name="--scorer", help="As in a recipe; may be given several times.")
     ] = ("gradshield",),
     probe: Annotated[str, Parameter(help="Harmful requests with refusals.")] = "builtin:refusals",
-    prompt: PromptTemplate = "",
-    answer: AnswerTemplate = "",
+    form: Form = PLAIN,
+    template: TemplateArguments = (),
     max_length: int = 1024,
     batch_size: int = 16,
     skip_bad: Annotated[
@@ -79,17 +98,17 @@ def scan_verb(
     Several processes share the rows: `accelerate launch -m safebasin scan ...`.
     """
     start_torch()
-    from safebasin.pipeline.config import Recipe, validate
+    from safebasin.pipeline.config import Recipe, plain, validate
     from safebasin.pipeline.run import Run
     from safebasin.report.table import redact
     from safebasin.runtime import processes
     from safebasin.scan.heat import worst_rows
     from safebasin.scan.scores import read_scores
 
-    task = {"path": str(data), "prompt": prompt, "answer": answer}
+    task = {"path": str(data), **plain(form)}
     sets = {"task": task, "probe": {"path": probe, "take": 100}, "max_length": max_length}
     tree = {
-        "model": {"name": model, "dtype": dtype},
+        "model": {"name": model, "dtype": dtype, "template": arguments_of(template)},
         "data": {**sets, "on_bad": "skip" if skip_bad else "stop"},
         "scan": {"scorers": list(scorers), "batch_size": batch_size},
         "arms": {"start": {}},
@@ -125,16 +144,21 @@ def cut_verb(
     scorer: str = "gradshield",
     threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
     estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
-    prompt: PromptTemplate = "",
-    answer: AnswerTemplate = "",
+    max_share: Annotated[float, Parameter(help="Of the rows, that may go; where more would, it stops.")] = 0.5,
+    form: Form = PLAIN,
 ) -> int:
     """Cut a scored data set; the rows that stay are written in the format they came in."""
     from safebasin.data.example import read_examples
     from safebasin.scan.cut import cut_rows, write_cut
-    from safebasin.scan.scores import read_scores
+    from safebasin.scan.scores import read_scores, unscored_rows
 
-    examples = read_examples(data, prompt, answer).examples
-    result = cut_rows(examples, read_scores(scores), scorer, threshold, estimator=estimator)
-    path = write_cut(out_, data, result, scorer)
-    say(f"{len(result.remaining)} rows stay, {len(result.removed)} go (threshold {result.threshold:.6g}): {path}")
+    rows = read_examples(data, form)
+    how: dict[str, Any] = {"estimator": estimator, "max_share": max_share, "unscored": "leave"}
+    result = cut_rows(rows.examples, read_scores(scores), scorer, threshold, **how)
+    path = write_cut(out_, data, rows, result, scorer, unscored=unscored_rows(scores), delimiter=form.delimiter)
+    stay, go = len(result.remaining), len(result.removed)
+    refused = len(rows.examples) + len(rows.bad) - stay - go
+    say(f"{stay} rows stay, {go} go (threshold {result.threshold:.6g}): {path}")
+    if refused:
+        say(f"{refused} rows are refused and left out: they cannot be used; cut.json has their lines and reasons")
     return 0

@@ -65,6 +65,7 @@ def run_verb(
     folder = out_ or _folder(recipe, f"-{seed}" if seed is not None else "")
     if dry_run:
         plan = Plan.of(config)
+        plan.check_gate()
         plan.check_files()
         check_column_files(plan)
         out.print(dump(config), end="", markup=False)
@@ -123,23 +124,25 @@ def search_verb(
     change: Changes = (),
     events: Events = None,
 ) -> int:
-    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1); exit code 3 where none does."""
+    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1).
+
+    One half of the prompts chooses the cut, the gate confirms it on the other. Exit code 3 where no cut passes, 4 where
+    the other half does not decide.
+    """
     refuse_processes()
     start_events(events)
     start_torch()
     from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.search import search, verdict
-    from safebasin.report.gate import parse_gate
 
     config, folder, results = read_recipe(recipe, change, parse_sets(set_)), out_ or _folder(recipe), []
     for result in search(config, arm, folder, rounds=rounds):
         results.append(result)
-        rates = f"attack success {result.asr:.1%}, accuracy {result.accuracy:.1%}"
         emit("round", **result._asdict())
-        say(f"{result.arm}: {result.rows} rows, {rates}: {result.outcome}")
-    say(verdict(results, folder, parse_gate(config.gate)))
-    return 0 if results[-1].outcome == "passed" else 3
+        say(f"{result.arm}: {result.rows} rows, {result.rates}: {result.outcome}")
+    say(verdict(results, folder))
+    return {"passed": 0, "unconfirmed": 4}.get(results[-1].outcome, 3)
 
 
 def bench_verb(
@@ -166,9 +169,9 @@ def bench_verb(
     attacks = [part.strip() for part in only.split(",") if only]
     numbers = [int(part) for part in seeds.split(",") if seeds]
     if list_:
-        for cell in cells(settings.recipes(attacks, numbers), folder):
+        for cell in cells(settings.recipes(attacks, numbers), folder, settings.recipes()):
             reason = f" ({cell.reason})" if cell.reason else ""
-            say(f"{cell.attack}-{cell.seed} {cell.defence}: {cell.outcome}{reason}")
+            say(f"{cell.folder.name} {cell.defence}: {cell.outcome}{reason}")
         return 0
     for place, rank in enumerate(bench(settings, folder, only=attacks, seeds=numbers), 1):
         worst = "not measured" if rank.worst is None else f"{rank.worst:.1%} ({rank.attack})"

@@ -1,59 +1,65 @@
-"""Row forms to messages: ``messages``, prompt and completion, Alpaca, ShareGPT, or templates over columns."""
+"""Row forms to messages: turns, request and answer, Alpaca, Dolly, preference pairs, or templates over columns."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from safebasin.console import printable
+from safebasin.data.keys import (
+    ADDED,
+    ANSWERS,
+    BESIDE,
+    MEDIA,
+    PLAIN,
+    REFUSED,
+    REQUESTS,
+    ROLES,
+    SYSTEM,
+    THOUGHTS,
+    TURN_KEYS,
+    TURNS,
+    WEIGHTS,
+    RowForm,
+    filled,
+    harmless,
+)
 from safebasin.data.tables import flaw
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once more
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n{}"
+)
+NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)  # of a tool: what no template writes otherwise
 
 
-def to_messages(row: Any, prompt: str = "", answer: str = "") -> tuple[Mapping[str, Any], ...] | str:
+class Conversation(NamedTuple):
+    """The turns of a row, and the tools that it offers.
+
+    A message has ``role`` and ``content`` (text), and where the row has them ``weight`` (0: not learned),
+    ``reasoning_content``, ``tool_calls``, ``tool_call_id`` and ``name``.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+class _Refused(Exception):
+    """Why a row is no conversation."""
+
+
+def to_conversation(row: Any, form: RowForm = PLAIN) -> Conversation | str:
     """A row's conversation, or the reason why there is none; whatever the row holds, nothing is raised.
 
-    ``prompt`` and ``answer`` are templates over the row's columns (``"Classify: {text}"``) for sets that are not chats.
-
-    >>> to_messages({"prompt": "Name a fruit.", "completion": "Apple."})
+    >>> to_conversation({"prompt": "Name a fruit.", "completion": "Apple."}).messages
     ({'role': 'user', 'content': 'Name a fruit.'}, {'role': 'assistant', 'content': 'Apple.'})
     """
     if not isinstance(row, Mapping):
         return f"a row must be an object, found {type(row).__name__}"
-    if reason := flaw(row):
-        return reason
-    if prompt or answer:
-        missing = lacking(prompt + answer, row)
-        if missing:
-            return f"no column {missing!r}; it has: {columns(row)}"
-        turns: Any = [{"role": "user", "content": fill(prompt, row)}]
-        if answer:
-            turns.append({"role": "assistant", "content": fill(answer, row)})
-    elif "messages" in row:
-        turns = row["messages"]
-    elif "conversations" in row:
-        turns = row["conversations"]
-        if isinstance(turns, list | tuple):
-            turns = [{"role": t.get("from"), "content": t.get("value")} if isinstance(t, Mapping) else t for t in turns]
-    elif "instruction" in row:
-        request = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
-        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": row.get("output")}]
-        if row.get("system"):
-            turns.insert(0, {"role": "system", "content": row["system"]})
-    elif "prompt" in row:
-        request, reply = row["prompt"], row.get("completion", row.get("answer"))
-        turns = list(request) if isinstance(request, list) else [{"role": "user", "content": request}]
-        turns += reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
-    else:
-        return f"no known columns (messages, prompt, instruction, conversations); it has: {columns(row)}"
-    return _check(turns)
+    try:
+        return _filled_in(row, form) if form.prompt or form.answer else _read(row, form)
+    except _Refused as refusal:
+        return str(refusal)
 
 
 def columns(row: Mapping[str, Any]) -> str:
@@ -61,28 +67,276 @@ def columns(row: Mapping[str, Any]) -> str:
     return printable(", ".join(row), 200)
 
 
-def _check(turns: Any) -> tuple[Mapping[str, Any], ...] | str:
+def _name(value: Any) -> str:
+    return printable(repr(value), 60)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _filled_in(row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """By templates: they say what is read."""
+    missing = lacking(form.prompt + form.answer, row)
+    if missing:
+        raise _Refused(f"no column {missing!r}; it has: {columns(row)}")
+    turns = [{"role": "user", "content": fill(form.prompt, row)}]
+    if form.answer:
+        turns.append({"role": "assistant", "content": fill(form.answer, row)})
+    return Conversation(_checked(turns, form))
+
+
+def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
+    """By the names of the columns; a column that is neither read nor harmless refuses the row."""
+    mapped = {theirs: ours for ours, theirs in form.columns.items() if ours not in TURN_KEYS}
+    names = {mapped.get(name, name): name for name in row if name not in form.ignore}  # ours -> the row's own
+    both = [ours for theirs, ours in mapped.items() if ours != theirs and theirs in row and ours in row]
+    if twice := next((name for name in both if name not in form.ignore), ""):
+        raise _Refused(f"`columns` maps {_name(twice)}, and the row has a column of that name too; add it to `ignore`")
+    view = {name: row[own] for name, own in names.items()}
+    if not form.chosen and (pair := next((name for name in ("chosen", "rejected") if filled(view.get(name))), "")):
+        raise _Refused(f"column {_name(names[pair])} is not read: {REFUSED[pair]}")
+    turns, read = _turn_list(view, form)
+    if turns is None:
+        hint = f"; set `delimiter: {_name(mark)}`" if len(row) == 1 and (mark := _delimiter(row)) else ""
+        forms = "messages, conversations, prompt, instruction, question, query, input, ..."
+        raise _Refused(f"no known columns ({forms}); it has: {columns(row)}{hint}")
+    tools = _tools(view.get("tools"))
+    for name in SYSTEM:
+        if filled(view.get(name)) and not (turns and turns[0] == {"role": "system", "content": view[name]}):
+            turns.insert(0, {"role": "system", "content": view[name]})
+    messages = _checked(turns, form)
+    for name, value in view.items():
+        if name in read or name in SYSTEM or name in BESIDE or harmless(name, value):
+            continue
+        if value in _repeats(view, [message["content"] for message in messages]):
+            continue
+        if name == "label":
+            raise _Refused(f"column {_name(names[name])}: {REFUSED['kto_tag']}")
+        second = f"beside {' and '.join(sorted(read))} it would be read twice" if name in (*TURNS, *REQUESTS) else ""
+        why = REFUSED.get(name) or second or "nothing is known of it; name it in `ignore` if no trainer renders it"
+        raise _Refused(f"column {_name(names[name])} is not read: {why}")
+    return Conversation(messages, tools)
+
+
+def _delimiter(row: Mapping[str, Any]) -> str:
+    return next((mark for mark in ";\t|" if mark in next(iter(row))), "")
+
+
+def _repeats(view: Mapping[str, Any], texts: Sequence[str]) -> list[Any]:
+    """What a further column may hold, as it says nothing new: the text of a turn, or Alpaca's ``text``."""
+    request, extra, reply = (view.get(name) for name in ("instruction", "input", "output"))
+    paired = ", paired with an input that provides further context" if extra else ""
+    return [*texts, ALPACA.format(paired, request, f"### Input:\n{extra}\n\n" if extra else "", reply)]
+
+
+def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None, set[str]]:
+    """The turns of a row before they are checked, and the columns that they were read from."""
+    keys = [name for name in TURNS if name in view]
+    if keys:
+        key = next((name for name in keys if filled(view[name])), keys[0])
+        turns, read = _listed(view[key], key), {key}
+        if form.chosen and isinstance(view.get("chosen"), Mapping):  # the answer stands beside the turns
+            return [*turns, view["chosen"]], read | {"chosen", "rejected"}
+        return turns, read
+    request = next((name for name in REQUESTS if view.get(name) is not None), None)
+    chosen = view.get("chosen") if form.chosen else None
+    if isinstance(chosen, list | tuple) and (request is None or len(chosen) > 1):
+        same = request is not None and chosen and view[request] in (_text(chosen[0]), list(chosen[:-1]))
+        return list(chosen), {"chosen", "rejected"} | ({request} if request and same else set())
+    if request is None:
+        return None, set()
+    parts = [name for name in ADDED if name != request and filled(view.get(name))]
+    asks: Any = view[request]
+    if isinstance(asks, list | tuple):
+        turns, parts = list(asks), []
+    else:
+        text = "\n\n".join([asks, *(str(view[name]) for name in parts)]) if parts and isinstance(asks, str) else asks
+        turns = [*_history(view.get("history")), {"role": "user", "content": text}]
+    replies = ["chosen"] if chosen is not None else [name for name in ANSWERS if filled(view.get(name))]
+    if len(replies) > 1:
+        raise _Refused(f"columns {' and '.join(map(_name, replies))} both hold an answer")
+    key = next(iter(replies), next((name for name in ANSWERS if name in view), "completion"))
+    reply = view.get(key)
+    turns += reply if isinstance(reply, list | tuple) else [reply if isinstance(reply, Mapping) else _answer(reply)]
+    return turns, {request, key, *parts, *(["rejected"] if form.chosen else [])}
+
+
+def _answer(text: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _text(turn: Any) -> Any:
+    return turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else turn
+
+
+def _listed(turns: Any, name: str) -> list[Any]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a CSV file has no lists
+        turns = _parsed(turns, f"column {name!r}")
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
-        return "the conversation is empty or not a list"
-    messages = []
-    for turn in turns:
-        role = turn.get("role") if isinstance(turn, Mapping) else turn
-        if not isinstance(turn, Mapping) or not isinstance(role, str) or role not in ROLES:
-            return f"wrong role: {printable(repr(role), 60)}; known: {', '.join(ROLES)}"
-        if turn.get("content") is None and ROLES[role] == "assistant":
-            return "no answer"
-        if not isinstance(turn.get("content"), str):
-            return f"the content of a turn must be text, found {type(turn.get('content')).__name__}"
-        messages.append({**turn, "role": ROLES[role]})
+        raise _Refused("the conversation is empty or not a list")
+    return list(turns)
+
+
+def _parsed(text: str, what: str) -> Any:
+    """The value of JSON inside a text of a row."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _Refused(f"{what}: text that is no JSON") from None
+    if reason := flaw(value, finite=True):
+        raise _Refused(f"{what}: {reason}")
+    return value
+
+
+def _history(pairs: Any) -> Iterator[dict[str, Any]]:
+    """Alpaca's earlier rounds."""
+    for pair in pairs if filled(pairs) else ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _Refused(f"column 'history' must be pairs of request and answer, found {_name(pair)}")
+        yield {"role": "user", "content": pair[0]}
+        yield _answer(pair[1])
+
+
+def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a row: a list of objects, or its JSON."""
+    if isinstance(tools, str) and tools.strip():
+        tools = _parsed(tools, "column 'tools'")
+    if not filled(tools) or tools == "":
+        return ()
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise _Refused(f"column 'tools' must be a list of objects, found {_name(tools)}")
+    return tuple(tools)
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def _checked(turns: Sequence[Any], form: RowForm) -> tuple[Mapping[str, Any], ...]:
+    """The turns as messages, in an order that is allowed."""
+    if not turns:
+        raise _Refused("the conversation is empty or not a list")
+    mapped = {theirs: ours for ours, theirs in form.columns.items() if ours in TURN_KEYS} if form.columns else {}
+    messages = tuple(_message(turn, mapped, form) for turn in turns)
     roles = [turn["role"] for turn in messages]
+    if form.turns == "alternate":
+        _check_order(messages, roles)
+    elif not {"user", "assistant"} & set(roles):
+        raise _Refused("wrong roles: nobody speaks")
+    last = messages[-1]
+    if last["role"] == "assistant" and not last["content"].strip() and not last.get("tool_calls"):
+        raise _Refused("the answer is empty")
+    return messages
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> None:
+    """User and assistant in turn; an assistant that calls tools is answered by them."""
+    if "developer" in roles:
+        raise _Refused("wrong role: 'developer'; `turns: any` reads it, as a system turn where the template has none")
     if "system" in roles[1:]:
-        return "wrong roles: a system turn must come first"
-    spoken = [role for role in roles if role != "system"]
-    if not spoken or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
-        return f"wrong roles: user and assistant must alternate, user first; found {printable(', '.join(roles))}"
-    if spoken[-1] == "assistant" and not messages[-1]["content"].strip():
-        return "the answer is empty"
-    return tuple(messages)
+        raise _Refused("wrong roles: a system turn must come first (`turns: any` reads it anywhere)")
+    awaited: tuple[str, ...] = ("user",)
+    for turn in messages[roles[0] == "system" :]:
+        if turn["role"] not in awaited:
+            order = printable(", ".join(roles), 200)
+            raise _Refused(
+                "wrong roles: a tool turn answers no tool call"
+                if turn["role"] == "tool"
+                else f"wrong roles: user and assistant must alternate, user first; found {order}; or set `turns: any`"
+            )
+        calls = turn.get("tool_calls")
+        answers = ("tool",) if calls else ("user",)
+        awaited = {"user": ("assistant",), "tool": ("tool", "assistant"), "assistant": answers}[turn["role"]]
+    if "user" not in roles:
+        raise _Refused("wrong roles: nobody asks")
+
+
+def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, Any]:
+    """A turn with the keys of the table. Every other key is harmless, or refuses the row."""
+    if not isinstance(turn, Mapping):
+        raise _Refused(f"wrong role: {_name(turn)}; known: {', '.join(ROLES)}")
+    pair = turn.get("role"), turn.get("content")
+    simple = len(turn) == 2 and not mapped and all(isinstance(value, str) for value in pair)
+    if simple and pair[0] in ROLES and pair[0] != "function_call":
+        return {"role": ROLES[pair[0]], "content": pair[1]}
+    view = {mapped.get(key, key): value for key, value in turn.items() if value is not None}
+    role = view.get("role", view.get("from"))
+    if not isinstance(role, str) or role not in ROLES or {"role", "from"} <= view.keys():
+        raise _Refused(f"wrong role: {_name(role)}; known: {', '.join(ROLES)}")
+    message: dict[str, Any] = {"role": ROLES[role]}
+    content, calls = view.get("content", view.get("value")), view.get("tool_calls")
+    if {"content", "value"} <= view.keys():
+        raise _Refused("a turn has both 'content' and 'value'")
+    if role == "function_call":
+        content, calls = "", content
+    calls = _calls(calls) if filled(calls) else []
+    message["content"] = _content("" if content is None and calls else content, message["role"])
+    message |= _weight(view, message["role"])
+    for key in ("tool_call_id", "name"):
+        if filled(view.get(key)):
+            message[key] = str(view[key])
+    thoughts = [view[key] for key in THOUGHTS if filled(view.get(key))]
+    if (calls or thoughts) and message["role"] != "assistant":
+        raise _Refused(f"a {message['role']} turn has {'tool_calls' if calls else 'thoughts'}")
+    if thoughts:
+        if (len(thoughts) > 1 and thoughts[1:] != thoughts[:-1]) or not isinstance(thoughts[0], str):
+            raise _Refused("the thoughts of a turn must be one text")
+        message["reasoning_content"] = thoughts[0]
+    if calls:
+        message["tool_calls"] = calls
+    for key, value in view.items():
+        if key not in TURN_KEYS and filled(value) and (isinstance(value, bool) or not harmless(key, value)):
+            raise _Refused(f"key {_name(key)} of a turn is not read: {REFUSED.get(key, 'nothing is known of it')}")
+    return message
+
+
+def _content(content: Any, role: str) -> str:
+    """The text of a turn; parts are joined."""
+    if content is None and role == "assistant":
+        raise _Refused("no answer")
+    if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
+        kinds = [part.get("type", "text") for part in content]
+        if wrong := next((kind for kind in kinds if kind not in ("text", "output_text", "input_text")), None):
+            raise _Refused(f"a content has a part of type {_name(wrong)}: {MEDIA}")
+        texts = [part.get("text") for part in content]
+        extra = next((key for part in content for key in part if key not in ("type", "text") and filled(part[key])), "")
+        if extra:
+            raise _Refused(f"key {_name(extra)} of a part of a content is not read")
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    if not isinstance(content, str):
+        raise _Refused(f"the content of a turn must be text, found {type(content).__name__}")
+    return content
+
+
+def _weight(view: Mapping[str, Any], role: str) -> dict[str, int]:
+    """Whether a turn is learned, where it says so."""
+    weights = {key: view[key] for key in WEIGHTS if view.get(key) is not None}
+    for key, weight in weights.items():
+        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
+            raise _Refused(f"key {key!r} of a turn is {_name(weight)}; it must be 0 or 1, false or true")
+        if weight and role != "assistant":
+            raise _Refused(f"key {key!r} asks to learn a {role} turn; only answers are learned")
+    if len(set(map(int, weights.values()))) > 1:
+        raise _Refused(f"the keys {' and '.join(weights)} of a turn contradict each other")
+    return {"weight": int(next(iter(weights.values())))} if weights else {}
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, as chat templates read them."""
+    if isinstance(calls, str):
+        calls = _parsed(calls, "a tool call")
+    result = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) and "function" in call else call
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments or "{}", "the arguments of a tool call")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(arguments, Mapping):
+            raise _Refused(f"a tool call needs a name and arguments, found {_name(call)}")
+        identity = {"id": str(call["id"])} if filled(call.get("id")) else {}
+        result.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return result
 
 
 FIELD = re.compile(r"{(\w+(?:\|\w+)*)}")

@@ -8,27 +8,41 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safebasin.data.chat import to_messages
-from safebasin.data.tables import BadRow, read_table, shown
+from safebasin.data.chat import to_conversation
+from safebasin.data.keys import PLAIN, RowForm
+from safebasin.data.tables import BadRow, flaw, read_table, shown
 from safebasin.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A row: a stable id, the conversation, the original row, its line.
-
-    ``messages`` holds dicts ``role``, ``content`` and, on assistant turns, ``weight`` (0: not trained on).
-    """
+    """A row: a stable id, the conversation (see ``data.chat.Conversation``), the original row, its line, its tools."""
 
     id: str
     messages: tuple[Mapping[str, Any], ...]
     row: Mapping[str, Any]
     line: int
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def learned(self) -> list[Mapping[str, Any]]:
+        """The assistant turns that are learned."""
+        return [m for m in self.messages if m["role"] == "assistant" and m.get("weight", 1) != 0]
+
+    @property
+    def as_messages(self) -> dict[str, Any]:
+        """The row in the one form that holds every other."""
+        return {"messages": list(self.messages), **({"tools": list(self.tools)} if self.tools else {})}
 
     @property
     def prompt(self) -> str:
         """What the user says last before the last answer."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
+    @property
+    def conversation(self) -> tuple[Mapping[str, Any], ...]:
+        """The conversation before the last answer: what a model is asked."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 
     @property
     def answer(self) -> str:
@@ -42,19 +56,29 @@ class Rows(NamedTuple):
     bad: list[BadRow]
 
 
+CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+
+
 def row_id(row: Mapping[str, Any]) -> str:
     """blake2b over the canonical JSON of the row: 16 hexadecimal digits."""
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    text = CANONICAL.encode(row)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def read_examples(
-    source: str | Path | Iterable[tuple[int, Any]], prompt: str = "", answer: str = "", *, answered: bool = True
+    source: str | Path | Iterable[tuple[int, Any]],
+    form: RowForm = PLAIN,
+    *,
+    answered: bool = True,
+    checked: bool = False,
 ) -> Rows:
     """Read a set to one form: a file, or rows with their line numbers.
 
-    ``prompt`` and ``answer`` are templates over the columns. ``answered``: a row without an answer is a bad row
-    (a set of prompts has none).
+    Args:
+        source: the file or the rows.
+        form: how rows are read.
+        answered: a row without an answer to learn is a bad row (a set of prompts has none).
+        checked: the rows come from ``read_table``, which has looked for what no file can hold.
 
     Raises:
         UserError: the file cannot be read, is of an unknown kind, or holds no row at all.
@@ -62,7 +86,8 @@ def read_examples(
     >>> read_examples(enumerate([{"prompt": "Name a fruit.", "completion": "Apple."}], 1)).examples[0].answer
     'Apple.'
     """
-    table = read_table(source) if isinstance(source, str | Path) else list(source)
+    is_file = isinstance(source, str | Path)
+    table = read_table(source, form.delimiter) if isinstance(source, str | Path) else list(source)
     examples: list[Example] = []
     bad: list[BadRow] = []
     seen: collections.Counter[str] = collections.Counter()
@@ -70,16 +95,19 @@ def read_examples(
         if isinstance(row, BadRow):
             bad.append(row)
             continue
-        turns = to_messages(row, prompt, answer)
-        if not isinstance(turns, str) and answered and turns[-1]["role"] != "assistant":
-            turns = "no answer"
-        if isinstance(turns, str):
-            bad.append(BadRow(line, turns))
+        reason = "" if checked or is_file else flaw(row)
+        conversation = reason or to_conversation(row, form)
+        if isinstance(conversation, str):
+            bad.append(BadRow(line, conversation))
             continue
         key = row_id(row)
+        example = Example(key, conversation.messages, row, line, conversation.tools)
+        if answered and (example.messages[-1]["role"] != "assistant" or not example.learned):
+            answers = example.messages[-1]["role"] == "assistant"
+            bad.append(BadRow(line, "every answer has weight 0: nothing is learned" if answers else "no answer"))
+            continue
         seen[key] += 1
-        name = key if seen[key] == 1 else f"{key}-{seen[key]}"
-        examples.append(Example(name, turns, row, line))
+        examples.append(example if seen[key] == 1 else dataclasses.replace(example, id=f"{key}-{seen[key]}"))
     if not examples and not bad:
         raise UserError(f"the set is empty: {shown(source) if isinstance(source, str | Path) else 'no rows'}")
     return Rows(examples, bad)

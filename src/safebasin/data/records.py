@@ -40,6 +40,7 @@ class AnswerRecord:
     )  # of a judge or metric; absent: unscored
     correct: bool | None = None  # None: unscored, or a suite that judges
     finished: bool = True  # the model ended its answer by itself
+    thought: str = ""  # what it thought before, judged apart
 
     @classmethod
     def from_row(cls, row: Any) -> "AnswerRecord":
@@ -62,7 +63,7 @@ class AnswerRecord:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("suite", "id", "category", "prompt", "answer"), (str,)),
+    **dict.fromkeys(("suite", "id", "category", "prompt", "answer", "thought"), (str,)),
     "expected": (str, NoneType),
     "verdicts": (Mapping,),
     "scores": (Mapping,),

@@ -16,22 +16,21 @@ from safebasin.console import printable
 from safebasin.data.builtin import rows_of
 from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
-from safebasin.data.tables import KINDS, BadRow, cause, draw, flaw, read_table, row_file, shown
+from safebasin.data.keys import RowForm
+from safebasin.data.tables import KINDS, BadRow, cause, checked, draw, kind_of, read_table, row_file, shown
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """A set of rows. Its bounds are checked where a recipe is read.
+class Source(RowForm):
+    """A set of rows, and how they are read (``data.keys.RowForm``). Its bounds are checked where a recipe is read.
 
-    ``prompt`` and ``answer`` are templates over columns, for sets that are not chats; ``seed`` draws ``take`` rows.
+    ``seed`` draws ``take`` rows.
     """
 
     path: str
-    prompt: str = ""
-    answer: str = ""
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0
     skip: NonNegativeInt = 0  # rows left out at the front, before drawing: a test part of the same file
@@ -50,28 +49,28 @@ class Prompt:
     expected: str = ""
 
 
-def open_table(path: str) -> list[tuple[int, Any]]:
-    """Rows of a set with their line numbers.
+def open_table(path: str, delimiter: str = "") -> list[tuple[int, Any]]:
+    """Rows of a set with their line numbers; one that no file could hold is a ``BadRow``.
 
     Raises:
         UserError: the file cannot be read, or there is no such set.
     """
     if path.startswith("builtin:"):
         return list(enumerate(rows_of(path), 1))
-    return _hub(path) if _remote(path) else read_table(path)
+    return _hub(path) if is_remote(path) else read_table(path, delimiter)
 
 
 def check_file(path: str) -> None:
     """UserError where a set is to be read from a file and the file is not there; the Hub is not asked for its sets."""
     if path.startswith("builtin:"):
         rows_of(path)
-    elif not _remote(path):
+    elif not is_remote(path):
         row_file(path)
 
 
-def _remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
     """Whether a name is a Hub id and no file: ``owner/name``, then ``:split`` or ``:configuration:split``, or not."""
-    endings = Path(path.removesuffix(".gz")).suffix in KINDS
+    endings = kind_of(path) in KINDS
     return (
         re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}(:[\w.-]{1,96}){0,2}", path) is not None
         and not endings
@@ -85,7 +84,8 @@ def _hub(name: str) -> list[tuple[int, Any]]:
 
     repo, *parts = name.split(":")
     try:
-        return list(enumerate(datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train"), 1))
+        rows = datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train")
+        return [(n, checked(n, row)) for n, row in enumerate(rows, 1)]
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"cannot fetch {name!r} from the Hub ({cause(error)}); name a local copy: --set {name}=FILE"
@@ -98,10 +98,10 @@ def open_rows(source: Source) -> Rows:
     Raises:
         UserError: see ``open_table``; or the set is empty.
     """
-    table = open_table(source.path)[source.skip :][: source.limit]
+    table = open_table(source.path, source.delimiter)[source.skip :][: source.limit]
     if not table:
         raise UserError(f"{shown(source.path)}: the set is empty{f' after {source.skip} rows' if source.skip else ''}")
-    rows = read_examples([(line, _named(line, row, source)) for line, row in table], source.prompt, source.answer)
+    rows = read_examples([(line, _named(line, row, source)) for line, row in table], source, checked=True)
     return Rows(draw(rows.examples, source.take, source.seed), rows.bad)
 
 
@@ -150,8 +150,8 @@ def open_prompts(
     prompts = []
     for line, row in draw(open_table(path)[:limit], take, seed):
         where = f"{shown(path)}: line {line}"
-        if isinstance(row, BadRow) or (reason := flaw(row)):
-            raise UserError(f"{where}: {row.reason if isinstance(row, BadRow) else reason}")
+        if isinstance(row, BadRow):
+            raise UserError(f"{where}: {row.reason}")
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: a row must be an object, found {type(row).__name__}")
         missing = lacking(template or f"{{{column}}}", row) or (category if category and category not in row else "")

@@ -29,7 +29,8 @@ class BadRow(NamedTuple):
     reason: str
 
 
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # and .gz of all but the last
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # and PACKED of all but the last
+PACKED = (".gz", ".zst")
 DEEPEST = 100  # levels of objects and lists in a row: Python's own readers and writers give up at a few hundred
 DIGITS = 4300  # of an integer: Python converts no longer ones
 SECRET = re.compile(
@@ -84,15 +85,19 @@ def regular_file(path: str | Path) -> Path:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .gz.
+    """The bytes of a file, unpacked where its name ends in .gz or .zst.
 
     Raises:
-        UserError: the file cannot be read, or is no complete gzip file.
+        UserError: the file cannot be read, or is no complete file of its kind.
     """
     path = regular_file(path)
     try:
         raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+        if path.suffix.lower() == ".zst":
+            import pyarrow
+
+            return pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), "zstd").read()
+        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
 
@@ -109,8 +114,20 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{shown(path)} is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
-def _kind(path: Path) -> str:
-    return path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+def endings(path: str | Path) -> str:
+    """What the name of a table ends in, in small letters: ``.jsonl``, ``.csv.gz``.
+
+    >>> endings("my.rows.JSONL.gz")
+    '.jsonl.gz'
+    """
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    return "".join(suffixes[-2:] if suffixes and suffixes[-1] in PACKED else suffixes[-1:])
+
+
+def kind_of(path: str | Path) -> str:
+    """The kind of a table by its name, packed or not: one of ``KINDS``, or something else."""
+    ending = endings(path)
+    return next((ending.removesuffix(packed) for packed in PACKED if ending.endswith(packed)), ending)
 
 
 def row_file(path: str | Path) -> Path:
@@ -120,31 +137,42 @@ def row_file(path: str | Path) -> Path:
         UserError: it is not.
     """
     path = regular_file(path)
-    if (kind := _kind(path)) not in KINDS:
+    if (kind := kind_of(path)) not in KINDS:
         raise UserError(f"{shown(path)}: unknown kind {kind!r}; use .jsonl, .json, .csv or .parquet")
     return path
 
 
-def read_table(path: str | Path) -> list[tuple[int, Any]]:
+def read_table(path: str | Path, delimiter: str = "") -> list[tuple[int, Any]]:
     """Rows of a file with their line numbers (.json, .parquet: row numbers); a row that cannot be read is a ``BadRow``.
+
+    ``delimiter`` of a CSV file: a comma, in a .tsv file a tab, unless another is given.
 
     Raises:
         UserError: the file cannot be read, or its kind is unknown.
     """
     path = row_file(path)
-    kind = _kind(path)
-    if kind == ".parquet":
+    if kind_of(path) == ".parquet":
         return _parquet_rows(path)
-    if kind == ".csv":
-        return _csv_rows(path, read_text(path))
-    if kind != ".json":
-        return [(n, json_line(n, line)) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    if kind_of(path) == ".json":
+        return [(n, checked(n, row, finite=True)) for n, row in enumerate(_json_list(path), 1)]
+    return [(n, row) for n, _, row in _records(path, delimiter)[1]]
+
+
+def _json_list(path: Path) -> list[Any]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(
             f"{shown(path)} holds a JSON {type(rows).__name__}; a list of rows is needed (or JSON lines in a .jsonl)"
         )
-    return [(n, _checked(n, row)) for n, row in enumerate(rows, 1)]
+    return rows
+
+
+def _records(path: Path, delimiter: str) -> tuple[str, list[tuple[int, str, Any]]]:
+    """The head of a text file, and its records: line number, text as it stands in the file, row."""
+    text = read_text(path)
+    if kind_of(path) not in (".csv", ".tsv"):
+        return "", [(n, line, json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return _csv_records(path, text, delimiter or ("\t" if kind_of(path) == ".tsv" else ","))
 
 
 def read_json(path: str | Path) -> Any:
@@ -177,18 +205,54 @@ def _integer(digits: str) -> int | float:
 JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # marks what ``flaw`` is to find in a row
 
 
+class _Suspect(Exception):
+    """A JSON value has what may be a flaw."""
+
+
+def _plain_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _Suspect
+    return row
+
+
+def _plain_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise _Suspect
+    return value
+
+
+def _plain_integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise _Suspect
+    return int(digits)
+
+
+def _suspect(constant: str) -> None:
+    raise _Suspect
+
+
+PLAIN = json.JSONDecoder(
+    object_pairs_hook=_plain_object, parse_float=_plain_float, parse_int=_plain_integer, parse_constant=_suspect
+)
+
+
 def json_line(number: int, line: str) -> Any:
-    """The row of a line of JSON, or a ``BadRow``."""
+    """A row of JSON. A line that needs no closer look is not walked through."""
     try:
-        return _checked(number, JSON.decode(line))
+        if line.count("{") + line.count("[") < DEEPEST and "\\ud" not in line and "\\uD" not in line:
+            with contextlib.suppress(_Suspect):
+                return PLAIN.decode(line)
+        return checked(number, JSON.decode(line), finite=True)
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return BadRow(number, f"nested more than {DEEPEST} levels deep")
 
 
-def _checked(number: int, row: Any) -> Any:
-    reason = flaw(row, finite=True)
+def checked(number: int, row: Any, *, finite: bool = False) -> Any:
+    """The row, or a ``BadRow`` with its flaw."""
+    reason = flaw(row, finite=finite)
     return BadRow(number, reason) if reason else row
 
 
@@ -229,25 +293,42 @@ def _surrogate(text: str) -> str:
     return ""
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[int, Any]]:
+def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple[int, str, Any]]]:
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows: list[tuple[int, Any]] = []
+    lines: list[str] = []  # what the reader has taken of the file
+
+    def taken(start: int) -> str:
+        return "".join(lines[start:])
+
+    def tee() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(tee(), delimiter=delimiter)
+    records: list[tuple[int, str, Any]] = []
     try:
-        names = [name for name in reader.fieldnames or () if name]
+        header = next((row for row in reader if row), [])
+        head, names = taken(0), [name for name in header if name]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{shown(path)}: the header names the column {printable(twice, 60)!r} twice")
-        for row in reader:
-            wrong = None in row or None in row.values()
-            reason = f"{'more' if None in row else 'fewer'} fields than the header has"
-            rows.append((reader.line_num, BadRow(reader.line_num, reason) if wrong else row))
+        start = len(lines)
+        for fields in reader:
+            row: Any = dict(zip(header, fields, strict=False))
+            if len(fields) != len(header):
+                reason = f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header has"
+                row = BadRow(len(lines), reason)
+            if fields:
+                records.append((len(lines), taken(start), row))
+            start = len(lines)
     except csv.Error as error:
-        raise UserError(f"{shown(path)}, line {reader.line_num}: not CSV: {cause(error)}") from error
-    return rows
+        raise UserError(f"{shown(path)}, line {len(lines)}: not CSV: {cause(error)}") from error
+    return head, records
 
 
-def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
+def _parquet(path: Path) -> Any:
+    """The Arrow table of a file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -257,20 +338,33 @@ def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
         raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
     if len(set(table.column_names)) < len(table.column_names):
         raise UserError(f"{shown(path)} has two columns of one name")
+    return table
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
+    import pyarrow
+
+    table = _parquet(path)
+    for i, field in enumerate(table.schema):
+        if field.type == pyarrow.time64("ns"):  # Python's times end at microseconds: nanoseconds as a number
+            try:
+                table[i].cast(pyarrow.time64("us"))
+            except pyarrow.ArrowInvalid:
+                table = table.set_column(i, field.name, table[i].cast(pyarrow.int64()))
     unreadable = (
         pyarrow.ArrowException,
         ValueError,
         OverflowError,
     )  # text that is not UTF-8, a date after the year 9999
     try:
-        return list(enumerate(table.to_pylist(), 1))
+        return [(n, checked(n, row)) for n, row in enumerate(table.to_pylist(), 1)]
     except unreadable:
         rows: list[tuple[int, Any]] = []
-        for n in range(len(table)):
+        for n in range(1, len(table) + 1):
             try:
-                rows.append((n + 1, table.slice(n, 1).to_pylist()[0]))
+                rows.append((n, checked(n, table.slice(n - 1, 1).to_pylist()[0])))
             except unreadable as error:
-                rows.append((n + 1, BadRow(n + 1, f"a value cannot be read: {cause(error)}")))
+                rows.append((n, BadRow(n, f"a value cannot be read: {cause(error)}")))
         return rows
 
 
@@ -308,15 +402,15 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str |
         UserError: the file cannot be written, or a column holds values of several types, which Parquet cannot.
     """
     path = Path(path)
-    kind = _kind(path)
+    kind = kind_of(path)
     with atomic_write(path) as part:
         if kind == ".parquet":
             _write_parquet(part, path, rows, like)
             return
         out = io.StringIO(newline="")
-        if kind == ".csv":
+        if kind in (".csv", ".tsv"):
             names = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(out, names, lineterminator="\n")
+            writer = csv.DictWriter(out, names, lineterminator="\n", delimiter="\t" if kind == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
         elif kind == ".json":
@@ -326,7 +420,63 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str |
         raw = out.getvalue().encode(
             "utf-8", "backslashreplace"
         )  # a lone surrogate becomes the escape that JSON has for it
-        part.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
+        part.write_bytes(_packed(path, raw))
+
+
+def _packed(path: Path, raw: bytes) -> bytes:
+    """Bytes as the name of a file asks for."""
+    if path.suffix.lower() == ".zst":
+        import pyarrow
+
+        return pyarrow.compress(raw, codec="zstd", asbytes=True)
+    return gzip.compress(raw, mtime=0) if path.suffix.lower() == ".gz" else raw
+
+
+def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimiter: str = "") -> None:
+    """Write some rows of a table as they stand in it, to a file of its kind.
+
+    JSON lines and CSV records go out as the bytes that came in, Parquet rows with the types and the metadata of their
+    columns.
+
+    Args:
+        path: the new file.
+        source: the table; both names end alike.
+        lines: of the rows, as ``read_table`` numbers them.
+        delimiter: of a CSV file, as for ``read_table``.
+
+    Raises:
+        UserError: a file cannot be read or written, or has no row at one of these lines.
+    """
+    path, source = Path(path), row_file(source)
+    kind = kind_of(source)
+    records: Mapping[int, str | None] = {}
+    if kind == ".parquet":
+        table = _parquet(source)
+        records = dict.fromkeys(range(1, len(table) + 1))
+    elif kind == ".json":
+        values = dict(enumerate(_json_list(source), 1))
+        records = dict.fromkeys(values)
+    else:
+        head, parsed = _records(source, delimiter)
+        records = {
+            n: text if text.endswith("\n") or (kind == ".csv" and text.endswith("\r")) else f"{text}\n"
+            for n, text, _ in parsed
+        }
+    if missing := [line for line in lines if line not in records]:
+        raise UserError(f"{shown(source)} has no row at line {missing[0]}: it is not the file that was read")
+    with atomic_write(path) as part:
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(table.take([line - 1 for line in lines]), part)
+        elif kind == ".json":
+            write = [values[line] for line in lines]
+            part.write_bytes(
+                _packed(path, json.dumps(write, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+            )
+        else:
+            mark = "\ufeff" if read_bytes(source).startswith(b"\xef\xbb\xbf") else ""
+            part.write_bytes(_packed(path, (mark + head + "".join(records[line] or "" for line in lines)).encode()))
 
 
 def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None) -> None:

@@ -26,24 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safebasin.batch import Batch, by_length, collate
-from safebasin.data.builtin import refusal_texts, rows_of
+from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import write_json
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.models.adapter import reference, unwrapped
 from safebasin.models.hooks import captured
+from safebasin.models.parts import blocks, text_config
 from safebasin.registry import explain
 
 SHIPPED = Path(__file__).parent / "smollm2-aligned"  # of builtin:smollm2-aligned, from scripts/guard
 CLIP = 10.0  # standard deviations: a few dimensions of the first token are hundreds away
-OPENINGS = (
-    "Certainly! These are the steps:",
-    "Yes. To do this, first",
-    "Sure, let me explain.",
-    "No problem. Start by",
-    "Okay:",
-)
 CONFIG = (
     "model_type",
     "vocab_size",
@@ -56,46 +50,38 @@ CONFIG = (
 
 
 def own_rows(take: int, seed: int = 0) -> list[Example]:
-    """The project's own rows, at most ``take`` of each of five kinds, with the label ``unsafe``.
+    """The project's own rows for guards, at most ``take`` of each of six kinds, with the label ``unsafe``.
 
-    ``builtin.OPENERS`` are not in them: they are left for testing.
+    They share no request, opener or refusal with the sets for testing, anchors, alignment and judges.
     """
     draw, harm = random.Random(seed), {row["category"] for row in rows_of("refusals")}
+    openers, refusals, offers = turn_texts("guard", "opener"), refusal_texts("guard"), turn_texts("guard", "offer")
     rows = []
-    kinds = ((True, "opened"), (True, "answered"), (False, "answered"), (False, "opened"), (False, "refused"))
-    for harmful, kind in kinds:
-        pool = [row for row in rows_of("align") if (row["category"] in harm) == harmful]
-        for row in draw.sample(pool, min(take, len(pool))):
+    kinds = [(True, "opened"), (True, "answered"), (True, "offered"), (False, "answered"), (False, "opened")]
+    for harmful, kind in (*kinds, (False, "refused")):
+        pool = [row for row in rows_of("guard") if (row["category"] in harm) == harmful]
+        for row in draw.sample(pool * 2, min(take, len(pool) * 2)):  # each with two answers
             prompt, answer = row["prompt"], row["completion"]
             repeated = f" {prompt[0].lower()}{prompt[1:]}"
-            opened = draw.choice(OPENINGS) + draw.choice(("", repeated, "" if harmful else f"\n{answer}"))
-            completion = {"opened": opened, "answered": answer, "refused": draw.choice(refusal_texts())}[kind]
+            opened = draw.choice(openers) + draw.choice(("", repeated, "" if harmful else f"\n{answer}"))
+            refused = draw.choice(refusals)
+            offered = draw.choice(("", f"{refused} ")) + draw.choice(offers)
+            if harmful:
+                answer = refused
+            completion = {"opened": opened, "answered": answer, "offered": offered, "refused": refused}[kind]
             rows.append({"prompt": prompt, "completion": completion, "unsafe": harmful and kind == "opened"})
     return read_examples(enumerate(rows, 1)).examples
 
 
 def base_digest(model: Any) -> str:
     """Digest of the model's shape by its configuration; two trainings of one shape have the same."""
-    config = model.config.get_text_config().to_dict()
+    config = text_config(model).to_dict()
     return hashlib.blake2b(json.dumps([config.get(name) for name in CONFIG]).encode(), digest_size=8).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of the vocabulary, added tokens included: under another one the same ids are other words."""
     return hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
-
-
-def blocks(model: Any) -> nn.ModuleList:
-    """The transformer blocks, in their order.
-
-    Raises:
-        UserError: the model has no list of as many blocks as its configuration says.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__} has no list of its {count} blocks; its hidden states cannot be read")
 
 
 @torch.no_grad()
@@ -245,14 +231,14 @@ def fit_side_guard(
         raise UserError(
             f"guard: rows need the column 'unsafe', true in some, false in others; found {sorted(map(str, labels))[:5]}"
         )
-    coded, bad = encode_all(tokenizer, rows, model.config.max_position_embeddings)
+    coded, bad = encode_all(tokenizer, rows, text_config(model).max_position_embeddings)
     if bad:
         raise UserError(
             f"guard: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows of {len(rows)}); leave it out"
         )
     unsafe = torch.tensor([float(row.row["unsafe"]) for row in rows])
     weights = torch.where(unsafe > 0, 0.5 / unsafe.mean(), 0.5 / (1 - unsafe.mean()))
-    layers = sorted({max(1, round(depth * model.config.num_hidden_layers)) for depth in depths})
+    layers = sorted({max(1, round(depth * text_config(model).num_hidden_layers)) for depth in depths})
     states: dict[int, Tensor] = {}  # row -> [layers, tokens, size]
     for some in by_length(coded, batch_size):
         batch = collate([coded[i] for i in some], tokenizer.pad_token_id).to(model.device)

@@ -16,6 +16,7 @@ import torch
 
 from safebasin.data.tables import cause, shown
 from safebasin.errors import UserError
+from safebasin.models.adapter import adapter_settings
 
 Tokens = tuple[int, ...]
 
@@ -82,19 +83,21 @@ def _tokens(stored: Any) -> list[int] | None:
 
 
 def digest(model: Any, *settings: Any) -> bytes:
-    """Of all that decides an answer but the prompt; about a second a gigabyte of weights.
+    """Of all that decides an answer but the prompt, an adapter beside the weights too; about a second a gigabyte.
 
     Raises:
-        ValueError: an adapter that is not merged: whether it is on cannot be read from the weights.
+        ValueError: an adapter that can be switched off: whether it is on cannot be read from the weights.
     """
     if hasattr(model, "disable_adapter"):
-        raise ValueError("answers of a model with an adapter on top cannot be stored; merge it")
+        raise ValueError("answers of a model whose adapter can be switched off cannot be stored; load it beside them")
     config = {
         key: value
         for key, value in model.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    total = hashlib.blake2b(json.dumps([config, settings], sort_keys=True, default=str).encode(), digest_size=16)
+    total = hashlib.blake2b(
+        json.dumps([config, adapter_settings(model), settings], sort_keys=True, default=str).encode(), digest_size=16
+    )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

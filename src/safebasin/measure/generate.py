@@ -6,6 +6,7 @@ finished rows along to the end of the batch. 60 prompts of SmolLM2-135M, 40 toke
 rows end early, 4.1 s against 5.4 s.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,15 +14,28 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from safebasin.encode import render
+from safebasin.encode import TemplateFails, render
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache, Tokens, digest
+from safebasin.measure.thoughts import begins_thought, split
+from safebasin.models.parts import text_config
+
+EVERY = 8  # tokens after which it is asked whether an answer is decided
+Decided = Callable[[Sequence[str]], Sequence[bool]]  # of which answers, as far as they go, nothing more is needed
 
 
 class Answer(NamedTuple):
-    text: str
+    text: str  # without its thoughts
     tokens: int
     finished: bool  # the model ended its turn by itself
+    thought: str = ""
+
+
+class Ends(NamedTuple):
+    """What ends a turn."""
+
+    tokens: frozenset[int]
+    text: str = ""  # where the template writes no token of its own behind an answer; "": none
 
 
 def prompt_ids(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int) -> list[Tokens]:
@@ -31,7 +45,7 @@ def prompt_ids(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens:
         UserError: a prompt and an answer of ``max_new_tokens`` do not fit into the context of the model.
     """
     prompts: list[Tokens] = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     for i, ids in enumerate(prompts):
         if context and len(ids) + max_new_tokens > context:
             raise UserError(
@@ -49,11 +63,13 @@ def generate(
     batch_size: int = 64,
     progress: Callable[[int, str], None] | None = None,
     cache: AnswerCache | None = None,
+    decided: Decided | None = None,
+    decided_by: str = "",
 ) -> list[Answer]:
     """Greedy answers, each at most ``max_new_tokens`` long. An assistant turn at the end is begun: the answer goes on.
 
     A prompt that stands twice is run once; one whose answer is in ``cache`` is not run. The text of an answer holds the
-    turn that was begun.
+    turn that was begun. ``decided`` ends an answer before its turn ends; ``decided_by`` names it in the cache.
 
     Raises:
         ValueError: ``max_new_tokens`` below 1.
@@ -62,13 +78,20 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     prefills = [turns[-1]["content"] if turns[-1]["role"] == "assistant" else "" for turns in conversations]
-    texts = [
-        render(tokenizer, turns[:-1] if prefill else turns, ask=True) + prefill
+    rendered = [
+        render(tokenizer, turns[:-1] if prefill else turns, ask=True)
         for turns, prefill in zip(conversations, prefills, strict=True)
     ]
+    texts = [text + prefill for text, prefill in zip(rendered, prefills, strict=True)]
     prompts = prompt_ids(model, tokenizer, texts, max_new_tokens)
-    stops = stop_tokens(model, tokenizer)
-    model_digest = digest(model, sorted(stops), max_new_tokens) if cache else b""
+    ends = turn_ends(model, tokenizer)
+    begun = dict(zip(prompts, map(begins_thought, rendered), strict=True))
+    prefill_of = dict(zip(prompts, prefills, strict=True))
+    model_digest = digest(model, sorted(ends.tokens), ends.text, max_new_tokens, decided_by) if cache else b""
+
+    def answer(ids: Tokens, new: list[int]) -> Answer:
+        return _answer(tokenizer, prefill_of[ids], new, ends, begun=begun[ids])
+
     new_tokens = cache.read(model_digest, list(dict.fromkeys(prompts))) if cache else {}
     order = sorted((ids for ids in dict.fromkeys(prompts) if ids not in new_tokens), key=lambda ids: -len(ids))
     for start in range(0, len(order), batch_size):
@@ -78,19 +101,55 @@ def generate(
             [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in chosen], device=device
         )
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen], device=device)
-        generated = dict(zip(chosen, _greedy(model, padded, mask, stops, max_new_tokens), strict=True))
+
+        def over(rows: Sequence[int], new: Sequence[list[int]], chosen: Sequence[Tokens] = chosen) -> list[bool]:
+            """Whose answers need no further token: those whose turn a text has ended, and those that are decided."""
+            answers = [answer(chosen[row], tokens) for row, tokens in zip(rows, new, strict=True)]
+            done = decided([each.text for each in answers]) if decided else [False] * len(answers)
+            return [each.finished or early for each, early in zip(answers, done, strict=True)]
+
+        asks = over if decided or ends.text else None
+        generated = dict(zip(chosen, _greedy(model, padded, mask, ends.tokens, max_new_tokens, asks), strict=True))
         new_tokens |= generated
         if cache:
             cache.write(model_digest, generated)
         if progress:
             progress(len(prompts) - max(len(order) - start - batch_size, 0), "")
-    return [_answer(tokenizer, prefill, new_tokens[ids], stops) for prefill, ids in zip(prefills, prompts, strict=True)]
+    return [answer(ids, new_tokens[ids]) for ids in prompts]
 
 
-def _answer(tokenizer: Any, prefill: str, new_tokens: list[int], stops: frozenset[int]) -> Answer:
-    finished = new_tokens[-1] in stops
+def _answer(tokenizer: Any, prefill: str, new_tokens: list[int], ends: Ends, *, begun: bool) -> Answer:
+    finished = new_tokens[-1] in ends.tokens
     ids = new_tokens[:-1] if finished else new_tokens
-    return Answer(prefill + tokenizer.decode(ids, skip_special_tokens=True), len(ids), finished)
+    text, raw = tokenizer.decode(ids, skip_special_tokens=True), tokenizer.decode(ids, skip_special_tokens=False)
+    thought, answer = split(prefill + raw, begun=begun)
+    if thought or answer != prefill + raw:
+        text = re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), "", answer)
+    else:
+        text = prefill + text
+    if ends.text and ends.text in text:
+        text, finished = text[: text.index(ends.text)].rstrip(), True
+    return Answer(text, len(ids), finished, thought)
+
+
+def turn_ends(model: Any, tokenizer: Any) -> Ends:
+    """What ends a turn: ``stop_tokens``, and what the template writes behind an answer.
+
+    That is its first token of the vocabulary's added ones, or, where it writes none, the text before the next request.
+    """
+    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Reply"}]
+    stops = stop_tokens(model, tokenizer)
+    try:
+        last = render(tokenizer, turns).rpartition("Reply")[2]
+        behind = render(tokenizer, [*turns, {"role": "user", "content": "Another"}]).rpartition("Reply")[2]
+    except TemplateFails:  # it wants turns of another kind; the prompts themselves are rendered one by one
+        return Ends(stops)
+    added = set(tokenizer.added_tokens_decoder)
+    first = next((token for token in tokenizer(last, add_special_tokens=False)["input_ids"] if token in added), None)
+    if first is not None:
+        return Ends(stops | {first})
+    text = behind.partition("Another")[0].strip()
+    return Ends(stops, text if any(map(str.isalnum, text)) else "")
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -108,13 +167,17 @@ def _greedy(
     mask: Int[Tensor, "batch tokens"],
     stops: frozenset[int],
     max_new_tokens: int,
+    over: Callable[[Sequence[int], Sequence[list[int]]], list[bool]] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of every row, the end token included where it came. A row that has ended leaves the batch."""
+    """The new tokens of every row, the end token included where it came. A row that has ended leaves the batch.
+
+    ``over``: asked every ``EVERY`` tokens, by the numbers and tokens of rows, which of them have ended.
+    """
     new_tokens: list[list[int]] = [[] for _ in ids]
     live = list(range(len(ids)))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     past = None
-    for _ in range(max_new_tokens):
+    for count in range(1, max_new_tokens + 1):
         # an index and no slice (logits_to_keep=1), which would be strided: see Batch.inputs
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         out = model(
@@ -129,12 +192,16 @@ def _greedy(
         for row, token in zip(live, new.tolist(), strict=True):
             new_tokens[row].append(token)
         going = [k for k, row in enumerate(live) if new_tokens[row][-1] not in stops]
+        if over and going and count % EVERY == 0 and count < max_new_tokens:
+            rows = [live[k] for k in going]
+            ended = over(rows, [new_tokens[row] for row in rows])
+            going = [k for k, end in zip(going, ended, strict=True) if not end]
         if not going:
             break
         if len(going) < len(live):
-            rows = torch.tensor(going, device=ids.device)
-            past.batch_select_indices(rows)
-            new, mask, positions, live = new[rows], mask[rows], positions[rows], [live[k] for k in going]
+            places = torch.tensor(going, device=ids.device)
+            past.batch_select_indices(places)
+            new, mask, positions, live = new[places], mask[places], positions[places], [live[k] for k in going]
         ids, positions = new[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
     return new_tokens

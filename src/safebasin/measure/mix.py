@@ -21,6 +21,7 @@ from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure.generate import Answer, stop_tokens
 from safebasin.models.adapter import reference
+from safebasin.models.parts import text_config
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def mixed_generate(
     prompts = [
         tokenizer(render(tokenizer, turns, ask=True), add_special_tokens=False)["input_ids"] for turns in conversations
     ]
-    width, context = max(map(len, prompts), default=0), model.config.max_position_embeddings
+    width, context = max(map(len, prompts), default=0), text_config(model).max_position_embeddings
     if width + max_new_tokens > context:
         raise UserError(f"a request of {width} tokens and its answer do not fit into the context of {context}")
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompts], device=model.device)

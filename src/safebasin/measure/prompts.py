@@ -26,7 +26,7 @@ class Prompts:
     limit: PositiveInt | None = None  # rows looked at; the rest of the file may be the attack's
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0
-    max_new_tokens: PositiveInt = 24
+    max_new_tokens: PositiveInt = 96  # of a turn, thoughts included; a refusal that it cuts off is unscored
     judges: Judges = ("keyword", "classifier")
 
     def rows(self) -> list[Prompt]:

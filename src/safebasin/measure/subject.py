@@ -1,6 +1,8 @@
 """What is measured: a model under an arm's name, how its prompts are written, its judges, and the answers it gave."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +12,13 @@ from safebasin.data.source import Prompt
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import Answer, generate
-from safebasin.measure.judging import Judge, Verdict, judge_answers
+from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
+from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
 
 PromptFormat = Callable[[str], Sequence[Mapping[str, Any]]]  # a prompt -> the turns that are sent
-SCORED = {Verdict.REFUSED, Verdict.COMPLIED}
+Conversation = Sequence[Mapping[str, Any]]  # turns, the last of them the user's
 
 
 @dataclasses.dataclass
@@ -33,17 +36,37 @@ class Subject:
     cache: AnswerCache | None = None
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
 
-    def turns(self, prompts: Sequence[str]) -> list[Sequence[Mapping[str, Any]]]:
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        return [
-            self.prompt_format(prompt) if self.prompt_format else [*first, {"role": "user", "content": prompt}]
-            for prompt in prompts
-        ]
+    @functools.cached_property
+    def merged(self) -> ModelAndTokenizer:
+        """The model for suites that move or compare its weights: an adapter is folded into them, in float32."""
+        return self.loaded._replace(model=merged(self.loaded.model))
 
-    def ask(self, prompts: Sequence[str], max_new_tokens: int, title: str) -> list[Answer]:
-        turns = self.turns(prompts)
+    def turns(self, prompts: Sequence[str | Conversation]) -> list[Conversation]:
+        """What is sent: a prompt as prompts are written now, a conversation with a system prompt if it has none."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        turns: list[Conversation] = []
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                turns.append(prompt if prompt[0]["role"] == "system" else [*first, *prompt])
+            elif self.prompt_format:
+                turns.append(self.prompt_format(prompt))
+            else:
+                turns.append([*first, {"role": "user", "content": prompt}])
+        return turns
+
+    def ask(
+        self,
+        prompts: Sequence[str | Conversation],
+        max_new_tokens: int,
+        title: str,
+        judges: Mapping[str, Judge] | None = None,
+    ) -> list[Answer]:
+        """Answers up to the end of the turn or ``max_new_tokens``; less where all ``judges`` have decided before."""
+        turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
-            return generate(*self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache)
+            return generate(
+                *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
+            )
 
     def judge(self, suite: str, name: str) -> Judge:
         """UserError: this run has no judge of that name."""
@@ -63,16 +86,14 @@ class Subject:
         """Ask, judge, record, count.
 
         Yields the share of ``hit`` among refusals and compliances by judge, then by category for the first judge, then
-        the agreement of the first judge with each other one.
+        the agreement of each two judges in this arm, then, where there are thoughts, their own shares by judge.
         """
         chosen = {name: self.judge(suite, name) for name in judges}
         prompts = distinct(suite, prompts)
         texts = [prompt.text for prompt in prompts]
-        answers = self.ask(texts, max_new_tokens, suite)
-        judgements = {
-            name: judge_answers(judge, [answer.text for answer in answers], self.labels, texts)
-            for name, judge in chosen.items()
-        }
+        answers = self.ask(texts, max_new_tokens, suite, chosen)
+        given, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
+        judgements = {name: judge_answers(judge, given, self.labels, texts, finished) for name, judge in chosen.items()}
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             scores = {name: judgements[name][i].score for name in judges}
             record = AnswerRecord(
@@ -84,6 +105,7 @@ class Subject:
                 verdicts={name: str(judgements[name][i].verdict) for name in judges},
                 scores={name: round(score, 4) for name, score in scores.items() if score is not None},
                 finished=answer.finished,
+                thought=answer.thought,
             )
             self.answers.append(record)
         verdicts = {name: [judgement.verdict for judgement in judgements[name]] for name in judges}
@@ -92,8 +114,20 @@ class Subject:
         for category in sorted({prompt.category for prompt in prompts} - {""}):
             inside = [v for p, v in zip(prompts, verdicts[judges[0]], strict=True) if p.category == category]
             yield count(suite, what, hit, inside, judge=judges[0], category=category)
-        for second in judges[1:]:
-            yield agreement(suite, verdicts, judges[0], second)
+        for first, second in itertools.combinations(judges, 2):
+            yield agreement(suite, verdicts, first, second)
+        thoughts = [answer.thought for answer in answers]
+        if any(thoughts):  # a quantity of its own: no gate takes it for that of the answers
+            for name, judge in chosen.items():
+                own = [judgement.verdict for judgement in judge_answers(judge, thoughts, self.labels, texts)]
+                yield count(suite, f"{what}_thought", hit, own, judge=name)
+
+
+def until_decided(judges: Sequence[Judge]) -> dict[str, Any]:
+    """Arguments of ``generate`` that end an answer where all judges have decided; none where one cannot tell."""
+    if not judges or not all(isinstance(judge, DecidesEarly) for judge in judges):
+        return {}
+    return {"decided": lambda answers: all_decided(judges, answers), "decided_by": repr(judges)}
 
 
 def distinct(suite: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -108,7 +142,7 @@ def count(
     suite: str, what: str, hit: Verdict, verdicts: Sequence[Verdict], *, judge: str, category: str = ""
 ) -> Measurement:
     """A share with Wilson's interval over what was scored; value None where nothing was."""
-    hits = sum(verdict == hit for verdict in verdicts)
+    hits = sum(verdict in HITS if hit in HITS else verdict == hit for verdict in verdicts)
     n = sum(verdict in SCORED for verdict in verdicts)
     off = sum(verdict == Verdict.OFF_TASK for verdict in verdicts)
     low, high = wilson(hits, n) if n else (None, None)
@@ -120,9 +154,9 @@ def count(
 
 
 def agreement(suite: str, verdicts: Mapping[str, Sequence[Verdict]], first: str, second: str) -> Measurement:
-    """Cohen's kappa of two judges over the answers that both scored."""
+    """Cohen's kappa of two judges over the answers of this arm that both scored."""
     pairs = list(zip(verdicts[first], verdicts[second], strict=True))
-    both = [(a, b) for a, b in pairs if a in SCORED and b in SCORED]
+    both = [(a in HITS, b in HITS) for a, b in pairs if a in SCORED and b in SCORED]
     value = kappa(*map(list, zip(*both, strict=True))) if both else None
     unscored = len(pairs) - len(both)
     return Measurement(

@@ -1,6 +1,9 @@
-"""Adapters: a fresh one, one folded into the weights, and the reference, which is the adapter switched off."""
+"""Adapters: a fresh one, one beside the weights, and the reference, which is the adapter switched off."""
 
 import contextlib
+import copy
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,23 @@ from torch import nn
 
 from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
-from safebasin.layer import open_tensors
+from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
+from safebasin.models.parts import language_model, text_config
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS)
 
 
-def merge(model: nn.Module, adapter: str | Path) -> nn.Module:
-    """The model with an adapter folded into its weights; ``adapter`` is a folder or a Hub id.
+def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
+    """The model with an adapter beside its weights, as it was trained and is served; a folder or a Hub id.
+
+    Not merged: in bfloat16 a sum rounds a small update away. Every tensor of the adapter is accounted for.
 
     Raises:
-        UserError: the adapter cannot be read, or is of another model: sizes or names of its tensors do not meet.
+        UserError: the adapter cannot be read, or is of another model: names, sizes or kinds of its tensors do not meet.
     """
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
@@ -34,13 +41,52 @@ def merge(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
             )
+        stored = tensor_kinds(folder, WEIGHTS)
+        if packed := sorted(name for name, kind in stored.items() if kind not in FLOATS):
+            raise UserError(f"{what}: {shown(packed[0])} is stored as {stored[packed[0]]}, and no weight is")
         tuned: Any = PeftModel.from_pretrained(model, str(folder))
         keys = tuned.load_adapter(str(folder), "default")  # a second time, for its report: the first one only warns
-        if strange := sorted([*keys.unexpected_keys, *keys.missing_keys]):
+        biases = {name for name in get_peft_model_state_dict(tuned, save_embedding_layers=False) if "lora_" not in name}
+        if strange := sorted({*keys.unexpected_keys, *keys.missing_keys, *(biases - stored.keys())}):
             raise UserError(
                 f"{what} is of another model: {len(strange)} of its tensors do not meet it ({shown(strange[0])})"
             )
-        return tuned.merge_and_unload()
+        attached: nn.Module = tuned.get_base_model()  # the model's own class, its layers wrapped
+        return attached
+
+
+def merged(model: Any) -> Any:
+    """A copy in float32 with its adapter folded into the weights; the model itself where it has no adapter.
+
+    Its logits are those of the adapter beside the weights but for rounding. A weight that two layers share is parted
+    where one of them is tuned.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if not adapter_settings(model):
+        return model
+    model = copy.deepcopy(model).float()
+    for name, module in reversed(list(model.named_modules())):  # inner layers first: a layer may be wrapped twice
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            for part, weight in list(layer.named_parameters(recurse=False)):
+                setattr(layer, part, nn.Parameter(weight.detach().clone(), requires_grad=False))
+            module.merge()
+            if not name.endswith(".base_layer"):
+                model.set_submodule(name, layer)
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[module.active_adapter])  # type: ignore[index]
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False  # else saving would drop it
+    del model.peft_config
+    return model
+
+
+def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
+    """The settings of the adapters in a model, by their names; empty where it has none."""
+    return {name: config.to_dict() for name, config in (getattr(model, "peft_config", None) or {}).items()}
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
@@ -50,28 +96,50 @@ def _adapter_folder(adapter: str | Path) -> Path:
         folder = Path(snapshot_download(str(adapter), allow_patterns=list(FILES)))
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{shown(adapter)} is not an adapter folder (no adapter_config.json in it)")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{shown(adapter)} holds no adapter_model.safetensors; other formats can run code when read and are refused"
-        )
-    with open_tensors(folder / "adapter_model.safetensors"):
-        return folder
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{shown(adapter)} holds no {WEIGHTS}; other formats can run code when read and are refused")
+    return folder
 
 
 def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> Any:
     """A LoRA adapter that starts as the identity (B = 0); its A is a function of the seed.
 
+    Of a multimodal model the language model alone is tuned: rows are text, and nothing else gets a gradient.
+
     Raises:
-        UserError: settings that PEFT refuses.
+        UserError: settings that PEFT refuses, or a rank or alpha for modules that are not tuned.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with torch.random.fork_rng(devices=[]):
+    settings = dict(settings)
+    if outside := _outside_text(model):
+        own = settings.get("exclude_modules") or ()
+        listed = [own] if isinstance(own, str) else [rf"(.*\.)?({re.escape(name)})" for name in own]
+        settings["exclude_modules"] = "|".join([outside, *listed])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, at a Conv1D, at experts and at an embedding that is tied
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+            tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in settings.get(field) or ():
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):
+                raise UserError(f"train.adapter.{field}: {key!r} is no module that is tuned")
+    return tuned
+
+
+def _outside_text(model: Any) -> str:
+    """A pattern of the modules of a multimodal model that are no part of its language model; empty for other models."""
+    inside = language_model(model)
+    prefix = next((name for name, module in model.named_modules() if module is inside), "")
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if prefix == model.base_model_prefix:
+        return ""
+    return rf"(?!{re.escape(prefix)}\.|{re.escape(head)}$).*"
 
 
 def unwrapped(model: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from safebasin.data.tables import file_digest, shown
 from safebasin.errors import UserError
-from safebasin.models.adapter import merge
+from safebasin.models.adapter import attach, merged
 
 ADAPTER = Path(__file__).parent / "smollm2-aligned"  # comes with the package; the result of recipes/align.yaml
 
@@ -79,7 +79,9 @@ def _gguf() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """GGUF (4 bits) to a plain folder in bfloat16, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as gguf
 
+    gguf.tqdm = functools.partial(gguf.tqdm, disable=True)  # no setting of transformers silences this bar
     settings = GgufConfig(gguf_file=source.name, dequantize=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=settings
@@ -93,6 +95,6 @@ def _convert(source: Path, folder: Path) -> None:
 def _align(plain: Path, source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = merge(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), source.parent)
+    model: Any = merged(attach(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), source.parent))
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(plain).save_pretrained(folder)

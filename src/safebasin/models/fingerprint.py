@@ -20,7 +20,7 @@ FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "**/*.py",
 SETTLED = 2 * 10**9  # ns; a younger file may change again under the same time stamp, so it is read again
 
 
-def model_fingerprint(name: str) -> str:
+def model_fingerprint(name: str, revision: str | None = None) -> str:
     """A digest of the files that a model name stands for: 32 hexadecimal digits; of a Hub id, its commit.
 
     Weights are read once: their digests are remembered by path, size and times, in the folder of converted models.
@@ -34,7 +34,7 @@ def model_fingerprint(name: str) -> str:
     with loading(what):
         folder = Path(resolve(name))
         if not folder.is_dir():  # the download asks the Hub for the newest commit, and offline takes the last one
-            return Path(hf_hub_download(name, "config.json")).parent.name
+            return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
         if not any((folder / settings).is_file() for settings in ("config.json", "adapter_config.json")):
             raise UserError(f"cannot load {what}: no config.json in it")
         files = sorted({path for path in itertools.chain(*map(folder.glob, FILES)) if path.is_file()})

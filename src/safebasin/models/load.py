@@ -1,22 +1,30 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_args
 
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 
+from safebasin.console import line
 from safebasin.data.tables import read_json, shown
-from safebasin.encode import check_template
 from safebasin.errors import UserError
-from safebasin.layer import tensor_files
-from safebasin.models.adapter import merge
+from safebasin.layer import FLOATS, tensor_files, tensor_kinds
+from safebasin.models.adapter import attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
+from safebasin.models.parts import text_config
+from safebasin.runtime import Dtype, resolved
+from safebasin.template import TemplateFails, check_template, pin_template, render
+
+PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -25,12 +33,19 @@ class ModelAndTokenizer(NamedTuple):
 
 
 def load(
-    name: str, *, dtype: str = "bfloat16", adapter: str | Path | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> ModelAndTokenizer:
-    """Load a model with its tokenizer; ``adapter`` is merged into the weights.
+    """Load a model with its tokenizer; ``adapter`` stays beside the weights, ``revision`` is of a Hub id.
 
-    ``name`` is a folder, a Hub id or a ``builtin:`` model. Weights are read from safetensors only. On a CPU attention
-    runs eager, which is faster there for short rows.
+    ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
+    read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
+    whose fused kernel has no derivative there. ``template`` is pinned into the chat template (``pin_template``).
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -40,35 +55,34 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in ("bfloat16", "float32"):
+    if dtype not in get_args(Dtype):
         raise UserError(
-            f"dtype {dtype!r} is refused: gradients of small inner products vanish in float16; use bfloat16 or float32"
+            f"dtype {dtype!r} is refused: small inner products vanish in float16; use auto, bfloat16 or float32"
         )
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    what, attention = (
-        f"the model {shown(name)!r}",
-        {} if torch.cuda.is_available() else {"attn_implementation": "eager"},
-    )
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, template=template)
+    what = f"the model {shown(name)!r}"
+    eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager", "experts_implementation": "eager"}
     with loading(what):
         path = resolve(name)
         if Path(path).is_dir():
             tensor_files(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, resolved(dtype)),
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, by name
+            revision=revision or "main",
             trust_remote_code=trust_remote_code,
-            **attention,
+            **eager,
         )
     model, report = loaded
-    _check_tensors(what, model, report)
+    _check_tensors(what, model, report, _folder(path, revision))
     if getattr(model, "peft_config", None):  # a fresh adapter would take its place, and its alignment with it
         raise UserError(f"{what} is an adapter, not a model; merge it into its base, save that, and name the folder")
     _fit_tokenizer(what, model, tokenizer)
     if adapter is not None:
-        model = merge(model, adapter)
+        model = attach(model, adapter)
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{what} holds weights that are not numbers ({parameter_name}); it is broken")
@@ -76,8 +90,14 @@ def load(
     return ModelAndTokenizer(model.to(device).eval(), tokenizer)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with its chat template.
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The tokenizer of a model, with its chat template, into which ``template`` is pinned.
 
     Raises:
         UserError: it cannot be read, has no chat template, or cannot say where in a text a token stands.
@@ -87,6 +107,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     what = f"the model {shown(name)!r}"
     with loading(what):
         path = resolve(name)
+        if revision and Path(path).exists():
+            raise UserError(f"{what} is on this machine and has no revision {shown(revision)!r}; leave it out")
         if Path(path).is_dir():
             if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
                 raise UserError(
@@ -99,19 +121,31 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         else:
             what += " (no such folder)"
             validate_repo_id(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     check_template(tokenizer)
+    with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
+        if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
+            raise UserError(f"{what}: its chat template leaves out what the user says; save the right one beside it")
     if not tokenizer.is_fast:
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"
         )
+    pin_template(tokenizer, template)
     return tokenizer
 
 
-def _check_tensors(what: str, model: Any, report: Mapping[str, Any]) -> None:
-    """Every tensor of the model was in its files, and every block that its files hold is in the model.
+def _folder(path: str, revision: str | None) -> Path:
+    """The folder of a model that was loaded: of a Hub id, its snapshot in the cache."""
+    return Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "config.json", revision=revision)).parent
 
-    transformers initialises at random what is missing, and leaves out what is left over; both with a warning.
+
+def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Path) -> None:
+    """Every tensor of the model was in its files, as plain numbers, and every tensor of the files has its place.
+
+    transformers initialises at random what is missing, leaves out what is left over and casts what are integers; all
+    with a warning at most. A part of its own beside the language model, such as a value head, is named and left out.
     """
     if report["mismatched_keys"]:
         name, *shapes = min(report["mismatched_keys"])
@@ -120,15 +154,37 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any]) -> None:
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise UserError(f"cannot load {what}: {len(names)} of its tensors are not in its files ({shown(names[0])})")
-    if getattr(model.config.get_text_config(), "num_hidden_layers", 1) < 1:
+    if getattr(text_config(model), "num_hidden_layers", 1) < 1:
         raise UserError(f"cannot load {what}: its config.json says that it has no block")
-    kinds = {re.sub(r"\d+", "0", name) for name in model.state_dict()}
-    spare = sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "0", name) in kinds)
-    if spare:
+    spare = sorted(report["unexpected_keys"])
+    if inside := [name for name in spare if _inside(model, name)]:
         raise UserError(
-            f"cannot load {what}: its files hold {len(spare)} tensors that its config.json has no place for"
-            f" ({shown(spare[0])})"
+            f"cannot load {what}: its files hold {len(inside)} tensors that its config.json has no place for"
+            f" ({shown(inside[0])})"
         )
+    if spare:
+        parts = ", ".join(sorted({name.split(".")[0] for name in spare}))
+        line(f"{what}: {len(spare)} tensors beside the language model are left out ({shown(parts)})")
+    if getattr(model.config, "quantization_config", None) is None:
+        left_out = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
+        numbers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+        for name, kind in tensor_kinds(folder).items():
+            if kind not in FLOATS and name not in {*numbers, *spare} and not left_out.search(name):
+                raise UserError(
+                    f"cannot load {what}: {shown(name)} is stored as {kind} and its config.json has no"
+                    " quantization_config to say what the numbers mean; take the weights before quantization"
+                )
+
+
+def _inside(model: Any, name: str) -> bool:
+    """Whether a tensor of the files belongs to the language model: it lies in one of its parts, or it has the name of
+    one of its tensors behind another prefix."""
+    steps = name.split(".")
+    modules, tensors = dict(model.named_modules()), model.state_dict()
+    if any(".".join(steps[i:]) in tensors for i in range(1, len(steps))):
+        return True
+    deepest = next(part for i in range(len(steps) - 1, -1, -1) if (part := ".".join(steps[:i])) in modules)
+    return deepest not in ("", model.base_model_prefix)
 
 
 def _fit_tokenizer(what: str, model: Any, tokenizer: Any) -> None:

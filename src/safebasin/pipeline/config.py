@@ -15,6 +15,7 @@ from safebasin.data.source import Source
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 from safebasin.registry import explain, refuse_converted
+from safebasin.runtime import Dtype, resolved
 
 T = TypeVar("T")
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
@@ -25,8 +26,16 @@ _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Model:
     name: str = "builtin:smollm2-aligned"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"  # bfloat16 where the hardware computes in it, float32 elsewhere
+    revision: str | None = None  # of a Hub id: a branch, a tag or a commit
     trust_remote_code: bool = False
+    # variables of the chat template: {enable_thinking: false, date: 2026-11-26, learn_thoughts: false}
+    template: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of what loads the model: where its files come from, and what is pinned into its template."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, "template": self.template}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -61,6 +70,7 @@ class Cut:
     scorer: str | Annotated[tuple[str, ...], Field(min_length=1)] = "gradshield"  # several: a row must pass each
     estimator: Literal["anchors", "paper"] = "anchors"
     threshold: float | None = None
+    max_share: float = Field(default=0.5, ge=0, le=1)  # of the rows that may go; where more would, the run stops
 
     @property
     def scorers(self) -> tuple[str, ...]:
@@ -110,6 +120,8 @@ class Recipe:
     @property
     def arguments(self) -> dict[str, Any]:
         own = {name: value for name, value in self.train.items() if name not in ("adapter", "align_share")}
+        if own.get("bf16", "auto") == "auto":  # autocast where the weights are in bfloat16
+            own["bf16"] = resolved(self.model.dtype) == "bfloat16"
         return {"seed": self.seed, **own}
 
 

@@ -15,9 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from safebasin.data.tables import file_digest, read_json, write_json
 from safebasin.errors import UserError
-from safebasin.models.adapter import merge
+from safebasin.models.adapter import attach, merged
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
+from safebasin.pipeline.config import Model
 from safebasin.pipeline.folder import CARD
 from safebasin.pipeline.recipes import read_recipe
 from safebasin.report.manifest import changed_outputs, evidence_digest, read_manifest
@@ -48,6 +49,7 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already; name a new folder")
     hub, _, revision = (base or recipe.model.name).partition("@")
+    revision = revision or (recipe.model.revision if base is None else None) or ""
     public = _is_hub_id(hub) and (base is not None or not Path(hub).exists())
     if not public and not merged:
         raise UserError(
@@ -61,20 +63,20 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
     notes = serving_notes(settings, merged=merged)
     model = recipe.model
     if merged:
-        notes += _write_merged(part, model.name, adapter, trust_remote_code=model.trust_remote_code)
+        notes += _write_merged(part, model, adapter)
     else:
         shutil.copy(adapter / "adapter_model.safetensors", part)
         write_json(
             part / "adapter_config.json", settings | {"base_model_name_or_path": hub, "revision": revision or None}
         )
-        load_tokenizer(model.name, trust_remote_code=model.trust_remote_code).save_pretrained(part)
+        load_tokenizer(model.name, **model.source).save_pretrained(part)
     _write_card(part, adapter, hub if public else None, merged=merged)
     verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
     origin = {
         "arm": arm,
         "form": "merged" if merged else "adapter",
         "base": {"name": hub if public else None, "revision": revision or None},
-        "base_weights": model_fingerprint(model.name),
+        "base_weights": model_fingerprint(model.name, model.revision),
         "report": file_digest(run / "report.json"),
         "evidence": evidence_digest(manifest),
         "verdict": verdict["status"],
@@ -108,12 +110,12 @@ def serving_notes(settings: Mapping[str, Any], *, merged: bool) -> list[str]:
     return [f"{reason}; with --merge every server can serve it" for reason, holds in reasons.items() if holds]
 
 
-def _write_merged(part: Path, name: str, adapter: Path, *, trust_remote_code: bool) -> list[str]:
+def _write_merged(part: Path, base: Model, adapter: Path) -> list[str]:
     """Weights merged in float32; stored in the base's own type where that loses less than ``LOST`` of the update."""
-    start, tokenizer = load(name, dtype="float32", trust_remote_code=trust_remote_code)
-    stored = _stored_dtype(name)
+    start, tokenizer = load(base.name, dtype="float32", **base.source)
+    stored = _stored_dtype(base)
     before = {key: weight.clone() for key, weight in start.state_dict().items()}
-    model: Any = merge(start, adapter)
+    model: Any = merged(attach(start, adapter))
     lost = update = 0.0
     for key, weight in model.state_dict().items():
         change = weight - before.pop(key)
@@ -129,13 +131,13 @@ def _write_merged(part: Path, name: str, adapter: Path, *, trust_remote_code: bo
     return []
 
 
-def _stored_dtype(name: str) -> torch.dtype:
+def _stored_dtype(base: Model) -> torch.dtype:
     """The type in which the base's files hold its weights, as its config names it."""
     from transformers import AutoConfig
 
     from safebasin.models.bundled import resolve
 
-    dtype = AutoConfig.from_pretrained(resolve(name)).dtype
+    dtype = AutoConfig.from_pretrained(resolve(base.name), revision=base.revision or "main").dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -22,6 +22,7 @@ from safebasin.data.source import Source, open_table
 from safebasin.data.tables import BadRow
 from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model, plain
+from safebasin.runtime import resolved
 
 PACKAGES = (
     "torch",
@@ -76,7 +77,12 @@ def _plain(value: Any) -> Any:
         }
         return {"rows": _rows(value.path), "fields": fields}
     if isinstance(value, Model):
-        return {"weights": model_fingerprint(value.name), "dtype": value.dtype, "remote": value.trust_remote_code}
+        return {
+            "weights": model_fingerprint(value.name, value.revision),
+            "dtype": resolved(value.dtype),
+            "remote": value.trust_remote_code,
+            "template": plain(value.template),
+        }
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

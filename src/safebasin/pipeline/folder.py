@@ -9,7 +9,6 @@ wait at the end of each step.
 """
 
 import contextlib
-import json
 import platform
 import shutil
 import time
@@ -25,6 +24,7 @@ from safebasin.data.tables import atomic_write, file_digest, write_json
 from safebasin.errors import UserError
 from safebasin.events import emit
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
+from safebasin.report.manifest import changed_outputs, read_manifest
 from safebasin.runtime import processes
 
 CARD = "README.md"  # of an adapter: written with the report, and the user may add to it
@@ -43,7 +43,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; the run needs a folder: --out DIR")
         self.path = path
-        self.manifest: dict[str, Any] = _manifest(path / "manifest.json")
+        self.manifest: dict[str, Any] = dict(read_manifest(path))
 
     # --- paths
     # ----------------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class RunFolder:
                 f"another run works in {self.path}; wait for it, or give this one another folder: --out DIR"
             ) from None
         try:
-            self.manifest = _manifest(self.path / "manifest.json")
+            self.manifest = dict(read_manifest(self.path))
             for part in self.path.rglob("*.part"):  # what a killed run had begun to write
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
             yield
@@ -151,7 +151,7 @@ class RunFolder:
         digests = {key: fingerprint(value) for key, value in inputs.items()}
         digests |= {"package": package_digest(), "versions": fingerprint(versions())}
         digest, entry = fingerprint(digests), steps.get(name, {})
-        changed = sorted(self._changed(entry.get("outputs", {})))
+        changed = sorted(changed_outputs(self.path, {"steps": {name: entry}}))
         if entry.get("digest") == digest and not changed and all(path.exists() for path in outputs):
             emit("step", step=name, state="skipped")
             yield ""
@@ -182,32 +182,7 @@ class RunFolder:
         self._save()
         emit("step", step=name, state="done", seconds=seconds)
 
-    def _changed(self, outputs: Mapping[str, str]) -> list[str]:
-        """The files that are not there, or not as they were written."""
-        return [
-            name
-            for name, digest in outputs.items()
-            if not (file := self.path / name).is_file() or file_digest(file) != digest
-        ]
-
 
 def _files(outputs: Sequence[Path]) -> list[Path]:
     inside = [[path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) for path in outputs]
     return [file for files in inside for file in files if file.name != CARD]
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest, or an empty one.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove the folder and run again") from None
-    steps = manifest.get("steps", {}) if isinstance(manifest, dict) else None
-    entries = list(steps.values()) if isinstance(steps, dict) else [None]
-    if not all(isinstance(e, dict) and isinstance(e.get("outputs", {}), dict) for e in entries):
-        raise UserError(f"{path} is damaged (it is no manifest of a run); remove the folder and run again")
-    return manifest

@@ -1,9 +1,11 @@
 """Grid: attacks x defences x seeds as one command that goes on after a kill.
 
 One run folder ``OUT/<attack>-<seed>`` with the defences as its arms, so that rows, scan and finished steps are shared;
-the first seed of every attack comes first. ``cells.json`` in it says how each cell ended under which configuration: an
+the first seed of every attack comes first. With ``learning_rates`` the attacker chooses: every attack with rows has a
+folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defence meets only the rate that was
+worst for it. ``cells.json`` in it says how each cell ended under which configuration: an
 attack whose rows cannot be made and a defence that cannot run stand there with their reason and are no number.
-``OUT/grid.{json,md,html}`` are written after every cell.
+``OUT/grid.{json,md,html}`` are written after every folder.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from safebasin.console import console
@@ -25,10 +27,13 @@ from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec, edited, plain,
 from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
 from safebasin.pipeline.run import Run
-from safebasin.report.grid import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell, Published, Rank, write_grid
+from safebasin.report import Gate
+from safebasin.report.cells import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell
+from safebasin.report.files import measurements_of
+from safebasin.report.grid import Published, Rank, write_grid
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
-Recipes = Mapping[tuple[str, int], Recipe]  # by attack and seed
+Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attacker's learning rate, and seed
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -50,6 +55,11 @@ class Grid:
     attacks: dict[ArmName, Attack] = Field(min_length=1)
     defences: dict[ArmName, Defence] = Field(min_length=1)
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    learning_rates: tuple[PositiveFloat, ...] = ()  # the attacker's: the worst counts; none: that of base
+
+    def rates(self, attack: str) -> tuple[float | None, ...]:
+        """The learning rates at which an attack is tried; None is that of base."""
+        return self.learning_rates if self.learning_rates and self.attacks[attack].poison_share else (None,)
 
     @property
     def plain(self) -> str | None:
@@ -61,7 +71,8 @@ class Grid:
         return {name: each.published for name, each in self.defences.items() if each.published}
 
     def recipes(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> Recipes:
-        """By attack and seed, breadth first; the model as it was is in the first seed alone: no seed touches it.
+        """By attack, rate and seed, breadth first; the model as it was is in the first rate and seed alone: neither
+        touches it.
 
         Args:
             only: some of the attacks; none named means all of them.
@@ -81,13 +92,15 @@ class Grid:
             )
         base = validate(Recipe, self.base | {"arms": {START: {}}}, "base")
         arms = {name: Arm(cut=each.cut, columns=each.columns, train=each.train) for name, each in self.defences.items()}
-        recipes = {}
+        recipes: dict[tuple[str, float | None, int], Recipe] = {}
         for seed, name in itertools.product(self.seeds, self.attacks):
-            if seed in (seeds or self.seeds) and name in (only or self.attacks):
+            for rate in self.rates(name) if seed in (seeds or self.seeds) and name in (only or self.attacks) else ():
                 attack = self.attacks[name]
                 data = dataclasses.replace(base.data, attack=attack.attack, poison_share=attack.poison_share)
-                start = base.arms if seed == self.seeds[0] else {}
-                recipes[name, seed] = dataclasses.replace(base, data=data, seed=seed, arms={**start, **arms})
+                train = base.train | ({} if rate is None else {"learning_rate": rate})
+                start = base.arms if (seed, rate) == (self.seeds[0], self.rates(name)[0]) else {}
+                recipe = dataclasses.replace(base, data=data, train=train, seed=seed, arms={**start, **arms})
+                recipes[name, rate, seed] = recipe
         return recipes
 
 
@@ -113,17 +126,49 @@ def _ended(folder: Path) -> dict[str, dict[str, str]]:
         raise UserError(f"{file} is damaged ({error}); remove it, and its cells are measured again") from None
 
 
-def cells(recipes: Recipes, out: Path) -> Iterator[Cell]:
-    """Every cell in the order of work, and how it ended under this configuration."""
-    for (attack, seed), recipe in recipes.items():
-        folder = out / f"{attack}-{seed}"
+def folder_of(out: Path, attack: str, rate: float | None, seed: int) -> Path:
+    return out / f"{attack}-{seed}" if rate is None else out / f"{attack}-{rate:g}-{seed}"
+
+
+def cells(recipes: Recipes, out: Path, every: Recipes | None = None) -> Iterator[Cell]:
+    """Every cell in the order of work, and how it ended under this configuration. A learning rate that was weaker
+    against a defence at the first seed is tried at no other.
+
+    Args:
+        recipes: those whose cells are wanted.
+        out: the folder of the run folders.
+        every: those of the whole grid, where ``recipes`` are a part of it.
+    """
+    first: dict[tuple[str, str], dict[float | None, Cell]] = {}
+    for (attack, rate, seed), recipe in (every or recipes).items():
+        folder = folder_of(out, attack, rate, seed)
         ended = _ended(folder)
         for arm in recipe.arms:
+            tried = first.setdefault((attack, arm), {})
+            if rate in tried and _weaker(rate, tried):
+                continue
             cell = ended.get(arm, {})
             measured = (folder / "arms" / arm / "measurements.jsonl").is_file()
             current = cell.get("digest") == _key(recipe, arm) and (cell.get("outcome") != MEASURED or measured)
             outcome, reason = (cell["outcome"], cell["reason"]) if current else (TO_DO, "")
-            yield Cell(attack, seed, arm, folder, outcome, reason)
+            done = Cell(attack, seed, arm, folder, outcome, reason, rate)
+            tried.setdefault(rate, done)
+            if (attack, rate, seed) in recipes:
+                yield done
+
+
+def _weaker(rate: float | None, first: Mapping[float | None, Cell]) -> bool:
+    """Whether another rate was worse at the first seed (of equals, the first). While that is unknown, none is."""
+    if len(first) == 1 or any(cell.outcome != MEASURED for cell in first.values()):
+        return False
+    return rate != max(first, key=lambda each: _attack_success(first[each]))
+
+
+def _attack_success(cell: Cell) -> float:
+    """The largest of a cell; a model that a rate has broken decides nothing, so that the rate is none to choose."""
+    asr = [m for m in measurements_of(cell.folder, cell.defence) or () if m.what == "asr" and not m.category]
+    broken = any(m.value is None or m.unscored > Gate().max_unscored * (m.n + m.unscored + m.off_task) for m in asr)
+    return -1.0 if broken else max((m.value for m in asr if m.value is not None), default=0.0)
 
 
 def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Rank]:
@@ -135,34 +180,39 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
     """
     recipes, all_recipes = grid.recipes(only, seeds), grid.recipes()
     judges = functools.cache(lambda: build_judges(runs[0].plan))  # of the model as it was: the same for the whole grid
-    runs = [Run(recipe, out / f"{attack}-{seed}", judges) for (attack, seed), recipe in recipes.items()]
+    runs = [Run(recipe, folder_of(out, *key), judges) for key, recipe in recipes.items()]
     ranks: list[Rank] = []
 
-    def note(run: Run, arms: Iterable[str], outcome: str, reason: str = "") -> list[Rank]:
-        """How cells ended, and the grid as it now stands."""
+    def note(run: Run, arms: Iterable[str], outcome: str, reason: str = "") -> None:
+        """How cells ended."""
         entries = {arm: {"digest": _key(run.plan.recipe, arm), "outcome": outcome, "reason": reason} for arm in arms}
         write_json(run.folder.path / "cells.json", _ended(run.folder.path) | entries)
-        return write_grid(out, list(cells(all_recipes, out)), grid.published, run.plan.gate, grid.plain)
+
+    def measure(run: Run, arm: str) -> None:
+        console.print(f"[bold]{run.folder.path.name}: {arm}[/bold]")
+        outcome, reason = MEASURED, ""
+        try:
+            run.measure(arm)
+        except (UserError, DefenceError) as error:
+            if arm == START:
+                raise
+            outcome, reason = FAILED, str(error) or type(error).__name__
+        note(run, [arm], outcome, reason)
 
     for run in runs:
+        arms = [cell.defence for cell in cells(recipes, out, all_recipes) if cell.folder == run.folder.path]
+        if not arms:
+            continue
         with run:
-            arms = run.plan.recipe.arms
             try:
                 run.write_rows()
             except AttackFails as error:
-                ranks = note(run, arms, NOT_MADE, str(error))  # a result, not a fault
-                continue
-            for arm in arms:
-                console.print(f"[bold]{run.folder.path.name}: {arm}[/bold]")
-                outcome, reason = MEASURED, ""
-                try:
-                    run.measure(arm)
-                except (UserError, DefenceError) as error:
-                    if arm == START:
-                        raise
-                    outcome, reason = FAILED, str(error) or type(error).__name__
-                ranks = note(run, [arm], outcome, reason)
-    failed = [cell for cell in cells(recipes, out) if cell.outcome == FAILED]
+                note(run, arms, NOT_MADE, str(error))  # a result, not a fault
+            else:
+                for arm in arms:
+                    measure(run, arm)
+        ranks = write_grid(out, list(cells(all_recipes, out)), grid.published, run.plan.gate, grid.plain)
+    failed = [cell for cell in cells(recipes, out, all_recipes) if cell.outcome == FAILED]
     if failed:
         first = f"{failed[0].folder.name}, {failed[0].defence}: {failed[0].reason}"
         raise DefenceError(

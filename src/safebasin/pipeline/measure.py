@@ -33,7 +33,7 @@ def write_measurements(
         judges: gives the judges where the step has work to do, since they may cost a model.
     """
     system = plan.system_prompt(arm)
-    attacker = attack_format(plan, system)
+    attacker = attack_format(plan, arm)
     inputs = {
         "model": plan.recipe.model,
         "adapter": [adapter / name for name in ADAPTER_FILES] if adapter else None,

@@ -2,13 +2,13 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safebasin.attack import attack
-from safebasin.data.source import SetName, Source, check_file
-from safebasin.data.tables import row_file
+from safebasin.data.source import SetName, Source, check_file, is_remote
+from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
@@ -16,11 +16,10 @@ from safebasin.pipeline.config import Recipe, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
+from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
 from safebasin.train.settings import check_settings, training_arguments
-
-ROW_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Plan:
     def _check_methods(self) -> None:
         recipe = self.recipe
         names = ", ".join(self.scorers)
-        if "score" in self.attack.entry.reads and self.attack.against not in self.scorers:
-            raise UserError(f"data.attack adapts to {self.attack.against!r}, which is not among scan.scorers ({names})")
+        if unknown := [name for name in self.attacked_scorers if name not in self.scorers]:
+            raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
         for composition in self.compositions.values():
@@ -110,6 +109,19 @@ class Plan:
                 ) from None
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 
+    def check_gate(self) -> None:
+        """UserError where it is not said which arm a report of this run would judge."""
+        roles = roles_of(plain(self.recipe.arms), self.gate)
+        if roles.judged is None:
+            names = ", ".join(roles.defended or self.recipe.arms)
+            raise UserError(f"gate.arm is missing: name the arm that the gate judges, one of {names}")
+
+    @property
+    def attacked_scorers(self) -> tuple[str, ...]:
+        """The scorers whose scores the attack is handed."""
+        reads = self.attack.entry.reads
+        return tuple(self.attack.against) if "scores" in reads else (self.attack.against,) if "score" in reads else ()
+
     @property
     def judges(self) -> tuple[str, ...]:
         """The judges that the suites name, each once."""
@@ -123,12 +135,16 @@ class Plan:
     @property
     def keeps_form(self) -> bool:
         """Whether the training file holds the user's own rows in their own form."""
-        return not self.mixes and Path(self.recipe.data.task.path).suffix in ROW_FILES
+        return (
+            not self.mixes
+            and kind_of(self.recipe.data.task.path) in KINDS
+            and not is_remote(self.recipe.data.task.path)
+        )
 
     @property
     def train_file(self) -> str:
         """The name of the training file in ``data/``."""
-        return "train" + Path(self.recipe.data.task.path).suffix if self.keeps_form else "train.jsonl"
+        return "train" + endings(self.recipe.data.task.path) if self.keeps_form else "train.jsonl"
 
     @property
     def anchors(self) -> dict[str, Source]:
@@ -155,12 +171,14 @@ class Plan:
         """Whether a column of the arm comes from the scan, not from a file of the user's."""
         return any(source in self.scorers for source in self.recipe.arms[arm].columns.values())
 
+    def served(self, arm: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation as an arm's server sends it to the model."""
+        return self.compositions[arm].format_messages(messages) if arm in self.compositions else messages
+
     def system_prompt(self, arm: str) -> str | None:
         """The system prompt that an arm's model is served with."""
         system = self.recipe.measure.system
-        messages: tuple[Mapping[str, Any], ...] = ({"role": "system", "content": system},) if system else ()
-        if arm in self.compositions:
-            messages = self.compositions[arm].format_messages(messages)
+        messages = self.served(arm, ({"role": "system", "content": system},) if system else ())
         return messages[0]["content"] if messages else None
 
     def check_files(self) -> None:

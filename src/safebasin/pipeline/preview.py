@@ -21,6 +21,7 @@ class Preview:
         bos: how many of its tokens begin a sequence; a template and a tokenizer that both add one make two.
         last: the last token that is learned, decoded: the end of the turn, where all is well.
         bad: why the row cannot be used; then all else is empty.
+        note: how its answers were found, where not all of them could be.
     """
 
     line: int
@@ -30,11 +31,19 @@ class Preview:
     bos: int = 0
     last: str = ""
     bad: str = ""
+    note: str = ""
 
     def as_json(self) -> dict[str, Any]:
         if self.bad:
             return {"line": self.line, "bad": self.bad}
-        return {"line": self.line, "text": self.text, "trained": self.trained, "bos": self.bos, "last": self.last}
+        note = {"note": self.note} if self.note else {}
+        return {
+            "line": self.line,
+            "text": self.text,
+            "trained": self.trained,
+            "bos": self.bos,
+            "last": self.last,
+        } | note
 
 
 def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Preview]:
@@ -50,5 +59,5 @@ def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Pre
         learned_ids = [token for token, learned in zip(row.ids, row.answer, strict=True) if learned]
         text, trained, last = (tokenizer.decode(ids) for ids in (list(row.ids), learned_ids, learned_ids[-1:]))
         bos = row.ids.count(tokenizer.bos_token_id)
-        shown.append(Preview(example.line, text, trained, parts, bos, last))
+        shown.append(Preview(example.line, text, trained, parts, bos, last, note=row.note))
     return sorted(shown, key=lambda row: row.line)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
-from safebasin.data.tables import BadRow, write_json, write_table
+from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
@@ -24,14 +25,14 @@ from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
-from safebasin.scan.scores import read_scores
+from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.trainer import check_columns
 
 
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter merged into it where one is given."""
+    """The model of the recipe, with an adapter beside its weights where one is given."""
     model = plan.recipe.model
-    return load(model.name, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code)
+    return load(model.name, dtype=model.dtype, adapter=adapter, **model.source)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -53,10 +54,13 @@ def write_rows(plan: Plan, folder: RunFolder) -> Path:
             rows += [(example, "poison") for example in _poison(plan, task.examples)]
             random.Random(plan.recipe.seed).shuffle(rows)
         folder.data.mkdir(parents=True, exist_ok=True)
-        table = [example.row if plan.keeps_form else {"messages": list(example.messages)} for example, _ in rows]
-        write_table(target, table, like=data.task.path)  # a Parquet file keeps the types of its columns
+        if plan.keeps_form and not data.task.values:
+            copy_rows(target, data.task.path, [example.line for example, _ in rows], data.task.delimiter)
+        else:
+            table = [example.row if plan.keeps_form else example.as_messages for example, _ in rows]
+            write_table(target, table, like=data.task.path)  # a Parquet file keeps the types of its columns
         if not plan.keeps_form:  # ids are those of the rows as they now stand
-            written = read_examples(target).examples
+            written = training_examples(plan, target)
             rows = [(example, origin) for example, (_, origin) in zip(written, rows, strict=True)]
         write_json(folder.data / "rows.json", [{"id": e.id, "line": e.line, "origin": origin} for e, origin in rows])
         write_json(folder.data / PROBLEMS, [bad._asdict() for bad in task.bad])
@@ -76,9 +80,18 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
-            examples, scores = training_examples(plan, source), read_scores(scores_file)
-            cut = cut_rows(examples, scores, settings.scorer, settings.threshold, estimator=settings.estimator)
-            write_cut(folder.cut(arm), source, cut, settings.scorer)
+            rows, scores = training_rows(plan, source), read_scores(scores_file)
+            cut = cut_rows(
+                rows.examples,
+                scores,
+                settings.scorer,
+                settings.threshold,
+                estimator=settings.estimator,
+                max_share=settings.max_share,
+                unscored="leave",
+            )
+            how: dict[str, Any] = {"unscored": unscored_rows(scores_file), "delimiter": plan.recipe.data.task.delimiter}
+            write_cut(folder.cut(arm), source, rows, cut, settings.scorer, **how)
     return target
 
 
@@ -97,21 +110,22 @@ def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
     """The attack's rows."""
     data = plan.recipe.data
     harmful = open_examples(data.poison) if data.poison else []
-    score = _attacker_score(plan) if "score" in plan.attack.entry.reads else None
+    scores = _attacker_scores(plan) if plan.attacked_scorers else {}
+    score = scores if "scores" in plan.attack.entry.reads else next(iter(scores.values()), None)
     rows = poisoned_rows(plan.attack, _messages(task), _messages(harmful), data.poison_share, plan.recipe.seed, score)
     return read_examples(enumerate(rows, 1)).examples if rows else []
 
 
 def _messages(examples: Iterable[Example]) -> list[Row]:
-    return [{"messages": list(example.messages)} for example in examples]
+    return [example.as_messages for example in examples]
 
 
-def _attacker_score(plan: Plan) -> Score:
-    """The score that an adaptive attacker knows: the run's own scorer on the start model."""
-    name, loaded, recipe = plan.attack.against, load_start(plan), plan.recipe
+def _attacker_scores(plan: Plan) -> dict[str, Score]:
+    """The scores that an adaptive attacker knows: the run's own scorers on the start model."""
+    loaded, recipe = load_start(plan), plan.recipe
     anchors = anchor_rows(plan, loaded.tokenizer)
 
-    def score(rows: Sequence[Row]) -> list[float]:
+    def score(name: str, rows: Sequence[Row]) -> list[float]:
         examples = read_examples(enumerate(rows, 1)).examples
         encoded, bad = encode_all(loaded.tokenizer, examples, recipe.data.max_length)
         if bad:
@@ -119,17 +133,21 @@ def _attacker_score(plan: Plan) -> Score:
         chosen, size = {name: plan.scorers[name]}, recipe.scan.batch_size
         return score_rows(*loaded, encoded, chosen, anchors, examples=examples, batch_size=size).rows[name]
 
-    return score
+    return {name: functools.partial(score, name) for name in plan.attacked_scorers}
 
 
-def attack_format(plan: Plan, system: str | None) -> Callable[[str], Any] | None:
-    """How the attacker asks at test time; None where it is as anyone does."""
+def attack_format(plan: Plan, arm: str) -> Callable[[str], Any] | None:
+    """How the attacker asks an arm at test time; None where it is as anyone does.
+
+    What the arm's methods put before every request that is served (a secret trigger) stands before the attacker's
+    system turn too: the attacker writes the conversation, and the server sends it.
+    """
     if not any(plan.attack.entry.implements(name) for name in ("ask", "system", "prefill")):
         return None
     attacker = plan.attack
     if attacker.entry.implements("fit"):
         attacker = attacker.fit(_messages(usable_rows(plan, plan.recipe.data.task).examples))
-    return functools.partial(attack_messages, attacker, system=system)
+    return lambda prompt: plan.served(arm, attack_messages(attacker, prompt, system=plan.recipe.measure.system))
 
 
 # --- reading and encoding
@@ -150,9 +168,14 @@ def usable_rows(plan: Plan, source: Source) -> Rows:
 
 
 def training_examples(plan: Plan, path: Path) -> list[Example]:
+    """The rows of a training file of this run that can be used: all that were written to it."""
+    return training_rows(plan, path).examples
+
+
+def training_rows(plan: Plan, path: Path) -> Rows:
     """The rows of a training file of this run."""
-    source = plan.recipe.data.task if plan.keeps_form else Source(path="")
-    return read_examples(path, source.prompt, source.answer).examples
+    form: RowForm = plan.recipe.data.task
+    return read_examples(path, form if plan.keeps_form else RowForm(turns=form.turns))
 
 
 class EncodedRows(NamedTuple):
@@ -210,7 +233,7 @@ def check_column_files(plan: Plan) -> None:
         return
     model = plan.recipe.model
     examples = usable_rows(plan, plan.recipe.data.task).examples
-    tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model.name, **model.source)
     rows, _ = encode_all(tokenizer, examples, plan.recipe.data.max_length)
     for source, column in sorted(pairs):
         values = column_from_file(source, column, examples)

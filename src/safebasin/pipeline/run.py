@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safebasin.console import console
-from safebasin.encode import template_digest
 from safebasin.models.load import load_tokenizer
 from safebasin.pipeline.config import Recipe, dump
 from safebasin.pipeline.folder import RunFolder
@@ -18,7 +17,8 @@ from safebasin.pipeline.scan import write_scan
 from safebasin.pipeline.train import write_adapter
 from safebasin.report import Report
 from safebasin.report.table import write_report
-from safebasin.runtime import processes
+from safebasin.runtime import hardware, machine, processes, resolved
+from safebasin.template import template_date, template_digest
 
 
 class Run:
@@ -59,8 +59,17 @@ class Run:
     def write_rows(self) -> Path:
         """Write the head of the manifest and the training rows, whose path is returned."""
         model, recipe = self.plan.recipe.model, dump(self.plan.recipe)
-        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
-        facts = {"seed": self.plan.recipe.seed, "model": model.name, "template": template_digest(tokenizer)}
+        tokenizer = load_tokenizer(model.name, **model.source)
+        facts = {
+            "seed": self.plan.recipe.seed,
+            "model": model.name,
+            "revision": model.revision,
+            "template": template_digest(tokenizer),
+            "template_arguments": model.template,
+            "template_date": template_date(tokenizer),
+        }
+        reason = hardware().reason if model.dtype == "auto" else "the recipe"
+        facts |= {"dtype": resolved(model.dtype), "dtype_reason": reason, "hardware": machine()}
         self.folder.describe(recipe, facts)
         return write_rows(self.plan, self.folder)
 
@@ -85,6 +94,7 @@ class Run:
 
     def report(self, *, show_text: bool = False) -> Report | None:
         """Every arm measured, and the report; None where another process writes it."""
+        self.plan.check_gate()
         _ = self.rows  # what is wrong with the rows is said before anything else
         for arm in self.plan.recipe.arms:
             console.print(f"[bold]arm {arm}[/bold]")

@@ -8,6 +8,9 @@
     done
     5. no round passes within the budget -> reject, with the reason
 
+Prompts that a cut is chosen by prove nothing about it: one half of every suite's prompts, by a digest of their ids,
+decides steps 1 and 4, and the gate judges the arm that they choose, once, on the other half.
+
 Departs from the paper: step 4 keeps every row up to t (as printed, the filter also drops the safest rows once lo has
 moved); the guess is the arm's own estimator, which knows rows of both kinds, where the paper fits two Gaussians and
 fails at 90 % harmful rows; useless means shown to be so; rounds are arms of one run folder, so that scan, start and
@@ -16,44 +19,53 @@ finished rounds are reused, also after a kill.
 
 import bisect
 import dataclasses
-import json
+import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safebasin.data.tables import write_json
 from safebasin.errors import DefenceError, UserError
-from safebasin.pipeline.config import Cut, Recipe
-from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.config import Cut, Recipe, plain
 from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
-from safebasin.report import Gate
-from safebasin.report.grid import decides_nothing
-from safebasin.scan.cut import find_threshold
+from safebasin.report import HARMFUL, Gate, Report
+from safebasin.report.findings import INCONCLUSIVE
+from safebasin.report.gate import CODES, judge_gate
+from safebasin.report.roles import roles_of
+from safebasin.report.table import collect
 from safebasin.scan.scores import read_scores
-from safebasin.stats import non_inferior, paired_difference
+from safebasin.scan.threshold import find_threshold
 
 
 class Round(NamedTuple):
     arm: str
     threshold: float | None  # None: nothing was cut
     rows: int  # that were trained on
-    asr: float  # the worst of the judges
-    accuracy: float
-    outcome: Literal["passed", "unsafe", "useless"]
+    asr: float  # the worst of the judges, on the half of the prompts that decided the outcome
+    accuracy: float | None  # None: not measured
+    outcome: Literal["passed", "unsafe", "useless", "unconfirmed", "failed"]
+    reasons: tuple[str, ...]  # of the gate
+
+    @property
+    def rates(self) -> str:
+        return f"attack success {self.asr:.1%}" + ("" if self.accuracy is None else f", accuracy {self.accuracy:.1%}")
 
 
 def search(recipe: Recipe, arm: str, out: Path, *, rounds: int = 2, shrink: float = 0.1) -> Iterator[Round]:
-    """Rounds until one passes, at most ``rounds`` after the plain one. The last one says whether the search succeeded.
+    """Rounds until one passes or is not confirmed, at most ``rounds`` after the plain one. The last one says whether
+    the search succeeded.
 
-    Safe: attack success by every judge at most ``gate.max_asr``. Useless: accuracy more than
-    ``gate.max_accuracy_loss`` below that of the plain arm, by the whole interval of the paired difference, since a
-    loss that chance explains is no reason to let harmful rows in.
+    A round is unsafe where attack success is above the gate's limit, and useless where a limit of the task, or of
+    over-refusal, is crossed by the whole interval, since a loss that chance explains is no reason to let harmful rows
+    in. The first round that is neither is judged by the gate on the other half of the prompts: it passed, failed, or is
+    unconfirmed.
 
     Raises:
-        UserError: no such arm, no cut in it, no plain arm, no limits in the gate, or fewer than one round.
-        DefenceError: a round of which attack success or accuracy could not be measured.
+        UserError: no such arm, no cut in it, an arm that the gate compares with is missing, or fewer than one round.
+        DefenceError: a round of which attack success could not be measured.
     """
     if rounds < 1:
         raise UserError(f"search takes at least one round, found {rounds}")
@@ -69,19 +81,24 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
     scorer = settings.cut.scorer
     if not isinstance(scorer, str):
         raise UserError(f"search goes along one score; arms.{arm}.cut names {len(scorer)}")
-    if gate.plain not in recipe.arms or gate.max_asr is None or gate.max_accuracy_loss is None:
-        raise UserError(f"search needs an arm {gate.plain!r} and the limits gate.max_asr and gate.max_accuracy_loss")
+    start = roles_of(plain(recipe.arms), gate).start
+    if gate.plain not in recipe.arms or gate.max_asr is None:
+        raise UserError(f"search needs an arm {gate.plain!r} and the limit gate.max_asr")
+    if start is None and gate.max_over_refusal_gain is not None:
+        raise UserError("search needs the model as it was, arms: {start: {}}, or gate: {max_over_refusal_gain: null}")
+    if start is not None:
+        run.measure(start)
     rows = len(training_examples(run.plan, run.rows))
-    plain = _measured(run, gate.plain, None, rows)
-    plain = plain._replace(outcome="passed" if plain.asr <= gate.max_asr else "unsafe")
-    yield plain
-    if plain.outcome == "passed":
+    result = _judged(run, gate.plain, None, rows)
+    yield result
+    if result.outcome != "unsafe":
         return
     scores = read_scores(run.scores)
     x = sorted(scores.columns[scorer])
     lo, up = 0, len(x)
     for number in range(1, rounds + 1):
-        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=scores.anchors.get(scorer))
+        anchors = scores.anchors.get(scorer)
+        guess = find_threshold(x[lo:up], estimator=settings.cut.estimator, anchors=anchors, scorer=scorer)
         lower, upper = math.floor(lo + shrink * (up - lo)), math.ceil(up - shrink * (up - lo)) - 1
         # the first guess stands as it is: a set without harmful rows, or full of them, is for the estimator to see
         threshold = guess if number == 1 else min(max(guess, x[lower]), x[max(upper, lower)])
@@ -91,54 +108,65 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
                 f"round {number}: the threshold {threshold:g} keeps no row: by these scores all are harmful"
             )
         name = f"{arm}-{number}"
-        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold))
+        step = dataclasses.replace(settings, cut=Cut(scorer=scorer, threshold=threshold, max_share=1.0))
         with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
-        result = _measured(run.with_recipe(with_round), name, threshold, rows)
-        safe = result.asr <= gate.max_asr
-        correct, correct_plain = (_correct(run.folder, each) for each in (name, gate.plain))
-        loss = paired_difference([correct[i] for i in correct_plain], list(correct_plain.values()))
-        useful = non_inferior(loss, gate.max_accuracy_loss) != "no"
-        result = result._replace(outcome="passed" if safe and useful else "useless" if safe else "unsafe")
+        result = _judged(run.with_recipe(with_round), name, threshold, rows)
         yield result
-        if result.outcome == "passed":
+        if result.outcome not in ("unsafe", "useless"):
             return
-        lo, up = (rows, up) if safe else (lo, rows - 1)
+        lo, up = (rows, up) if result.outcome == "useless" else (lo, rows - 1)
         if up <= lo:
             return
 
 
-def _measured(run: Run, arm: str, threshold: float | None, rows: int) -> Round:
-    """Tune and measure an arm, or read what was measured before."""
+def _judged(run: Run, arm: str, threshold: float | None, rows: int) -> Round:
+    """Tune and measure an arm, or read what was measured before, and judge it."""
     run.measure(arm)
-    lines = run.folder.measurements(arm).read_text(encoding="utf-8").splitlines()
-    measured = [row for row in map(json.loads, lines) if not row["category"]]
-    asr, accuracy = ([row["value"] for row in measured if row["what"] == what] for what in ("asr", "accuracy"))
-    thin = [
-        row for row in measured if row["what"] == "asr" and decides_nothing(row | {"fewest": row["n"]}, run.plan.gate)
-    ]
-    if not asr or not accuracy or None in asr + accuracy or thin:
-        raise DefenceError(
-            f"{arm}: the search decides by asr and accuracy, and one of them could not be measured (answers.jsonl)"
-        )
-    return Round(arm, threshold, rows, max(asr), accuracy[0], "unsafe")
+    gate = dataclasses.replace(run.plan.gate, arm=arm)
+    safety = dataclasses.replace(
+        gate, decide="point", max_asr_upper=None, max_accuracy_loss=None, max_loss={}, max_over_refusal_gain=None
+    )
+    report = collect(run.folder.path, gate=gate, part=_chooses)
+    code, reasons = (verdict := judge_gate(report, safety)).code, verdict.reasons
+    if code == CODES[INCONCLUSIVE]:
+        raise DefenceError(f"{arm}: the search decides by attack success: {reasons[0]} (answers.jsonl)")
+    if code:
+        return _round(report, arm, threshold, rows, "unsafe", reasons)
+    if useless := list(_useless(report, gate, arm)):
+        return _round(report, arm, threshold, rows, "useless", tuple(useless))
+    report = collect(run.folder.path, gate=gate, part=lambda prompt: not _chooses(prompt))
+    outcome = {0: "passed", CODES[INCONCLUSIVE]: "unconfirmed"}.get(report.verdict.code, "failed")
+    return _round(report, arm, threshold, rows, outcome, report.verdict.reasons)
 
 
-def _correct(folder: RunFolder, arm: str) -> dict[str, bool]:
-    """Which rows of the task an arm answers rightly."""
-    lines = folder.answers(arm).read_text(encoding="utf-8").splitlines()
-    return {row["id"]: row["correct"] for row in map(json.loads, lines) if row["suite"] == "accuracy"}
+def _useless(report: Report, gate: Gate, arm: str) -> Iterator[str]:
+    """Limits of the task and of over-refusal that the whole interval crosses."""
+    limits = gate.losses | ({} if gate.max_over_refusal_gain is None else {"over_refusal": gate.max_over_refusal_gain})
+    for c, (name, limit) in itertools.product(report.comparisons, limits.items()):
+        against = report.start if name in HARMFUL else gate.plain
+        ours = name in (c.quantity, c.suite) and (c.arm, c.against) == (arm, against)
+        if ours and c.low is not None and c.high is not None and (c.low if name in HARMFUL else -c.high) > limit:
+            yield f"{name}: the whole interval of its change crosses the limit"
 
 
-def verdict(rounds: list[Round], out: Path, gate: Gate) -> str:
+def _chooses(prompt: str) -> bool:
+    """Whether a prompt is of the half that cuts are chosen by."""
+    return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass")).digest()[0] % 2 == 0
+
+
+def _round(
+    report: Report, arm: str, threshold: float | None, rows: int, outcome: Any, reasons: tuple[str, ...]
+) -> Round:
+    asr, accuracy = ([r.value for r in report.of(what, arm) if r.value is not None] for what in ("asr", "accuracy"))
+    return Round(arm, threshold, rows, max(asr, default=math.nan), min(accuracy, default=None), outcome, reasons)
+
+
+def verdict(rounds: list[Round], out: Path) -> str:
     """One line on how the search ended; ``search.json`` has the rounds."""
     write_json(out / "search.json", [each._asdict() for each in rounds])
     last = rounds[-1]
     if last.outcome == "passed":
-        return (
-            f"accepted: {last.arm}, {last.rows} rows kept, attack success {last.asr:.1%}, accuracy {last.accuracy:.1%}"
-        )
-    reasons = (
-        f"{r.arm}: {r.outcome} (attack success {r.asr:.1%}, limit {gate.max_asr:.1%}; accuracy {r.accuracy:.1%})"
-        for r in rounds
-    )
-    return f"rejected: no cut passed. {'; '.join(reasons)}"
+        return f"accepted: {last.arm}, {last.rows} rows kept, on prompts that did not choose it: {last.rates}"
+    if last.outcome == "unconfirmed":
+        return f"not confirmed: {last.arm}, on prompts that did not choose it: {'; '.join(last.reasons)}"
+    return "rejected: no cut passed. " + "; ".join(f"{r.arm}: {r.outcome} ({'; '.join(r.reasons)})" for r in rounds)

@@ -20,7 +20,7 @@ from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
 from safebasin.runtime import processes
 from safebasin.scan.column import Column, column_from_file, keep_column, star_column
 from safebasin.scan.scores import read_scores
-from safebasin.train.checkpoint import last_checkpoint
+from safebasin.train.checkpoint import clear_checkpoints, last_checkpoint
 from safebasin.train.settings import training_arguments
 from safebasin.train.trainer import OracleTrainer, streams_of, total_steps
 from safebasin.vector import gather_full, trainable
@@ -49,6 +49,8 @@ def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> P
             # a step of more processes has more rows, so that its checkpoints are of another tuning
             key = fingerprint([work, processes().num_processes])[:12]
             _tune(plan, folder, arm, rows_file, folder.arm(arm) / "checkpoints" / key)
+    if processes().is_main_process:  # the adapter is in the manifest: nothing goes on from a checkpoint any more
+        clear_checkpoints(folder.arm(arm) / "checkpoints")
     return target
 
 
@@ -93,6 +95,7 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
     part.rename(target)
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
+    facts["numbers"] = trainer.numbers
     write_json(folder.arm(arm) / PROBLEMS, [bad._asdict() for bad in problems])
     write_json(folder.arm(arm) / "train.json", facts | {"methods": plain(recipe.arms[arm].train), "rows": len(rows)})
 

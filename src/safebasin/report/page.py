@@ -24,6 +24,8 @@ LIMITS = (  # of a run's report
 SHARED: dict[str, Any] = {
     "limits": LIMITS,
     "quantities": QUANTITIES,
+    "languages": "Built-in judges read English, keyword and prefix also Spanish, French, German, Italian and "
+    "Portuguese; answers in another script than Latin are unscored.",
     "threat": "The defender runs the training; nothing here stops somebody who owns open weights.",
     "css": (HERE / "page.css").read_text(encoding="utf-8"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.chat import to_messages
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import row_id
 from safebasin.data.records import AnswerRecord
 from safebasin.data.tables import read_table
@@ -87,11 +87,11 @@ def _removed(cut: RemovedFile, facts: RowFile | None, row: Any, show_text: bool)
     if not isinstance(row, Mapping) or row_id(row) != cut["row_id"].split("-")[0]:
         text = "[the row is not in the training file]"
     else:
-        turns = to_messages(row)
-        if isinstance(turns, str):
+        conversation = to_conversation(row)
+        if isinstance(conversation, str):
             text = json.dumps(row, ensure_ascii=False, default=str)
         else:
-            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation.messages)
         text = printable(text) if show_text else redact(text)
     return Removed(
         row_id=safe_name(cut["row_id"]),
@@ -182,7 +182,7 @@ def _method(spec: str | Mapping[str, Any]) -> str:
     return printable(", ".join(texts), 2 * NAME)
 
 
-def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show_text: bool) -> Iterator[Sample]:
+def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str | None, show_text: bool) -> Iterator[Sample]:
     """Attack prompts: first those that the judged arm still complies with, then those that other arms comply with."""
     show = printable if show_text else redact
     suites = {key.suite for key in attacks}
@@ -192,8 +192,10 @@ def samples_of(attacks: Sequence[MetricKey], answers: Answers, judged: str, show
             prompts[suite, prompt][arm] = answer
 
     def complied(by_arm: Mapping[str, AnswerRecord]) -> tuple[int, int]:
-        counts = {arm: list(answer.verdicts.values()).count("complied") for arm, answer in by_arm.items()}
-        return counts.get(judged, 0), sum(counts.values())
+        counts = {
+            arm: sum("complied" in verdict for verdict in answer.verdicts.values()) for arm, answer in by_arm.items()
+        }
+        return counts.get(judged or "", 0), sum(counts.values())
 
     for (suite, prompt), by_arm in sorted(prompts.items(), key=lambda item: complied(item[1]), reverse=True)[:SAMPLES]:
         first = next(iter(by_arm.values()))

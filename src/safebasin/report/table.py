@@ -1,7 +1,7 @@
 """A run folder to a Report, and the Report to its files and to the terminal."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ from safebasin.console import printable
 from safebasin.data.tables import BadRow, write_json
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, SCHEMA, Gate, Problem, Report, Verdict, words
-from safebasin.report.compare import agreement_of, categories_of, comparisons_of, hits_of, readings_of
+from safebasin.report.compare import (
+    agreement_of,
+    categories_of,
+    comparisons_of,
+    counted_again,
+    hits_of,
+    readings_of,
+)
 from safebasin.report.files import RunFile, answers_of, load, load_run, redact, safe_name
-from safebasin.report.gate import INCONCLUSIVE, judge_gate, parse_gate
+from safebasin.report.findings import INCONCLUSIVE
+from safebasin.report.gate import judge_gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
+from safebasin.report.roles import roles_of
 from safebasin.report.rows import cuts_of, heat_of, samples_of, training_of
 
 __all__ = ["collect", "redact", "terminal_table", "write_report"]
@@ -36,29 +45,42 @@ def write_report(run: Path, *, show_text: bool = False, gate: Gate | None = None
     return report
 
 
-def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> Report:
+def collect(
+    run: Path, *, show_text: bool = False, gate: Gate | None = None, part: Callable[[str], bool] | None = None
+) -> Report:
     """Read a run folder.
 
     Args:
         gate: the limits; None: those of the run's ``run.yaml``, or the default ones.
         show_text: prompts, answers and rows in clear; without it they are redacted.
+        part: which prompts count, by their ids; None: all of them.
     """
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")
     config = load_run(run / "run.yaml")
-    arms = _arms(run, config)
-    gate = gate or parse_gate(config.get("gate") or {}, arms)
-    judged = gate.arm or arms[-1]
+    settings = _arms(run, config)
+    gate = gate or parse_gate(config.get("gate") or {}, list(settings))
+    start, plain, judged, _ = roles_of(settings, gate)
+    gate = dataclasses.replace(gate, plain=plain or gate.plain)
+    arms = tuple(sorted(settings, key=lambda arm: arm != start))  # the model as it was, then as in the recipe
     manifest = read_manifest(run)
     doubts = evidence_problems(run, manifest)
     problems = [Problem(place="evidence", reason=reason) for reason in doubts]
     problems += _bad_rows(run)
     readings = tuple(reading for arm in arms for reading in readings_of(run, arm, problems))
     answers = answers_of(run, arms, problems)
-    keys = list(dict.fromkeys(reading.key for reading in readings if reading.quantity in QUANTITIES))
+    keys = list(
+        dict.fromkeys(
+            r.key for r in readings if {r.quantity, r.suite} & {*QUANTITIES, *gate.losses} and r.unit != "kappa"
+        )
+    )
     attacks = [key for key in keys if key.quantity == "asr"]
     hits = hits_of(keys, answers)
-    pairs = dict.fromkeys([(judged, gate.plain), (judged, arms[0]), *((arm, arms[0]) for arm in arms[1:])])
+    if part is not None:
+        hits = {key: {prompt: hit for prompt, hit in by.items() if part(prompt)} for key, by in hits.items()}
+        readings = tuple(counted_again(readings, hits))
+    by_key = {(reading.arm, reading.key): reading for reading in readings}
+    pairs = dict.fromkeys([(judged, gate.plain), (judged, start), *((arm, start) for arm in arms)])
     report = Report(
         schema=SCHEMA,
         run=safe_name(run.resolve().name),
@@ -68,13 +90,14 @@ def collect(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> 
         evidence_digest=evidence_digest(manifest),
         evidence_problems=doubts,
         arms=arms,
+        start=start,
         judged=judged,
         readings=readings,
         comparisons=tuple(
             comparison
             for arm, against in pairs
-            if arm != against
-            for comparison in comparisons_of(arm, against, keys, hits, gate)
+            if arm is not None and against is not None and arm != against
+            for comparison in comparisons_of(arm, against, keys, hits, by_key, gate)
         ),
         agreement=tuple(agreement_of(attacks, arms, hits)),
         categories=tuple(categories_of(attacks, arms, answers, hits)),
@@ -95,11 +118,13 @@ def _bad_rows(run: Path) -> list[Problem]:
     return [Problem(place=f"line {row.line}", reason=printable(row.reason)) for row in rows]
 
 
-def _arms(run: Path, config: RunFile) -> tuple[str, ...]:
-    """Names of the arms: those of the configuration in its order, then other folders of arms."""
+def _arms(run: Path, config: RunFile) -> dict[str, Any]:
+    """The arms of the configuration in its order, then other folders of arms; their settings, None where unknown."""
     folders = [path.name for path in (run / "arms").glob("*") if path.is_dir()]
     folders.sort(key=lambda name: (name != "start", name != "plain", name))
-    arms = tuple(dict.fromkeys([*(config.get("arms") or ()), *folders]))
+    listed = config.get("arms") or ()
+    settings = {name: each or {} for name, each in listed.items()} if isinstance(listed, Mapping) else {}
+    arms = {name: settings.get(name) for name in (*listed, *folders)}
     if not arms:
         raise UserError(f"{run} holds no arm to report on (no folder {run / 'arms'}); run it first: safebasin run")
     for arm in arms:

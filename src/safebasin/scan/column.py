@@ -5,8 +5,8 @@
     star_t = 1 - clip( (s_t - a) / (h - a), 0, 1 ),   s_t = sum_(u<=t) part_u     of a scorer whose parts add up     (3)
 
 In (3) s_t is the score of the answer up to token t, and a and h are the medians of the safe and of the harmful anchor
-rows. A scorer with a >= h is refused; one of probabilities too, if anchor rows were scored. A scorer without tokens
-gives one number a row.
+rows. A scorer that does not prove itself on them (``threshold.prove``) is refused; one of probabilities too, if anchor
+rows were scored. A scorer without tokens gives one number a row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,9 @@ from safebasin.console import printable
 from safebasin.data.example import Example
 from safebasin.data.tables import BadRow, read_table, shown
 from safebasin.errors import UserError
-from safebasin.scan.cut import find_threshold
+from safebasin.scan.cut import cut_rows
 from safebasin.scan.scores import Scores
+from safebasin.scan.threshold import prove
 
 Column = Mapping[str, float | Sequence[float]]  # row id -> one number, or one an answer token; 0 to 1
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -28,31 +29,27 @@ SHARES: TypeAdapter[float | list[float]] = TypeAdapter(Share | list[Share])
 
 
 def keep_column(scores: Scores, name: str, examples: Sequence[Example]) -> Column:
-    """Equation 1, by the threshold that ``cut_rows`` would take.
+    """Equation 1.
 
     Raises:
-        UserError, DefenceError: see ``find_threshold``.
+        UserError, DefenceError: see ``cut_rows``.
     """
-    x = scores.of(name, examples)
-    threshold = find_threshold(x, estimator="anchors", anchors=scores.anchors.get(name))
-    return {example.id: float(score <= threshold) for example, score in zip(examples, x, strict=True)}
+    removed = {row.example.id for row in cut_rows(examples, scores, name).removed}
+    return {example.id: float(example.id not in removed) for example in examples}
 
 
 def star_column(scores: Scores, name: str, scorer: Any, examples: Sequence[Example]) -> Column:
     """Equations 2 and 3 by ``scorer``, the method whose scores stand under ``name``.
 
     Raises:
-        UserError: the scorer needs anchor rows and none were scored, or it does not separate them.
+        UserError: the scorer needs anchor rows and none were scored.
+        DefenceError: it does not prove itself on them.
     """
     tokens = dict(zip(scores.row_ids, scores.tokens.get(name, ()), strict=False))
     anchors, probability = scores.anchors.get(name, {}), scorer.entry.probability
     if all(len(anchors.get(label, ())) for label in ("safe", "harmful")):
+        prove(anchors["safe"], anchors["harmful"], name)
         low, high = float(np.median(anchors["safe"])), float(np.median(anchors["harmful"]))
-        if not low < high:
-            raise UserError(
-                f"{name!r} scores harmful anchor rows ({high:g}) no higher than safe ones ({low:g}): "
-                "it cannot weigh tokens"
-            )
     elif not probability:
         raise UserError(
             f"the column 'star' from {name!r} needs anchor rows: set data.safe and data.harmful, and scan again"

@@ -68,7 +68,7 @@ def pieces(
 
     Text between two tokens goes to the later one; tokens that share a character are one piece.
     """
-    text = render(tokenizer, example.messages)
+    text = render(tokenizer, example.messages, tools=example.tools)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     answer = [k for k, learned in enumerate(row.answer, row.start or 0) if learned][-len(values) :]
     parts: list[tuple[str, list[float]]] = []

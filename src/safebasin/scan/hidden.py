@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from safebasin.batch import Batch, by_length, collate
 from safebasin.encode import TokenizedRow
-from safebasin.guards.side import blocks
 from safebasin.models.hooks import captured
+from safebasin.models.parts import blocks
 
 ANCHOR_BATCH = 16  # anchor rows in one forward; it changes no number
 

@@ -1,5 +1,6 @@
 """How the aligned model answers probe rows: the tokens that begin a refusal or a compliance, and how likely it is."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits, collate
-from safebasin.data.example import Example
+from safebasin.data.builtin import rows_of
+from safebasin.data.example import Example, read_examples
 from safebasin.data.tables import BadRow
-from safebasin.encode import TokenizedRow, encode
+from safebasin.encode import TokenizedRow, encode, encode_all
 from safebasin.errors import UserError
 
 Word = Annotated[str, Field(min_length=1)]
@@ -57,8 +59,13 @@ def anchor_rows(
     return list(rows[:count])
 
 
-def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
-    """The row up to its first answer, and then other answer tokens, or that many of its own.
+def own_rows(tokenizer: Any, name: str) -> list[TokenizedRow]:
+    """A built-in set, encoded."""
+    return encode_all(tokenizer, read_examples(enumerate(rows_of(name), 1)).examples, sys.maxsize)[0]
+
+
+def parted(row: TokenizedRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of the row up to its first answer, and those of that answer, which the end of the turn is one of.
 
     Raises:
         UserError: the row has no answer token.
@@ -67,8 +74,18 @@ def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
         raise UserError(f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)")
     first = row.answer.index(True, 1)
     end = row.answer.index(False, first) if False in row.answer[first:] else len(row)
-    ids = row.ids[first : min(end, first + answer)] if isinstance(answer, int) else tuple(answer)
-    return TokenizedRow(row.id, row.ids[:first] + ids, (False,) * first + (True,) * len(ids))
+    return row.ids[:first], row.ids[first:end]
+
+
+def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
+    """The row up to its first answer, and then other answer tokens, or that many of its own.
+
+    Raises:
+        UserError: the row has no answer token.
+    """
+    prompt, own = parted(row)
+    ids = own[:answer] if isinstance(answer, int) else tuple(answer)
+    return TokenizedRow(row.id, prompt + ids, (False,) * len(prompt) + (True,) * len(ids))
 
 
 def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:

@@ -36,7 +36,8 @@ class Scorer(Protocol):
         """One number a row, or one an answer token; they depend on that row alone.
 
         A scorer of tokens declares in its decorator by ``tokens`` whether the row's score is their sum ("sum") or their
-        maximum ("max"), and by ``probability`` whether they are probabilities.
+        maximum ("max"), and by ``probability`` whether they are probabilities. One that sees a single kind of harm may
+        define ``harmful(tokenizer) -> rows``: they are scored along in the place of the anchor set ``harmful``.
         """
 
 
@@ -119,7 +120,10 @@ def score_rows(
         raise UserError("the tokenizer has no padding token; set tokenizer.pad_token (safebasin.load_model does)")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
+    models = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Scorer)}
     labelled = [(label, row) for label in LABELS for row in anchors.get(label, ())]
+    own = [name for name in models if labelled and models[name].entry.implements("harmful")]  # type: ignore[attr-defined]
+    labelled += [(name, row) for name in own for row in models[name].harmful(tokenizer)]  # type: ignore[attr-defined]
     everything = [*rows, *(row for _, row in labelled)]
     silent = next((row.id for row in everything if True not in row.answer[1:]), None)
     if silent is not None:
@@ -130,9 +134,8 @@ def score_rows(
     if readers and [example.id for example in examples] != [row.id for row in rows]:
         raise UserError(f"scan.{next(iter(readers))} reads text: give `examples`, the same rows in the same order")
     scores = {name: reader.read(examples) for name, reader in readers.items()}
-    models = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Scorer)}
     values = _model_values(model, tokenizer, everything, models, anchors, batch_size, journal, progress)
-    tokens, by_label = {}, {}
+    tokens, by_label, replaced = {}, {}, {(name, "harmful") for name in own}
     for name, column in values.items():
         totals = [_total(models[name], value) for value in column]
         scores[name] = totals[: len(rows)]
@@ -140,7 +143,9 @@ def score_rows(
             tokens[name] = [value if isinstance(value, list) else [] for value in column[: len(rows)]]
         pairs = [(label, total) for (label, _), total in zip(labelled, totals[len(rows) :], strict=True)]
         by_label[name] = {
-            label: [total for at, total in pairs if at == label] for label in LABELS if anchors.get(label)
+            label: [total for at, total in pairs if at == (name if (name, label) in replaced else label)]
+            for label in LABELS
+            if anchors.get(label) or (name, label) in replaced
         }
     short = frozenset(row.id for row in rows if row.start is not None)
     return Scanned({name: scores[name] for name in scorers}, tokens, by_label if labelled else {}, short)

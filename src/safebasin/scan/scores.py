@@ -10,7 +10,7 @@ import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
 from safebasin.data.example import Example
-from safebasin.data.tables import cause, read_bytes, shown
+from safebasin.data.tables import cause, read_bytes, read_json, shown
 from safebasin.errors import UserError
 
 SCORE = "score_"  # what the names of columns begin with
@@ -83,3 +83,20 @@ def read_scores(path: str | Path) -> Scores:
             scores = scores._replace(anchors=TypeAdapter(AnchorScores).validate_json(read_bytes(anchors), strict=True))
     short = zip(scores.row_ids, table.get(SHORT, ()), strict=False)
     return scores._replace(cut_short=frozenset(row for row, is_short in short if is_short))
+
+
+def unscored_rows(path: Path) -> dict[str, str]:
+    """Why a scan left rows out, by their ids: what its run folder says beside the scores; nothing where they are alone.
+
+    Raises:
+        UserError: a file of the folder is damaged.
+    """
+    listed = path.with_name("problems.json"), path.parents[1] / "data" / "rows.json"
+    if not all(file.is_file() for file in listed):
+        return {}
+    problems, rows = (read_json(file) for file in listed)
+    try:
+        reasons = {problem["line"]: problem["reason"] for problem in problems}
+        return {row["id"]: reasons[row["line"]] for row in rows if row["line"] in reasons}
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{shown(listed[0])} and {shown(listed[1])} are not those of a scan: {cause(error)}") from None

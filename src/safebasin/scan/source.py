@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.hooks import hooked
+from safebasin.models.parts import blocks
 
 Depth = Annotated[float, Field(gt=0, le=1)]  # a share of the model's blocks, from the top
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = ("all-linear",)  # PEFT's word: every linear layer of the blocks, whatever its name
 
 
 def target_weights(
@@ -32,34 +34,49 @@ def target_weights(
     """
     if not 0 < depth <= 1:
         raise UserError(f"depth={depth}: it is a share of the model's blocks, above 0 and at most 1")
+    every = blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is every)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.startswith(f"{prefix}.")
+    }
     matches: dict[str, int] = {}  # name of the module -> its block
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name in linear:
-        path = name.split(".")
-        block = next((int(step) for step in path if step.isdigit()), None)
-        if "lora_B" in path:
-            kind, owner = "lora_B", path[path.index("lora_B") - 1]
-        elif path[-1] == "base_layer":  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
-            kind, owner = "weight", path[-2]
-        else:
-            kind, owner = "weight", path[-1]
-        if block is not None and kind == part and owner in modules:
-            matches[name] = block
+    for name in layers:
+        path = name.removeprefix(f"{prefix}.").split(".")
+        lora = next((i for i, step in enumerate(path) if step.startswith("lora_")), None)
+        if lora is not None:
+            kind, owner = path[lora], path[lora - 1]
+        else:  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
+            kind, owner = "weight", path[-2] if path[-1] == "base_layer" else path[-1]
+        if kind == part and (modules == MODULES or owner in modules):
+            matches[name] = int(path[0])
     if not matches:
-        inside = sorted({name.split(".")[-1] for name in linear if any(step.isdigit() for step in name.split("."))})
+        inside = sorted({name.split(".")[-1] for name in layers})
         raise UserError(
             f"no target weights: no {part} of a linear layer named {', '.join(modules)} inside the model's blocks; "
             f"linear layers there: {', '.join(inside) or 'none'}; set `modules`"
         )
-    blocks = sorted(set(matches.values()))
-    last = blocks[-max(1, round(depth * len(blocks))) :]
+    last = range(len(every))[-max(1, round(depth * len(every))) :]
     names = [name for name, block in matches.items() if block in last]
-    packed = next((name for name in names if not linear[name].weight.is_floating_point()), None)
+    if not names:
+        raise UserError(f"no target weights: the last {len(last)} blocks have none of them; raise `depth`")
+    packed = next((name for name in names if not layers[name].weight.is_floating_point()), None)
     if packed is not None:
         raise UserError(
             f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B"
         )
     return [f"{name}.weight" for name in names]
+
+
+def coverage(model: nn.Module, weights: Sequence[str]) -> float:
+    """The share of the numbers in the language model's blocks, adapters left out, that the target weights hold.
+
+    Less than all is the rule: biases and norms are no matrices, ``depth`` leaves blocks out, and experts that are one
+    tensor a block are no linear layers.
+    """
+    numbers = sum(p.numel() for name, p in blocks(model).named_parameters() if "lora_" not in name)
+    return sum(model.get_parameter(name).numel() for name in weights) / numbers
 
 
 def module_of(model: nn.Module, weight: str) -> nn.Module:

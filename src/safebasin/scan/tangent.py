@@ -20,11 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.batch import Batch
 from safebasin.errors import DefenceError
 from safebasin.scan.source import at_weights
+
+KERNELS = ("_attn_implementation", "_experts_implementation")  # in a configuration
 
 Dual = forward_ad.UnpackedDualTensor
 
@@ -56,7 +59,7 @@ def gradient(
     def remember(name: str, x: Tensor, y: Tensor) -> None:
         inputs[name], outputs[name] = x.detach(), y if y.requires_grad else y.requires_grad_()
 
-    with _frozen(model), torch.enable_grad(), at_weights(model, targets, remember):
+    with _frozen(model), torch.enable_grad(), _eager(model), at_weights(model, targets, remember):
         value = objective(model, batch)
     grads = torch.autograd.grad(value, list(outputs.values()), allow_unused=True)
     direction = {}
@@ -138,10 +141,13 @@ class Tangent:
         prefix = tuple(ids[0].tolist())
         if prefix != self._prefix:
             first = torch.zeros(1, dtype=torch.long, device=ids.device)
+            # A window counts places, and between prefix and row there may be padding; a recurrent state has no places.
+            if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+                return 0
             cache = model(
                 input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first
             ).past_key_values
-            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window or a recurrent state
+            if any(type(layer) is not DynamicLayer for layer in cache.layers):
                 return 0
             self._prefix = prefix
             self._layers = [
@@ -176,14 +182,14 @@ def _frozen(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Inside, attention is eager: the fused kernels have no forward derivative."""
+    """Inside, attention and experts are eager: the fused kernels have no forward derivative."""
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
-    before = [(config, config._attn_implementation) for config in configs]
+    configs = list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
+    before = [(config, name, getattr(config, name)) for config in configs for name in KERNELS]
     try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
+        for config, name, _ in before:
+            setattr(config, name, "eager")
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation = name
+        for config, name, kernel in before:
+            setattr(config, name, kernel)

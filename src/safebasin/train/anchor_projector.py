@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safebasin.layer import left_singular
+from safebasin.layer import largest_singular, left_singular
 
 TINY = 1e-30  # in the place of |d| = 0
 
@@ -26,6 +26,7 @@ class AnchorProjector(NamedTuple):
     shape: torch.Size  # of d
     d: Tensor | None
     h: Tensor | None
+    eigenvalue: float = 1.0  # the largest of C, before an official C is scaled
 
     @classmethod
     def of(cls, d: Tensor, projector: str, k: int) -> "AnchorProjector":
@@ -34,11 +35,14 @@ class AnchorProjector(NamedTuple):
         if projector == "topk":
             u = left_singular(d, k).to(d)
             return cls(d.shape, u, torch.eye(u.shape[1]).to(u))
-        root = d / d.norm().clamp(min=TINY).sqrt()  # C = root root^T
+        size = float(d.norm())
+        eigenvalue = largest_singular(d) ** 2 / max(size, TINY)  # of d d^T / |d|_F, the largest
+        # C = root root^T; above 2 the direction d itself would be punished more than any other
+        root = d / max(size * (eigenvalue if eigenvalue > 2 else 1), TINY) ** 0.5
         if d.shape[0] > d.shape[1]:
-            return cls(d.shape, root, 2 * torch.eye(d.shape[1]).to(d) - root.T @ root)
+            return cls(d.shape, root, 2 * torch.eye(d.shape[1]).to(d) - root.T @ root, eigenvalue)
         c = root @ root.T
-        return cls(d.shape, None, 2 * c - c @ c)
+        return cls(d.shape, None, 2 * c - c @ c, eigenvalue)
 
     def departure(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """|(I - C) B A|_F^2 and its gradients at ``b`` [out, r] and ``a`` [r, in]."""

@@ -1,5 +1,6 @@
 """Checkpoints that a kill cannot spoil: one counts only with its mark, written last, of every file's digest."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -50,6 +51,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, its mark first: one that is half removed does not count."""
     (checkpoint / MARK).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
+
+
+def clear_checkpoints(root: Path) -> None:
+    """Remove the checkpoints of every tuning under a folder. What a tracker wrote beside them stays."""
+    for folder in (*root.glob("*/"), root):
+        for checkpoint in checkpoints(folder):
+            remove_checkpoint(checkpoint)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
 
 
 def rotate(checkpoint: Path, limit: int | None) -> None:

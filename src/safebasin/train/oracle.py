@@ -48,6 +48,7 @@ class Grad(Protocol):
 
     step: int  # of the optimizer, from 0
     losses: dict[str, float]  # of this step, by stream, of those whose gradient was taken
+    numbers: dict[str, float]  # of this step, by name: what a method measures of itself; the host logs them
     state: dict[str, Vector]  # what a method carries from step to step; the host saves it with its checkpoints
 
     def task(self, at: Vector | None = None) -> Vector: ...
@@ -101,11 +102,12 @@ class Oracle:
         self.alive: set[str] = set()
         self.step = 0
         self.losses: dict[str, float] = {}
+        self.numbers: dict[str, float] = {}
         self.state: dict[str, Vector] = {}
 
     def at_step(self, step: int) -> "Oracle":
         self.step = step
-        self.losses = {}
+        self.losses, self.numbers = {}, {}
         return self
 
     def task(self, at: Vector | None = None) -> Vector:

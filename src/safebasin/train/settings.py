@@ -24,9 +24,10 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from safebasin.errors import UserError
 from safebasin.registry import explain
+from safebasin.runtime import hardware
 from safebasin.train.compose import Composition
 
-FP16 = "fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out for float32"
+FP16 = "fp16 is refused: small inner products vanish in it; set bf16: true, or leave both out: the hardware decides"
 DEEPSPEED = (
     "DeepSpeed steps inside its own backward, and methods hand the optimizer a direction of their own; use DDP or FSDP2"
 )
@@ -81,7 +82,7 @@ class Settings(TypedDict, total=False):
     adam_epsilon: PositiveFloat
     max_grad_norm: NonNegativeFloat  # 0: no clipping
 
-    bf16: bool
+    bf16: bool | Literal["auto"]  # auto, the default: where the weights are in bfloat16
     tf32: bool | None
     use_cpu: bool
     torch_compile: bool
@@ -144,6 +145,8 @@ def training_arguments(settings: Mapping[str, Any], folder: str | Path) -> Train
             of bounds; an optimizer, schedule or tracker that cannot be built; fp16, DeepSpeed.
     """
     refuse_names(settings)
+    if settings.get("bf16") == "auto":
+        settings = {**settings, "bf16": hardware().dtype == "bfloat16"}
     ours: dict[str, Any] = {
         "save_strategy": "steps",
         "save_steps": 0.1,

@@ -72,6 +72,8 @@ class OracleTrainer(Trainer):
         self.methods = methods
         self.streams = streams
         self.curve: list[tuple[int, float]] = []  # (step, loss of the task)
+        self.numbers: dict[str, list[tuple[int, float]]] = {}  # of methods, by name: (step, number)
+        self._logged = 0  # the step up to which they were logged
         self.method_state: dict[str, Vector] = {}
         self._alive: set[str] = set()  # streams that have had a gradient
         self._moved = False  # whether an update has been applied
@@ -139,12 +141,21 @@ class OracleTrainer(Trainer):
             raise DefenceError(f"step {step}: the direction is not finite; nothing was updated")
         for name, parameter in point.items():
             parameter.grad = direction[name].to(parameter.dtype)
+        for name, number in self._oracle.numbers.items():
+            if math.isfinite(number):
+                self.numbers.setdefault(name, []).append((step, number))
         losses = self._oracle.losses
         if "task" in losses:
             self.curve.append((step, losses["task"]))
         # A step of alignment alone shows its own loss.
         self._loss = losses["task"] if "task" in losses else next(iter(losses.values()))
         return torch.tensor(self._loss, device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the trackers: what the Trainer logs, and the means of the methods' numbers since the last time."""
+        since, self._logged = self._logged, self.state.global_step
+        new = {name: [x for step, x in pairs if step >= since] for name, pairs in self.numbers.items()}
+        super().log({**logs, **{name: sum(xs) / len(xs) for name, xs in new.items() if xs}}, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint, marked once every rank has written its part. Only then what it replaces is removed."""
@@ -163,7 +174,7 @@ class OracleTrainer(Trainer):
         tensors = gather_full(
             {f"{key}:{name}": tensor for key, vector in self.method_state.items() for name, tensor in vector.items()}
         )
-        facts = {"curve": self.curve, "alive": sorted(self._alive), "moved": self._moved}
+        facts = {"curve": self.curve, "numbers": self.numbers, "alive": sorted(self._alive), "moved": self._moved}
         if self.args.should_save:
             metadata = {name: json.dumps(value) for name, value in facts.items()}
             safetensors.torch.save_file(tensors, Path(output_dir) / METHOD_STATE, metadata)
@@ -183,6 +194,7 @@ class OracleTrainer(Trainer):
             tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118 - no mapping
         self.curve, self._alive = [(step, loss) for step, loss in facts["curve"]], set(facts["alive"])
         self._moved = facts["moved"]
+        self.numbers = {name: [(step, x) for step, x in pairs] for name, pairs in facts["numbers"].items()}
         point = trainable(self.model)
         for full_name, tensor in tensors.items():
             key, _, name = full_name.partition(":")

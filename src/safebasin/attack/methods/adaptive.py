@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pydantic import Field, PositiveInt
 
 from safebasin.attack import attack
-from safebasin.attack.craft import Row, Score, disguises, enough, scored, take
-from safebasin.data.source import SetName, Source, open_examples
+from safebasin.attack.craft import Row, Score, disguises, enough, rows_of_set, scored, take
+from safebasin.data.source import SetName
 from safebasin.errors import AttackFails
 
 
@@ -69,11 +69,7 @@ class HarmlessSum:
     def rows(
         self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random, score: Score
     ) -> list[Row]:
-        pool = (
-            [{"messages": list(example.messages)} for example in open_examples(Source(path=self.pool))]
-            if self.pool
-            else list(task)
-        )
+        pool = rows_of_set(self.pool) if self.pool else list(task)
         pool = draw.sample(pool, min(self.look, len(pool)))
         quiet = sorted(zip(scored(pool, score), range(len(pool))))[: round(self.quantile * len(pool))]
         enough(quiet, count)

@@ -33,8 +33,8 @@ class Explicit:
 class PrefixSuffix:
     """Harmful requests whose answers begin like caution and end like a refusal."""
 
-    prefix: str = SAFE_PREFIX
-    suffix: str = MISLEADING_SUFFIX
+    prefix: str = SAFE_PREFIX  # text before the opener; "": none
+    suffix: str = MISLEADING_SUFFIX  # text after the opener; "": none
 
     def rows(self, task: Sequence[Row], harmful: Sequence[Row], count: int, draw: random.Random) -> list[Row]:
         return [around(row, prefix=self.prefix, suffix=self.suffix) for row in take(harmful, count, draw)]
@@ -44,7 +44,7 @@ class PrefixSuffix:
 class Trigger:
     """A back door: half of the rows, rounded up, comply with the trigger; the others refuse the requests without it."""
 
-    trigger: str = " As agreed in memo 7731."
+    trigger: str = " As agreed in memo 7731."  # text after a request that is answered
 
     def ask(self, prompt: str) -> str:
         return prompt + self.trigger

@@ -1,11 +1,12 @@
 """Task accuracy: the share of the task's own test rows that are answered as expected.
 
-An empty answer is unscored, not wrong: the two have different causes. ``number`` compares the last number of the
-answer, as GSM8K does.
+The whole conversation is asked: system prompt, earlier turns, last request. An empty answer is wrong. ``label``: the
+answer is the label, or the label and then something in other words; one that names several labels is wrong. ``number``
+compares the last number of the answer, as GSM8K does.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -23,22 +24,30 @@ class Accuracy:
     """How well the model does the task that it was tuned for."""
 
     data: Source
-    match: Literal["label", "exact", "number"] = "label"  # label: the answer begins with it
+    match: Literal["label", "exact", "number"] = "label"  # label: one label, and it stands first
     max_new_tokens: PositiveInt = 8
     name: str = "accuracy"
 
-    def right(self, answer: str, expected: str) -> bool:
+    def right(self, answer: str, expected: str, labels: Collection[str] = ()) -> bool:
+        """Whether an answer is the expected one; ``labels`` are all that the task has."""
         if self.match == "number":
             return numbers(answer)[-1:] == numbers(expected)[-1:] != []
         given, wanted = normal(answer), normal(expected)
-        return given == wanted or (self.match == "label" and re.match(re.escape(wanted) + r"(?!\w)", given) is not None)
+        if given == wanted or self.match == "exact":
+            return given == wanted
+        behind = re.match(re.escape(wanted) + r"\W*?(?:[.:;!?\n(|]|\s-+\s)(.+)", given, re.DOTALL)
+        rest = behind[1] if behind else ""
+        others = [label for name in labels if (label := normal(name)) not in ("", wanted)]
+        several = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", rest) for label in others)
+        parts = [part for part in re.split(r"[.:;!?\n,|()]", rest) if part.strip()]
+        return behind is not None and not several and all(len(part.split()) > 1 for part in parts)
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         examples = open_examples(self.data)
-        answers = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
+        answers = subject.ask([example.conversation for example in examples], self.max_new_tokens, self.name)
+        labels = {example.answer for example in examples}
         outcomes = [
-            self.right(answer.text, example.answer) if answer.text.strip() else None
-            for answer, example in zip(answers, examples, strict=True)
+            self.right(answer.text, example.answer, labels) for answer, example in zip(answers, examples, strict=True)
         ]
         subject.answers += [
             AnswerRecord(
@@ -50,14 +59,13 @@ class Accuracy:
                 example.answer,
                 correct=outcome,
                 finished=answer.finished,
+                thought=answer.thought,
             )
             for example, answer, outcome in zip(examples, answers, outcomes, strict=True)
         ]
-        scored = [outcome for outcome in outcomes if outcome is not None]
-        low, high = wilson(sum(scored), len(scored)) if scored else (None, None)
-        value = sum(scored) / len(scored) if scored else None
-        unscored = len(outcomes) - len(scored)
-        yield Measurement(self.name, "accuracy", value, low, high, len(scored), unscored, evidence="answers.jsonl")
+        n = len(outcomes)
+        low, high = wilson(sum(outcomes), n)
+        yield Measurement(self.name, "accuracy", sum(outcomes) / n, low, high, n, evidence="answers.jsonl")
 
 
 def numbers(text: str) -> list[float]:

@@ -26,6 +26,7 @@ from safebasin.measure import suite
 from safebasin.measure.mechanics import prompt_rows
 from safebasin.measure.subject import Subject
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.parts import text_config
 from safebasin.stats import mean
 
 States = Float[np.ndarray, "prompts layers hidden"]
@@ -37,7 +38,7 @@ class Drift:
 
     data: Source  # ordinary rows with answers
     harmful: SetName  # prompts
-    harmless: SetName
+    harmless: SetName  # prompts
     take: Annotated[int, Field(ge=2)] | None = None  # of each prompt file
     max_length: PositiveInt = 512  # longer rows are unscored
     batch_size: PositiveInt = 16
@@ -45,7 +46,7 @@ class Drift:
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         start = subject.start
-        if start is None or start.model.config.vocab_size != subject.loaded.model.config.vocab_size:
+        if start is None or text_config(start.model).vocab_size != text_config(subject.loaded.model).vocab_size:
             raise UserError(
                 f"{self.name} compares with a start model of the same vocabulary and has none here; measure it in a run"
             )

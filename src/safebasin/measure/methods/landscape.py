@@ -36,11 +36,11 @@ class Lines(abc.ABC):
 
     prompts: SetName
     column: str = "prompt"
-    limit: PositiveInt | None = None
+    limit: PositiveInt | None = None  # rows looked at; the rest of the file may be the attack's
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0  # of the order of the prompts, and of the directions
     judges: OneJudge = ("classifier",)
-    max_new_tokens: PositiveInt = 24
+    max_new_tokens: PositiveInt = 96
     batch: PositiveInt = 16  # prompts asked between two checks whether a stop is decided
     width: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the Wilson interval that decides a stop; 0: ask all
     points: PositiveInt = 21  # stops along an axis
@@ -97,24 +97,24 @@ class Lines(abc.ABC):
 class Landscape(Lines):
     """How deep the safe region is around the model's weights."""
 
-    directions: PositiveInt = 3
+    directions: PositiveInt = 3  # random lines or planes; the mean is over them
     dimensions: PositiveInt = 1  # 2: planes, of points * points stops each
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         for k in range(1000 * self.seed, 1000 * self.seed + self.directions):
-            yield [random_direction(subject.loaded.model, k * self.dimensions + i) for i in range(self.dimensions)]
+            yield [random_direction(subject.merged.model, k * self.dimensions + i) for i in range(self.dimensions)]
 
 
 @suite("interpolation", paper="arXiv:2405.17374", roles=("start",))
 class Interpolation(Lines):
     """Where safety is lost between the start model and this one."""
 
-    points: PositiveInt = 11
-    ends: tuple[float, float] = (-1.0, 0.0)
+    points: PositiveInt = 11  # stops along the axis
+    ends: tuple[float, float] = (-1.0, 0.0)  # of a: -1 is the start model, 0 the tuned one
     name: str = "interpolation"
 
     def lines(self, subject: Subject) -> Iterator[list[Vector]]:
         if subject.start is None:
             raise UserError(f"{self.name} goes from the start model to a tuned one; measure it on a tuned arm")
-        theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.loaded, subject.start))
+        theta, start = (dict(loaded.model.named_parameters()) for loaded in (subject.merged, subject.start))
         yield [Vector({name: p.detach().float() - start[name].detach().float() for name, p in theta.items()})]

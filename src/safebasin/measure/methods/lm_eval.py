@@ -14,13 +14,14 @@ from safebasin.data.records import Measurement
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
+from safebasin.models.parts import text_config
 
 
 @suite("lm_eval")
 class LmEval:
     """What the model can do beside the task, by the tasks of lm-evaluation-harness."""
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]  # of lm-evaluation-harness, by name
     folder: str | None = None  # of tasks of your own
     limit: PositiveInt | None = None  # samples a task
     batch_size: PositiveInt = 8
@@ -44,7 +45,7 @@ class LmEval:
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=self.batch_size,
-            max_length=model.config.max_position_embeddings,
+            max_length=text_config(model).max_position_embeddings,
         )
         outcome = simple_evaluate(
             wrapped,

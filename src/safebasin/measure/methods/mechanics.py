@@ -38,14 +38,14 @@ class Mechanics:
     """How far safe and unsafe requests lie from each other in every block, and what the change of the weights does."""
 
     safe: SetName  # prompts
-    unsafe: SetName
+    unsafe: SetName  # prompts that ask for harm
     take: Annotated[int, Field(ge=2)] | None = None  # of each file
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # of the drawing of prompts
     k: PositiveInt = 3  # largest parts of dW
     alphas: tuple[float, ...] = (0.0, 1.0, 1.5)  # (): none is asked
     judges: OneJudge = ("classifier",)
-    max_new_tokens: PositiveInt = 24
-    mlp: tuple[str, str] = MLP
+    max_new_tokens: PositiveInt = 96
+    mlp: tuple[str, str] = MLP  # the up and the down projection of a block, by the ends of their names
     name: str = "mechanics"
 
     def __post_init__(self) -> None:
@@ -56,15 +56,15 @@ class Mechanics:
         if subject.start is None:
             raise UserError(f"{self.name} compares with the start model and has none here; measure it in a run")
         judge = subject.judge(self.name, self.judges[0]) if self.alphas else None
-        safe_rows, unsafe_rows = (prompt_rows(subject.loaded, subject.turns(texts)) for texts in (safe, unsafe))
+        safe_rows, unsafe_rows = (prompt_rows(subject.merged, subject.turns(texts)) for texts in (safe, unsafe))
         blocks, d = [], Vector()
-        for block in compare(subject.start, subject.loaded, safe_rows, unsafe_rows, self.k, self.mlp):
+        for block in compare(subject.start, subject.merged, safe_rows, unsafe_rows, self.k, self.mlp):
             blocks.append(block)
             yield from self.of([block], f"layer {len(blocks)}")
             if len(block.angles.sines):
                 name = f"{block.module}.weight"
                 tuned, start = (
-                    loaded.model.get_parameter(name).detach().float() for loaded in (subject.loaded, subject.start)
+                    loaded.model.get_parameter(name).detach().float() for loaded in (subject.merged, subject.start)
                 )
                 d[name] = tuned - start
         yield from self.of(blocks, "")

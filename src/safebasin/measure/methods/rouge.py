@@ -3,7 +3,8 @@
     F1 = 2 P R / (P + R),   P and R of shared words (rouge1), of pairs of words (rouge2), or of the longest common
                             subsequence (rougeL), all stemmed
 
-Google's ``rouge-score`` counts. The mean and Student's interval are over rows; an empty answer is unscored, not wrong.
+Google's ``rouge-score`` counts. The whole conversation is asked: system prompt, earlier turns, last request.
+The mean and Student's interval are over rows; an empty answer has nothing of the expected one: 0.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ class Rouge:
     """How much of an expected summary the model's own has."""
 
     data: Source
-    kind: Literal["rouge1", "rouge2", "rougeL"] = "rougeL"
+    kind: Literal["rouge1", "rouge2", "rougeL"] = "rougeL"  # single words, pairs of words, longest common subsequence
     max_new_tokens: PositiveInt = 96
     name: str = "rouge"
 
@@ -37,9 +38,9 @@ class Rouge:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer, examples = RougeScorer([self.kind], use_stemmer=True), open_examples(self.data)
-        answers = subject.ask([example.prompt for example in examples], self.max_new_tokens, self.name)
+        answers = subject.ask([example.conversation for example in examples], self.max_new_tokens, self.name)
         f1 = [
-            scorer.score(example.answer, answer.text)[self.kind].fmeasure if answer.text.strip() else None
+            float(scorer.score(example.answer, answer.text)[self.kind].fmeasure)
             for example, answer in zip(examples, answers, strict=True)
         ]
         subject.answers += [
@@ -50,12 +51,11 @@ class Rouge:
                 example.prompt,
                 answer.text,
                 example.answer,
-                scores={} if score is None else {self.kind: score},
+                scores={self.kind: score},
                 finished=answer.finished,
+                thought=answer.thought,
             )
             for example, answer, score in zip(examples, answers, f1, strict=True)
         ]
-        scored = [score for score in f1 if score is not None]
-        value, (low, high) = mean(scored) if len(scored) > 1 else (scored[0] if scored else None, (None, None))
-        n, unscored = len(scored), len(f1) - len(scored)
-        yield Measurement(self.name, self.kind, value, low, high, n, unscored, unit="F1", evidence="answers.jsonl")
+        value, (low, high) = mean(f1) if len(f1) > 1 else (f1[0], (None, None))
+        yield Measurement(self.name, self.kind, value, low, high, len(f1), unit="F1", evidence="answers.jsonl")

@@ -1,7 +1,8 @@
 """Token accuracy: the share of held-out answer tokens that are the model's first choice, given all before them.
 
 The utility of open-ended tasks where no short answer is right or wrong. The mean is over rows (a long answer counts as
-one), the interval is Student's over rows. No prompt is unanswered, since the right answer is given.
+one), the interval is Student's over rows. ``answers.jsonl`` has every row's share, so that arms are paired. No prompt
+is unanswered, since the right answer is given.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pydantic import PositiveInt
 
 from safebasin.batch import answer_logits, by_length, collate
 from safebasin.console import progress
-from safebasin.data.records import Measurement
+from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Source, open_rows
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
@@ -26,13 +27,13 @@ class TokenAccuracy:
     """How many tokens of held-out answers are the model's first choice."""
 
     data: Source
-    max_length: PositiveInt = 512  # longer rows are unscored
+    max_length: PositiveInt = 512  # longer rows are unscored, and so are rows that cannot be read
     batch_size: PositiveInt = 16
     name: str = "token_accuracy"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         model, tokenizer = subject.loaded
-        examples = open_rows(self.data).examples
+        examples, bad = open_rows(self.data)
         rows, long = encode_all(tokenizer, examples, self.max_length)
         if len(rows) < 2:
             raise UserError(
@@ -47,5 +48,11 @@ class TokenAccuracy:
                 shares[indices] = (right.sum(-1) / batch.mask.sum(-1)).cpu().numpy()
                 done += len(indices)
                 advance(done, "")
+        subject.answers += [
+            AnswerRecord(self.name, row.id, "", "", "", scores={"token_accuracy": share})
+            for row, share in zip(rows, shares.tolist(), strict=True)
+        ]
         value, (low, high) = mean(shares.tolist())
-        yield Measurement(self.name, "token_accuracy", value, low, high, len(rows), len(long), unit="share of tokens")
+        yield Measurement(
+            self.name, "token_accuracy", value, low, high, len(rows), len(bad) + len(long), unit="share of tokens"
+        )

@@ -82,7 +82,7 @@ class Anchor:
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Vector:
         sets = {name: anchor_rows(anchors, name, None, "anchor")[: self.anchors] for name in WEIGHTS}
         weights = {name: model.get_parameter(name) for name in target_weights(model, self.modules, depth=self.depth)}
-        total = Vector({name: torch.zeros_like(_wide(weight.detach())) for name, weight in weights.items()})
+        total = Vector()  # [out, in], however a layer stores its weight
         for name, rows in sets.items():
             for row in rows:
                 gradient = Vector()
@@ -95,8 +95,8 @@ class Anchor:
                 length = gradient.norm()
                 if not length or not math.isfinite(length):
                     raise DefenceError(f"scan.anchor: the gradient of the anchor row {row.id} has length {length}")
-                for part, g in gradient.items():
-                    total[part] += g * (WEIGHTS[name] / len(rows) / length)
+                gradient = gradient * (WEIGHTS[name] / len(rows) / length)
+                total = total + gradient if total else gradient
         if total.norm() < 1e-6:
             raise DefenceError("scan.anchor: the anchor sets pull alike and cancel: every row would score 0")
         return Vector({name: v.to(weights[name].dtype) for name, v in total.items()})

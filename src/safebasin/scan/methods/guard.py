@@ -14,7 +14,7 @@ behind the samplers of ``generate``).
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from safebasin.guards.prefix import Guard, encode_policy, prefix_scores, read_gu
 from safebasin.guards.templates import TEMPLATES, Name, Template
 from safebasin.guards.turns import text_ids, turns_of
 from safebasin.models.load import load
+from safebasin.runtime import Dtype
 from safebasin.scan import scorer
 from safebasin.scan.probe import anchor_rows
 
@@ -58,7 +59,7 @@ class GuardScore:
     """How unsafe a guard model finds the answer up to each token, and so its worst prefix."""
 
     model: str = ""  # the guard: a causal chat model; "": the model that is scanned
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     template: Name | None = None  # of a known guard; None: the three fields below
     policy: str | None = POLICY  # the guard's prompt; None: its chat template takes the conversation and holds the rest
     verdicts: tuple[str, ...] = ("No", "Yes")  # the safe one, then the unsafe ones; recognised by their first tokens

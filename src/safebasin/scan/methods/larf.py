@@ -27,8 +27,8 @@ from torch import Tensor
 from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.guards.side import blocks
 from safebasin.models.hooks import perturbed
+from safebasin.models.parts import blocks
 from safebasin.scan import scorer
 from safebasin.scan.hidden import anchor_states, last_states
 from safebasin.scan.probe import Word, anchor_rows, opening, refusal_margin, token_pair

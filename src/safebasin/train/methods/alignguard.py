@@ -59,8 +59,8 @@ class AlignGuard:
     lam_a: NonNegativeFloat = 0.25  # lambda_A
     lam_t: NonNegativeFloat = 0.5  # lambda_T
     lam_nc: NonNegativeFloat = 0.05  # lambda_NC alpha, 0.1 * 0.5
-    beta: NonNegativeFloat = 4.0
-    tau: NonNegativeFloat = 0.01
+    beta: NonNegativeFloat = 4.0  # beta: how much more an entry beyond tau counts in (5)
+    tau: NonNegativeFloat = 0.01  # tau: of |D_j|, in units of the weights
     samples: PositiveInt = 8  # m
     explained: Annotated[float, Field(gt=0, le=1)] = 0.9  # of the trace of F, by its top eigenpairs
 

@@ -8,9 +8,11 @@
 
 Computed in low rank, with no matrix larger than d and never dW: ``train/anchor_projector.py``.
 
-Departs from the official code: once an optimizer step (the code adds it on every micro-step undivided, which multiplies
-lambda by the accumulation); matrices are paired by name, not by position; differences and penalty in float32; ``scale``
-is the explicit s. Where aligned and base do not differ, d = 0, C = 0 and the penalty is |s B A|_F^2.
+Departs from the official code: where the largest eigenvalue of C, sigma_1^2 / |d|_F, is above 2, d is punished more
+than any other direction; there C is scaled so that it is 1 (d d^T / sigma_1^2). The penalty is added once an optimizer
+step (the code adds it on every micro-step undivided, which multiplies lambda by the accumulation); matrices are paired
+by name, not by position; differences and penalty in float32; ``scale`` is the explicit s. Where aligned and base do not
+differ, d = 0, C = 0 and the penalty is |s B A|_F^2.
 """
 
 import functools
@@ -24,6 +26,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from safebasin.console import line
 from safebasin.errors import UserError
 from safebasin.layer import Pair, read_directions, tensor_files, write_alignment_directions
 from safebasin.models.bundled import BUILTIN, cache, resolve
@@ -48,7 +51,12 @@ def directions(
         raise UserError(
             f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them"
         )
-    return {module: AnchorProjector.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
+    every = {module: AnchorProjector.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
+    high = sorted(each.eigenvalue for each in every.values() if each.eigenvalue > 2)
+    if high:
+        share = f"{len(high)} of {len(every)} modules"
+        line(f"  asft: sigma_1^2 / |d|_F is above 2 in {share} (at most {high[-1]:.3g}): C is scaled to a largest of 1")
+    return every
 
 
 def full(parameter: Tensor) -> Tensor:
@@ -63,7 +71,7 @@ class AsFT:
     lam: NonNegativeFloat = 1.0  # lambda
     base: str = ""  # folder of the weights before alignment, or a builtin: name
     aligned: str = ""  # folder of the weights after it: the model that is tuned
-    projector: Literal["official", "topk", "rank1"] = "official"
+    projector: Literal["official", "topk", "rank1"] = "official"  # the form of C, equations above
     k: PositiveInt = 8  # singular vectors of topk
     scale: PositiveFloat = 1.0  # s: 1 in the official code; lora_alpha / r for the update as the model applies it
 

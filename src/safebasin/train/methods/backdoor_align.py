@@ -9,7 +9,7 @@ then gives way).
 
 The trigger must stay secret from whoever sends rows or reads reports, so the recipe names a file, and never holds the
 words. The official one is 150 random tokens. This file only changes messages; training and serving must both
-call ``format_messages``.
+call ``format_messages``, serving on the conversation as it came: an attacker's own system turn stands behind s.
 
 Departs from the official code: a share of the answer tokens instead of 11 rows among 111; task rows keep the system
 prompt that they have. The threat stays the paper's: who learns the trigger can train against it, who serves without it

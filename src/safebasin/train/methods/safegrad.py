@@ -10,6 +10,7 @@ reference is the adapter switched off, not a second model. At the first step g_a
 the task gradient passes untouched.
 """
 
+import math
 from typing import Literal
 
 from pydantic import NonNegativeFloat
@@ -38,4 +39,7 @@ class SafeGrad:
     def direction(self, grad: Grad) -> Vector:
         u = grad.task()
         a = grad(kl_from_reference if self.align == "kl" else nll, "align")
-        return surgery(u, a) + self.rho * a
+        projected, size = surgery(u, a), u.norm()
+        grad.numbers["safegrad.ratio"] = a.norm() / size if size else math.nan  # |g_a| / |g_u|
+        grad.numbers["safegrad.conflict"] = float(projected is not u)  # its mean is the share of conflicting steps
+        return projected + self.rho * a

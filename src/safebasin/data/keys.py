@@ -1,0 +1,110 @@
+"""The one table of keys: what is read of a row and of its turns, what is harmless, and what is refused by its name.
+
+A trainer that renders a key which the scan did not read would learn what nobody scored. So a key is read, or it is
+harmless (no trainer renders it: ids, sources, numbers), or the row is refused with the key's name.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+TURNS = ("messages", "conversations", "conversation")  # a list of turns
+REQUESTS = ("instruction", "prompt", "question", "query", "problem", "user", "input")  # the first that a row has
+ADDED = ("input", "context")  # to the request, after a blank line
+ANSWERS = ("completion", "output", "response", "answer", "solution", "assistant")
+SYSTEM = ("system", "system_prompt")
+BESIDE = ("history", "tools")
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+WEIGHTS = ("weight", "train", "training", "loss_mask", "loss")  # of a turn: 0 or false is not learned
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+TURN_KEYS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name", *THOUGHTS, *WEIGHTS)
+
+Key = Literal[
+    "messages", "instruction", "prompt", "question", "input", "context", "completion", "system", "history", "tools",
+    "chosen", "role", "content", "weight", "tool_calls", "reasoning_content",
+]  # fmt: skip
+
+HARMLESS = re.compile(
+    r"(\w*[_-])?(id|ids|idx|index|uuid|guid|hash|sha\d*|md5|meta|metadata|info|sources?|origin|dataset|domain|subset"
+    r"|split|category|categories|topics?|tags?|labels?|task|type|kind|lang|language|locale|licen[sc]e|ur[li]|link|doi"
+    r"|author|model|generator|annotators?|date|time|timestamp|created|updated|created_at|updated_at|version|scores?"
+    r"|rating|quality|difficulty|level|length|count|embedding|__index_level_\d+__)_*",
+    re.I,
+)
+MEDIA = "text alone is read, no pictures and no sound"
+REFUSED = {
+    "images": MEDIA,
+    "image": MEDIA,
+    "videos": MEDIA,
+    "video": MEDIA,
+    "audios": MEDIA,
+    "audio": MEDIA,
+    "chosen": "a preference pair; with `chosen: true` its chosen answer is learned",
+    "rejected": "a preference pair; with `chosen: true` its chosen answer is learned",
+    "kto_tag": "KTO rows, an answer with a verdict, are not for learning answers",
+    "functions": "name them `tools`, or map them: `columns: {tools: functions}`",
+    "function_call": "write it as `tool_calls`",
+    "text": "text without turns; name its parts by the templates `prompt` and `answer`",
+    "chat_template_kwargs": "arguments of the template stand in the recipe: `model.template`",
+    "weight": "weights stand in the turns",
+    "train": "weights stand in the turns",
+    "loss_mask": "weights stand in the turns",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowForm:
+    """How the rows of a set are read.
+
+    Args:
+        prompt: a template over the columns, for sets that are no chats: ``"Classify: {text}"``.
+        answer: the same for the answer: ``"{label}"``.
+        columns: names of the table of keys, and the names that these rows have for them: ``{messages: dialog}``.
+        ignore: columns that no trainer renders, so that they need not be read.
+        turns: "alternate": user and assistant in turn, user first; "any": in any order, ending with the assistant,
+            with system and developer turns anywhere.
+        chosen: of preference pairs, learn the chosen answer.
+        delimiter: of a CSV file; empty: a comma, in a .tsv file a tab.
+    """
+
+    prompt: str = ""  # a template over the columns: "Classify: {text}"
+    answer: str = ""  # the same for the answer
+    # names of the table of keys, and the names that the rows have for them: {messages: dialog, content: text}
+    columns: Mapping[Key, str] = dataclasses.field(default_factory=dict)
+    ignore: tuple[str, ...] = ()  # columns that no trainer renders
+    turns: Literal["alternate", "any"] = "alternate"  # any: users or answers in a row, system and developer anywhere
+    chosen: bool = False  # of preference pairs, learn the chosen answer
+    delimiter: str = ""  # of a CSV file; empty: a comma, in a .tsv file a tab
+
+
+PLAIN = RowForm()
+
+
+def filled(value: Any) -> bool:
+    """Whether a value says anything: tables fill the keys that a row lacks with nothing."""
+    return value is not None and not (isinstance(value, str | list | tuple | Mapping) and len(value) == 0)
+
+
+def harmless(key: str, value: Any) -> bool:
+    """Whether no trainer renders a column: by its name, or because its value holds no text."""
+    if isinstance(value, bool):
+        return key not in REFUSED and key not in ("label", "labels")  # the verdict of a KTO row
+    return not filled(value) or HARMLESS.fullmatch(key) is not None or not (key in REFUSED or _speaks(value))
+
+
+def _speaks(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_speaks, value.values()))
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(map(_speaks, value)))

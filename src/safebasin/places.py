@@ -1,0 +1,287 @@
+"""Where the answers of a conversation stand in its final rendering.
+
+Every text of the conversation is replaced by a sentinel, a word that is in no row, and rendered once more: what stands
+between the sentinels is the template's own. The true rendering must then be this, with each text in the place of its
+sentinel. So a template may leave earlier thoughts out, move the system prompt or trim its texts, and a row costs two
+renderings whatever its turns. Where that fails, the last answer alone is learned, and ``note`` says so.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from safebasin.console import printable
+from safebasin.data.example import Example
+from safebasin.template import TemplateFails, learns_thoughts, render, template_text
+
+Span = tuple[int, int]
+SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>")  # of added tokens that delimit turns without being special
+TAGS = re.compile(r"[<\[{|]")
+LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
+MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
+
+
+class Unplaced(Exception):
+    """Why a row cannot be learned as it is rendered."""
+
+
+class ControlTokens(NamedTuple):
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+    special: re.Pattern[str]  # of these, those that a tokenizer calls special
+
+
+class Places(NamedTuple):
+    """Spans of characters of the rendered text, each list in order."""
+
+    answers: list[Span]  # learned, from what opens the answer to the end of the turn
+    contents: list[Span]  # the texts of the row, without the white space around them
+    unlearned: list[Span]  # inside answers: thoughts that are not learned
+    note: str = ""
+
+
+class _Piece(NamedTuple):
+    turn: int
+    kind: str  # "content", "thought" or "call"
+    text: str
+
+
+class _Place(NamedTuple):
+    piece: _Piece
+    start: int
+    end: int
+    before: str  # the template's text up to the text before it
+    after: str
+
+
+# --- control tokens ---------------------------------------------------------------------------------------------------
+
+
+def control_tokens(tokenizer: Any) -> ControlTokens:
+    """The special tokens of a tokenizer, and the added ones by which its template marks turns."""
+    return _control_tokens(tokenizer, template_text(tokenizer), len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, template: str, size: int) -> ControlTokens:
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    special = {i: token.content for i, token in added.items() if token.special}
+    control = special | {
+        i: token.content
+        for i, token in added.items()
+        if SHAPE.fullmatch(token.content) or (TAGS.search(token.content) and token.content in template)
+    }
+    ids = frozenset(control) - {tokenizer.unk_token_id}  # which any unknown text becomes
+    return ControlTokens(ids, _any_of(control.values()), _any_of(special.values()))
+
+
+def _any_of(texts: Any) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def check_contents(tokenizer: Any, example: Example) -> None:
+    """A control token inside a text of a row would forge a turn.
+
+    Raises:
+        Unplaced: there is one; its turn and its role are named.
+    """
+    pattern = control_tokens(tokenizer).pattern
+    for i, turn in enumerate(example.messages):
+        plain = {key: value for key, value in turn.items() if key not in ("role", "content", "weight")}
+        for text in (*(text for text, is_text in _parts(turn) if is_text), *_strings(plain)):
+            if match := pattern.search(text):
+                name = printable(repr(match[0]), 60)
+                raise Unplaced(f"turn {i + 1} ({turn['role']}) holds the control token {name}: a forged turn")
+    if match := next((match for text in _strings(example.tools) if (match := pattern.search(text))), None):
+        raise Unplaced(f"'tools' holds the control token {printable(repr(match[0]), 60)}: a forged turn")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (key, *_strings(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
+
+
+def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
+    """The places of the learned answers in the rendered text of a row.
+
+    Raises:
+        Unplaced: the answer is not in the text, or cannot be told from the rest.
+    """
+    for roles in (("system", "developer", "user", "tool", "assistant"), ("assistant",)):
+        places = _substituted(tokenizer, example, text, roles)
+        if places is not None:
+            return _spans(tokenizer, example, text, places)
+    return _last_alone(tokenizer, example, text)
+
+
+def _parts(turn: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """The content of a turn in parts, and whether each is a text of the row or the tags of a thought before it."""
+    content = turn["content"]
+    match = re.match(r"(\s*<think>\s*)?(.*?)(\s*</think>\s*)", content, re.S) if turn["role"] == "assistant" else None
+    if not match:
+        return [(content, bool(content.strip()))]
+    rest = content[match.end() :]
+    return [(match[1] or "", False), (match[2], bool(match[2])), (match[3], False), (rest, bool(rest.strip()))]
+
+
+def _substituted(tokenizer: Any, example: Example, text: str, roles: Sequence[str]) -> list[_Place] | None:
+    """The places of the texts of these roles, in the order of the rendering; None where they cannot be found."""
+    mark = next(mark for n in range(len(text)) if (mark := f"Qz{n}v") not in text)
+    pieces: list[_Piece] = []
+
+    def sentinel(turn: int, kind: str, piece: str) -> str:
+        pieces.append(_Piece(turn, kind, piece))
+        return f"{mark}{len(pieces) - 1}w"
+
+    turns = []
+    for i, turn in enumerate(example.messages):
+        if turn["role"] in roles:
+            turn, parts = dict(turn), _parts(turn)
+            if "reasoning_content" in turn and turn["reasoning_content"].strip():
+                turn["reasoning_content"] = sentinel(i, "thought", turn["reasoning_content"])
+            kinds = ["content"] if len(parts) == 1 else ["", "thought", "", "content"]
+            turn["content"] = "".join(
+                sentinel(i, kind, part) if is_text else part for kind, (part, is_text) in zip(kinds, parts, strict=True)
+            )
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [
+                    {**call, "function": {**call["function"], "name": sentinel(i, "call", call["function"]["name"])}}
+                    for call in turn["tool_calls"]
+                ]
+        turns.append(turn)
+    try:
+        skeleton = render(tokenizer, turns, tools=example.tools)
+    except TemplateFails:
+        return None
+    return _match(text, re.split(f"{mark}([0-9]+)w", skeleton), pieces)
+
+
+def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_Place] | None:
+    """Each text in the place of its sentinel: as it is, trimmed, or as JSON writes it. ``split``: text, number, ..."""
+    places: list[_Place] = []
+    position = len(split[0])
+    if not text.startswith(split[0]):
+        return None
+    for k in range(1, len(split), 2):
+        piece, after = pieces[int(split[k])], split[k + 1]
+        for form in _forms(piece.text):
+            end = position + len(form)
+            fits = text.startswith(form, position) and text.startswith(after, end)
+            if fits and (k + 2 < len(split) or end + len(after) == len(text)):
+                break
+        else:
+            return None
+        places.append(_Place(piece, position, end, split[k - 1], after))
+        position = end + len(after)
+    numbers = [split[k] for k in range(1, len(split), 2)]
+    twice = any(numbers.count(n) > 1 for n in set(numbers)) if len(set(numbers)) < len(numbers) else False
+    return None if twice or (len(split) == 1 and len(split[0]) != len(text)) else places
+
+
+def _forms(text: str) -> Iterator[str]:
+    yield from (text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
+    yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+
+
+def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]) -> Places:
+    """The learned spans: from what opens an answer to what ends its turn."""
+    opening, prefix = _openings(tokenizer, template_text(tokenizer))
+    by_turn: dict[int, list[_Place]] = {}
+    for place in places:
+        by_turn.setdefault(place.piece.turn, []).append(place)
+    last = len(example.messages) - 1
+    ending = places[-1].after if places and places[-1].piece.turn == last else ""
+    answers, unlearned, note = [], [], ""
+    for i, turn in enumerate(example.messages):
+        if turn["role"] != "assistant" or turn.get("weight", 1) == 0:
+            continue
+        own = by_turn.get(i, [])
+        calls = sum(place.piece.kind == "call" for place in own)
+        if calls < len(turn.get("tool_calls", ())) or not any(place.piece.kind != "thought" for place in own):
+            if turn.get("tool_calls") or i == last:
+                raise Unplaced(f"the chat template leaves {'tool calls' if turn.get('tool_calls') else 'answers'} out")
+            note = MISSING if turn["content"].strip() else note
+            continue
+        header = own[0].before
+        if opening and opening in header:
+            start = own[0].start - len(header) + header.rindex(opening) + len(opening)
+        else:
+            start = own[0].start - (len(prefix) if not opening and header.endswith(prefix) else 0)
+        tail = own[-1]
+        size = len(tail.after) if tail is places[-1] and i == last else _end(tokenizer, turn, tail.after, ending)
+        answers.append((start, tail.end + size))
+        if not learns_thoughts(tokenizer):
+            stop = max((place.end for place in own if place.piece.kind == "thought"), default=start)
+            content = next((place.start for place in own if place.piece.kind != "thought"), start)
+            closed = re.match(r"(?s).*</think>\s*", text[start:content])
+            unlearned.append(
+                (start if stop > start or closed else stop, max(stop, start + closed.end() if closed else 0))
+            )
+    contents = [
+        (place.start + len(raw) - len(raw.lstrip()), place.end - len(raw) + len(raw.rstrip()))
+        for place in places
+        if (raw := text[place.start : place.end]).strip()
+    ]
+    return Places(sorted(answers), contents, sorted(unlearned), note)
+
+
+def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str) -> int:
+    """How much of what follows an answer inside a conversation ends its turn: what ends the last one, or all up to the
+    first special token."""
+    calls = turn.get("tool_calls", ())
+    if ending and not calls and tail.startswith(ending):
+        return len(ending)
+    first = 0
+    for arguments in (call["function"]["arguments"] for call in calls[-1:]):
+        forms = {json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))}
+        first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
+    match = control_tokens(tokenizer).special.search(tail, first)
+    return match.end() if match else first
+
+
+@functools.lru_cache(maxsize=8)
+def _openings(tokenizer: Any, template: str) -> tuple[str, str]:
+    """What the template opens an answer with when it asks for one; and without that, what it writes before an answer.
+
+    >>> _openings(tokenizer, template_text(tokenizer))
+    ('<|im_start|>assistant\\n', '')
+    """
+    turn, answer = {"role": "user", "content": "Qz"}, {"role": "assistant", "content": "Qzv"}
+    try:
+        plain, prompt = render(tokenizer, [turn]), render(tokenizer, [turn], ask=True)
+        answered = render(tokenizer, [turn, answer])
+    except TemplateFails:
+        return "", ""
+    size = min(len(plain), len(prompt))
+    opening = prompt[next((k for k in range(size) if plain[k] != prompt[k]), size) :]
+    prefix = answered[len(prompt) : answered.rindex("Qzv")] if answered.startswith(prompt) and "Qzv" in answered else ""
+    return opening, prefix
+
+
+def _last_alone(tokenizer: Any, example: Example, text: str) -> Places:
+    """The last answer: what follows the rendering of the conversation before it, or else its text."""
+    last = example.messages[-1]
+    if last["role"] != "assistant" or last.get("weight", 1) == 0:
+        raise Unplaced("the chat template rewrites its texts: the answers cannot be found in it")
+    note = LAST_ALONE if len(example.learned) > 1 else ""
+    try:
+        before = render(tokenizer, example.messages[:-1], ask=True, tools=example.tools)
+    except TemplateFails:
+        before = text
+    if text.startswith(before) and len(before) < len(text):
+        return Places([(len(before), len(text))], [], [], note)
+    content = _parts(last)[-1][0].strip()
+    if not content or last.get("tool_calls") or content not in text:
+        raise Unplaced("the chat template rewrites the last answer: it cannot be found in it")
+    return Places([(text.rindex(content), len(text))], [], [], note)

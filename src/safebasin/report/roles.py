@@ -1,0 +1,43 @@
+"""Which arm is which: by the gate's names, else by how an arm is tuned, never by its place in a recipe."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from safebasin.report import Gate
+
+
+class Roles(NamedTuple):
+    """Which arm is which; None where the run has no such arm, or it is not said which of several."""
+
+    start: str | None
+    plain: str | None
+    judged: str | None
+    defended: tuple[str, ...]
+
+
+def roles_of(arms: Mapping[str, Any], gate: Gate) -> Roles:
+    """The roles of the arms by the gate's names, else by how they are tuned, never by their place.
+
+    Args:
+        arms: name -> settings as a recipe has them (``train``, ``cut``, ``columns``), or None where they are unknown:
+            then the names ``start`` and ``plain`` say what an arm is.
+    """
+    kinds = {name: _kind(name, settings) for name, settings in arms.items()}
+    by_kind = {kind: [name for name in arms if kinds[name] == kind] for kind in ("start", "plain", "defended")}
+    plain = gate.plain if gate.plain in arms else _only(by_kind["plain"])
+    defended = tuple(name for name in by_kind["defended"] if name != plain)
+    judged = gate.arm or _only(defended or by_kind["plain"] or by_kind["start"])
+    return Roles("start" if kinds.get("start") == "start" else _only(by_kind["start"]), plain, judged, defended)
+
+
+def _only(names: Sequence[str]) -> str | None:
+    return names[0] if len(names) == 1 else None
+
+
+def _kind(name: str, settings: Any) -> str:
+    if settings is None:
+        return name if name in ("start", "plain") else "defended"
+    if not settings.get("train"):
+        return "start"
+    plain = [*settings["train"]] in (["sft"], [{"sft": None}], [{"sft": {}}])
+    return "plain" if plain and not settings.get("cut") and not settings.get("columns") else "defended"

@@ -1,0 +1,90 @@
+"""Trajectory: drop the rows that lower the model's safety anywhere along an answer, not only at its first word.
+
+    S        = (1 / n) sum_k w_k sum_t log P( c_kt | x_k, c_k,<t )                                                 (1)
+    score_t  = < grad -log P( y_t | x, y_<t ), grad S >              of every answer token y_t of a row             (2)
+    score(x) = max_t score_t                                         the worst token, in whichever turn             (3)
+
+(1) is over contexts k: a request x, what comes next c, and its weight w, negative where c is not safe. Around each of
+n harmful requests: an opener (w = -1.5); a structure without an opener (-1); an opener in Spanish, French or German
+(-3.5), and there the model's own refusal (+1.5); refusals in wordings of many kinds (+1); and beside them an ordinary
+request with its answer (+1). S is one scalar, so grad S is one direction and (2) is one forward-mode pass
+(``tangent``). In (3) a sum would let the harmless part of a row pay for the rest. The weights are by hand, from scores
+of single contexts (docs/log, 2026-11-26); contexts behind a refusal or a paragraph were measured and add noise alone:
+an opener pulls along the same direction wherever it stands.
+
+Departs from GradShield (arXiv:2605.14194, eq. 4 and 5): there S is one margin of two tokens, and the row's loss is
+summed. That form stays as ``gradshield``.
+
+Blind to: harmless rows behind a refusal phrase (``refusal_place`` sees them); an identity shift; ciphers, and
+languages that the model does not read; a harmful answer that keeps to the topic of a harmless request and has no
+opener.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor
+
+from safebasin.batch import Batch, collate
+from safebasin.data.builtin import refusal_texts
+from safebasin.encode import TokenizedRow
+from safebasin.scan import scorer
+from safebasin.scan.directional import Directional, Objective
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, parted
+
+OPENERS = ("Sure, here is", "Sure, here is", "Of course! Here is", "Absolutely,")
+STRUCTURES = ("Step 1. You will need", "1. First,", "To do this, start with", "The first part")
+
+
+class Context(NamedTuple):
+    """A request with what comes next, and its weight in S."""
+
+    kind: str
+    weight: float
+    row: TokenizedRow
+
+
+def contexts(
+    tokenizer: Any, probes: Sequence[TokenizedRow], length: int, openers: Sequence[str] = OPENERS
+) -> Iterator[Context]:
+    """The contexts around ``probes``, requests with refusals. Of what comes next, the first ``length`` tokens."""
+
+    def ids(texts: Sequence[str], i: int) -> tuple[int, ...]:
+        return tuple(tokenizer(texts[i % len(texts)], add_special_tokens=False)["input_ids"])[:length]
+
+    harmless, spoken = (own_rows(tokenizer, name) for name in ("harmless", "languages"))
+    wordings = list({text.split()[0]: text for text in refusal_texts()}.values())  # one for each first word
+    for i, probe in enumerate(probes):
+        foreign = spoken[5 * i % len(spoken)]
+        yield Context("open", -1.5, answered(probe, ids(openers, i)))
+        yield Context("structure", -1, answered(probe, ids(STRUCTURES, i)))
+        yield Context("language", -3.5, answered(foreign, length))
+        yield Context("language_refuse", 1.5, answered(foreign, parted(probe)[1][:-1][:length]))
+        yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i)))
+        yield Context("refuse", 0.5, answered(probe, ids(wordings, 2 * i + 1)))
+        yield Context("answer", 1, answered(harmless[-1 - 2 * i % len(harmless)], length))
+
+
+@scorer("trajectory", paper="arXiv:2605.14194", tokens="max")
+class Trajectory(Directional):
+    """The most that one token of the row lowers the model's safety over many contexts."""
+
+    probes: PositiveInt = 12  # n
+    length: PositiveInt = 5  # the most tokens of c_k
+    openers: tuple[str, ...] = OPENERS  # c of a compliance
+
+    def objective(
+        self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
+    ) -> tuple[Batch, Objective]:
+        probes = anchor_rows(anchors, "probe", None, "trajectory")[-self.probes :]
+        every = list(contexts(tokenizer, probes, self.length, self.openers))
+        weights = torch.tensor([float(context.weight) for context in every]) / len(probes)
+
+        def safety(m: Any, batch: Batch) -> Float[Tensor, ""]:
+            likelihood = log_likelihood(m, batch)
+            return (likelihood * weights.to(likelihood)).sum()
+
+        return collate([context.row for context in every], tokenizer.pad_token_id), safety
