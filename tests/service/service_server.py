@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import socket
@@ -24,6 +23,7 @@ from report import conftest as report_runs
 from safebasin.data.tables import write_json
 from safebasin.report.table import collect
 from safebasin.service.app import create_app
+from safebasin.service.executor import Child
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Store, new_key, new_tenant
 
@@ -208,8 +208,8 @@ def answers(port: int) -> bool:
 def stop_children(served: Served) -> None:
     """No child of a test outlives it."""
     for file in served.settings.folder.glob("jobs/*/pid"):
-        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):
-            os.killpg(int(file.read_text()), signal.SIGKILL)
+        if child := Child.adopt(file.parent):  # it lives, so that the number is its own
+            child.send(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
