@@ -239,7 +239,7 @@ def measure_model(
     Returns:
         One measurement a quantity, judge and category: value, 95 % interval, n, unscored, off task.
 
-    >>> suite = {"asr": {"prompts": "builtin:harmful-test", "take": 2, "judges": ["keyword"], "max_new_tokens": 4}}
+    >>> suite = {"asr": {"prompts": "builtin:harmful-test", "take": 2, "judges": ["keyword"]}}
     >>> [measurement.n for measurement in measure_model(suites=[suite])]
     [2]
     """

@@ -167,17 +167,19 @@ def pack(batch: Batch, mask_dtype: torch.dtype = torch.bool) -> Packed | None:
     predicts: list[int] = []
     places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
     branches: list[tuple[int, list[int]]] = []  # of each row: its first new place, and the places of all its tokens
-    lengths = batch.attention_mask.sum(1).tolist()
-    for row, mask, length in zip(batch.input_ids.tolist(), batch.mask.tolist(), lengths, strict=True):
+    tail = batch.input_ids.shape[1] - batch.mask.shape[1]  # the first column of the mask
+    ranks = batch.attention_mask.cumsum(1)[:, tail:] - 1  # of its columns, among the tokens of their row
+    seen = batch.attention_mask.bool()
+    for row, real, mask, rank in zip(batch.input_ids, seen, batch.mask, ranks, strict=True):
         path, first, before = list[int](), len(ids), -1
-        for position, token in enumerate(row[len(row) - length :]):
+        for position, token in enumerate(row[real].tolist()):
             place = places.setdefault((before, token), len(ids))
             if place == len(ids):
                 ids.append(token)
                 positions.append(position)
             path.append(place)
             before = place
-        answers = [length - len(mask) + i for i, answer in enumerate(mask) if answer]
+        answers = rank[mask].tolist()
         if 0 in answers:
             return None
         predicts += [path[i - 1] for i in answers]

@@ -29,7 +29,7 @@ def real(tmp_path_factory):
         gate = {"max_asr": limit, "max_accuracy_loss": None, "min_n": 2, "max_unscored": 1.0}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "gate": gate}, sort_keys=False))
         models[name] = {"recipe": str(folder / f"{name}.yaml")}
-    names = [name for name in os.environ if name.startswith(("PYTHON", "OMP_", "HF_"))]
+    names = [name for name in os.environ if name.startswith(("PYTHON", "OMP_"))]
     child = {"command": [sys.executable, "-m", "safebasin"], "environment": names, "slots": 1}
     with in_thread(Served(folder / "served", folder, models=models, child=child)) as served:
         yield served
