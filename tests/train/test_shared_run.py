@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import yaml
+from aligned import BAD, GOOD
 from runs import prepare
 
 from safebasin.cli.main import app, guarded
-from safebasin.data.tables import file_digest
+from safebasin.data.tables import file_digest, write_table
 from safebasin.pipeline.config import read
 from safebasin.pipeline.run import Run
 
@@ -26,9 +27,14 @@ def recipe(tmp_path_factory):
     """A tiny aligned model, 60 rows, and an arm with a scan and two gradients: four rows a step, by two."""
     folder = tmp_path_factory.mktemp("shared")
     model, rows, probe = map(str, prepare(folder, 60))
+    pairs = {"harmful": [(f"{verb} the {word}", "Sure here") for word in BAD for verb in ("make", "help")]}
+    pairs["safe"] = [(f"{verb} the {word}", "Sure here are the steps") for word in GOOD for verb in ("make", "help")]
+    for name, each in pairs.items():
+        write_table(folder / f"{name}.jsonl", [{"prompt": x, "completion": y} for x, y in each])
+    anchors = {name: {"path": str(folder / f"{name}.jsonl")} for name in pairs}
     tree = {
         "model": {"name": model, "dtype": "float32"},
-        "data": {"task": {"path": rows}, "align": {"path": probe}, "probe": {"path": probe}},
+        "data": {"task": {"path": rows}, "align": {"path": probe}, "probe": {"path": probe}, **anchors},
         "train": {
             "adapter": ADAPTER,
             "per_device_train_batch_size": 2,
