@@ -28,6 +28,7 @@ def test_a_run(family, tmp_path):
         "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in sets},
         "scan": {"scorers": [{"anchor": {"anchors": 2}}], "batch_size": 2},
         "train": {"adapter": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}, **train},
+        "gate": {"arm": "defended"},
         "arms": {
             "start": {},
             "plain": {"train": ["sft"]},
