@@ -35,6 +35,13 @@ STAGES = {  # page -> title, registry, where a recipe names such a method, what 
         "A method defines `loss` (it takes the place of the task's token loss), `penalty` (added once a step) or "
         "`direction` (gradient surgery). Methods of different kinds can stand in one arm.",
     ),
+    "repair": (
+        "Repair: edits",
+        "safebasin.repair:edit",
+        "`arms.NAME.repair`, a list, and `safebasin repair --method`",
+        "An edit says what the update of a weight should have been. Edits compose from left to right; each has one "
+        "strength. [The guide](../guides/repair.md) has the roles that they need.",
+    ),
     "measure": (
         "Measure: suites",
         "safebasin.measure:suite",
@@ -58,6 +65,7 @@ STAGES = {  # page -> title, registry, where a recipe names such a method, what 
 }
 METHODS = {  # keys of a recipe that name methods: they are explained on another page
     "Arm.train": "list of [training methods](train.md), or null",
+    "Arm.repair": "list of [edits](repair.md), or null",
     "Data.attack": "an [attack](attack.md)",
     "Scan.scorers": "list of [scorers](scan.md)",
     "Measure.suites": "list of [suites](measure.md)",
@@ -174,7 +182,7 @@ def fields_table(schema: dict[str, Any], notes: dict[str, str], section: str = "
     rows = ["| field | type | default | |", "| --- | --- | --- | --- |"]
     order = [*notes, *schema.get("properties", {})]
     for name, inner in sorted(schema.get("properties", {}).items(), key=lambda item: order.index(item[0])):
-        default = "required" if name in schema.get("required", ()) else ""
+        default = "required" if name in schema.get("required", ()) else "its defaults"
         if "default" in inner:
             text = json.dumps(inner["default"], ensure_ascii=False)
             default = "its defaults" if len(text) > 60 and isinstance(inner["default"], dict) else f"`{text}`"

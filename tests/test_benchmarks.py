@@ -22,7 +22,8 @@ from safebasin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"train", "scan", "truth", "hidden_text", "kill", "search", "guard", "dsa", "landscape", "mechanics", "rubric"}
-NAMES |= {"quickstart", "grid", "methods", "coverage", "intervals"}
+NAMES |= {"quickstart", "grid", "methods", "repair", "repair_table"}
+NAMES |= {"coverage", "intervals", "judges", "trajectory", "service", "service_end"}
 
 
 def results(path):
@@ -191,13 +192,22 @@ def test_floors_by_hand():
     640 / 8800.
     """
     work, chosen = bench.Work(100, 50, 320, 2), bench.methods("base", "aligned")
-    floors = {name: work.floor(way, [shape(4, 10, 1)], [shape(1, 18, 7)]) for name, way in chosen.items()}
+    chosen = {name: way._replace(padded=True) for name, way in chosen.items()}
+    task, align = [shape(4, 10, 1)], [shape(1, 18, 7)]
+    floors = {name: work.floor(way, task, align, chosen["sft"]) for name, way in chosen.items()}
+    assert floors.pop("padded") == 1
     expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5}
     expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5}
     expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800)
     expected |= dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
     expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
     assert floors == pytest.approx(expected)
+
+
+def test_a_packed_floor_by_hand():
+    """Four rows of the same ten tokens are one: 10 * 100 + 4 * 50 = 1200 of 4400, and so is a method on packed rows."""
+    work, ways = bench.Work(100, 50, 320, 2), bench.methods("base", "aligned")
+    assert work.floor(ways["sft"], [shape(4, 10, 1)], [shape(1, 18, 7)], ways["padded"]) == pytest.approx(1200 / 4400)
 
 
 def test_work_and_ratios_by_hand(folders, monkeypatch, tmp_path):
@@ -210,13 +220,19 @@ def test_work_and_ratios_by_hand(folders, monkeypatch, tmp_path):
     layers, shared = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), bench.setting(folders["aligned"])
     assert bench.Work.of(shared.model) == (layers, 64 * 32, anchor, 8)
     monkeypatch.setattr(bench, "turns", lambda *_: {})
-    monkeypatch.setattr(bench, "run", lambda *_: {"sft": [2, 4, 2], "spard": [3, 6, 5]})
-    chosen = {name: way for name, way in bench.methods("", "").items() if name in ("sft", "spard")}
+    monkeypatch.setattr(bench, "run", lambda *_: {"sft": [1, 2, 1], "padded": [2, 4, 2], "spard": [3, 6, 5]})
+    chosen = {name: way for name, way in bench.methods("", "").items() if name in ("sft", "padded", "spard")}
     session = Bench(tmp_path / "results.json", tmp_path)
     bench.step_ratios(session, chosen, shared, 3)
-    seconds, plain, spard = session.records
-    assert (seconds["value"], plain["value"], spard["value"], spard["n"]) == (2, 1, 1.5, 3)
-    assert spard["interval"] == [1.5, 2.5]
+    records = {record["what"]: record for record in session.records}
+    assert {name: record["value"] for name, record in records.items()} == {
+        "sft.seconds": 1,
+        "padded.seconds": 2,
+        "packed.step_ratio": 0.5,
+        "spard.step_ratio": 1.5,
+        "spard.packed_ratio": 3,
+    }
+    assert (records["spard.step_ratio"]["n"], records["spard.step_ratio"]["interval"]) == (3, [1.5, 2.5])
 
 
 def test_methods_that_share_a_model_do_not_touch_one_another(folders):
@@ -236,21 +252,23 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
     words += ["--keep", str(tmp_path / "keep"), "--out", str(out)]
     harness.main(words)
     records = results(out)
-    assert set(records) == {"sft.seconds"} | {f"{name}.step_ratio" for name in bench.methods("", "")}
+    others = bench.methods("", "").keys() - {"sft", "padded"}
+    ratios = {f"{name}.{kind}_ratio" for name in others for kind in ("step", "packed")}
+    assert set(records) == {"sft.seconds", "padded.seconds", "packed.step_ratio"} | ratios
     for record in records.values():
         assert set(harness.FIELDS) <= record.keys()
         assert record["n"] == 3
         assert record["interval"][0] <= record["value"] <= record["interval"][1]
-    assert records["sft.step_ratio"]["value"] == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "step_ratio" in line]
-    assert len(lines) == 14 and all(re.search(r"floor \d\.\d+ \([+-]\d+%\) +x$", line) for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "_ratio" in line]
+    pattern = r"floor \d\.\d+( and <= \d\.\d+)? \([+-]\d+%\) +x$"
+    assert len(lines) == len(records) - 2 and all(re.search(pattern, line) for line in lines)
     harness.main([*words, "--accumulation", "2", "--only", "spard"])
     again = json.loads(out.read_text())
     assert again[: len(records)] == list(records.values())  # of other batches, so they stay
     assert [(record["what"], record["rows"]) for record in again[len(records) :]] == [
         (what, 2 * record["rows"])
         for what, record in records.items()
-        if what in ("sft.seconds", "sft.step_ratio", "spard.step_ratio")
+        if what in ("sft.seconds", "padded.seconds", "packed.step_ratio") or what.startswith("spard.")
     ]
 
 

@@ -198,7 +198,10 @@ def test_the_readme_counts_what_there_is():
     count = {
         page: words[len(list(reference.registry_of(path))) - 4] for page, (_, path, *_) in reference.STAGES.items()
     }
-    assert f"{count['scan'].capitalize()} ways to score a row, {count['train']} to train, {count['measure']} to" in text
+    assert (
+        f"{count['scan'].capitalize()} ways to score a row, {count['train']} to train, {count['repair']} to repair"
+        in text
+    )
     assert f"to measure, {count['judges']} judges and {count['attack']} attacks are built in" in text
 
 

@@ -175,7 +175,7 @@ def test_two_seeds_do_not_say_how_much_seeds_vary():
 @pytest.mark.parametrize("share", [0.03, 0.3])
 def test_intervals_over_three_seeds_hold_the_truth(share):
     """100 runs of three seeds on the same 60 prompts, where seeds and prompts vary: at least 93 % of the intervals hold
-    the truth (docs/decisions/0023 has the table); those of pooled prompts do not."""
+    the truth (docs/decisions/0018 has the table); those of pooled prompts do not."""
     chance, held, pooled = np.random.default_rng(1), 0, 0
     for _ in range(100):
         # a beta mixture: the share of a prompt, times a seed's factor of mean 1

@@ -8,8 +8,8 @@ import contextlib
 import http.client
 import http.server
 import json
-import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from cyclopts import Parameter
 
 from benchmarks.harness import Bench, experiment
 from benchmarks.service.end_to_end import free_port, new_key, serve
+from safebasin.service.executor import Child
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Job, Store, new_id
 
@@ -88,8 +89,8 @@ class Service:
         """End the server and its children."""
         self.kill()
         for file in self.policy.parent.glob("service/jobs/*/pid"):
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                os.killpg(int(file.read_text()), 9)
+            if child := Child.adopt(file.parent):
+                child.send(signal.SIGKILL)
 
     def client(self, port: int | None = None, **more: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{port or self.port}/v1", api_key=self.key, **more)

@@ -209,7 +209,7 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
     from safebasin.pipeline.run import Run
 
     recipe = _checked(recipe)
-    if arm not in recipe.arms or recipe.arms[arm].train is None:
+    if arm not in recipe.arms or (recipe.arms[arm].train is None and recipe.arms[arm].of is None):
         raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(recipe.arms)}")
     with Run(recipe, Path(out)) as run:
         adapter = run.ensure(arm)

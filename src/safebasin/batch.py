@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.encode import TokenizedRow
@@ -145,7 +146,9 @@ def padded_because(model: Any) -> str | None:
 
 
 def takes_tree(model: Any) -> bool:
-    """Whether attention takes any mask: eager or SDPA, full in every layer, positions given."""
+    """Whether attention takes any mask: of transformers, eager or SDPA, full in every layer, positions given."""
+    if not isinstance(model, PreTrainedModel):
+        return False
     parameters = inspect.signature(model.forward).parameters
     given = parameters.keys() >= {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
     full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)

@@ -1,13 +1,15 @@
-"""A weight in its roles. A (base, aligned) pair gives the alignment direction d = W_aligned - W_base.
+"""A weight in its roles: its change as an ``Update``, and the alignment direction d = W_aligned - W_base of a pair.
 
 The pair is streamed: one matrix at a time, paired by name, subtracted in float32 (the difference of close bfloat16
 weights cancels most of their digits). Nothing here holds a model in memory, and no matrix is larger than the weight.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,82 @@ def tensor_kinds(folder: str | Path, files: str = "*.safetensors") -> dict[str, 
     return kinds
 
 
-class Pair:
-    """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """The change dW of one weight: B A in low rank, or dense where A is None and B is dW itself.
+
+    ``b`` is [out, r] and ``a`` [r, in], the scale of the adapter folded into B. Sums of low ranks are concatenations,
+    so that nothing of the size of the weight is formed.
+
+    >>> Update(torch.ones(2, 1), torch.tensor([[3.0, 4.0]])).norm()  # [[3, 4], [3, 4]]
+    7.0710678118654755
+    """
+
+    b: Tensor
+    a: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], (self.b if self.a is None else self.a).shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Of the factors: the rank of dW is at most this."""
+        return min(self.b.shape)
+
+    def dense(self) -> Tensor:
+        return self.b if self.a is None else self.b @ self.a
+
+    def __mul__(self, scale: float | int) -> "Update":
+        return Update(self.b * scale, self.a)
+
+    def __add__(self, other: "Update") -> "Update":
+        if self.a is None or other.a is None:
+            return Update(self.dense() + other.dense())
+        return Update(torch.cat([self.b, other.b], 1), torch.cat([self.a, other.a]))
+
+    def __sub__(self, other: "Update") -> "Update":
+        return self + other * -1.0
+
+    def __matmul__(self, other: "Update") -> float:
+        """The inner product <dW, dW'>, in float64."""
+        if self.a is None and other.a is None:
+            parts = zip(self.b.split(1024), other.b.split(1024), strict=True)
+            return sum(float((x.double() * y.double()).sum()) for x, y in parts)
+        if self.a is None or other.a is None:
+            full, low = (self, other) if self.a is None else (other, self)
+            assert low.a is not None
+            return float(((full.b @ low.a.T).double() * low.b.double()).sum())
+        return float(((self.b.double().T @ other.b.double()) * (self.a.double() @ other.a.double().T)).sum())
+
+    def norm(self) -> float:
+        return math.sqrt(max(self @ self, 0.0))
+
+    def left(self, function: Callable[[Tensor], Tensor]) -> "Update":
+        """M dW, of a function that gives M X of [out, n]."""
+        return Update(function(self.b), self.a)
+
+    def right(self, function: Callable[[Tensor], Tensor]) -> "Update":
+        """dW M, of a function that gives X M of [n, in]."""
+        return Update(function(self.b)) if self.a is None else Update(self.b, function(self.a))
+
+    def balanced(self, rank: int | None = None) -> "Update":
+        """The best approximation of a rank, as U sqrt(S) and sqrt(S) V^T; by default exact, at its own rank."""
+        if self.a is None:
+            u, s, v = torch.linalg.svd(self.b, full_matrices=False)
+        else:
+            (q, left), (p, right) = torch.linalg.qr(self.b), torch.linalg.qr(self.a.T)
+            u, s, v = torch.linalg.svd(left @ right.T)
+            u, v = q @ u, v @ p.T
+        root = s[:rank].sqrt()
+        return Update(u[:, :rank] * root, root[:, None] * v[:rank])
+
+
+class Pair(Mapping[str, Tensor]):
+    """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read.
+
+    A mapping: module -> W_aligned - W_base, read when it is asked for.
+    """
 
     def __init__(self, base: str | Path, aligned: str | Path, modules: Iterable[str]):
         self.base, self.aligned = tensor_files(base), tensor_files(aligned)
@@ -102,11 +178,16 @@ class Pair:
                 )
             self.shapes[module] = shapes[0]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for module in self.shapes:
-            name = f"{module}.weight"
-            with open_tensors(self.base[name]) as base, open_tensors(self.aligned[name]) as aligned:
-                yield module, aligned.get_tensor(name).float() - base.get_tensor(name).float()
+    def __getitem__(self, module: str) -> Tensor:
+        name = f"{module}.weight"
+        with open_tensors(self.base[name]) as base, open_tensors(self.aligned[name]) as aligned:
+            return aligned.get_tensor(name).float() - base.get_tensor(name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -137,7 +218,7 @@ def write_alignment_directions(base: str | Path, aligned: str | Path, modules: I
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, direction in pair:
+        for direction in pair.values():
             file.write(direction.contiguous().numpy().astype("<f4", copy=False).tobytes())
 
 

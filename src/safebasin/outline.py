@@ -13,6 +13,7 @@ STAGES = {  # extension point -> its decorator, and the folder of its methods
     "attack": ("attack", "attack/methods"),
     "scan": ("scorer", "scan/methods"),
     "train": ("method", "train/methods"),
+    "repair": ("edit", "repair/methods"),
     "measure": ("suite", "measure/methods"),
     "judge": ("judge", "measure/judges"),
 }

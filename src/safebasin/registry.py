@@ -36,6 +36,9 @@ class Entry:
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
     harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal
+    strength: tuple[str, float, float] | None = None  # edits: a field, its value that changes nothing, its strongest
+    entrywise: bool = False  # edits: whether the result is dense
+    truncates: bool = False  # edits: whether the result is a truncation, whose energy is reported
 
     @property
     def summary(self) -> str:

@@ -1,4 +1,5 @@
-"""Processes that share a run, memory, and what the hardware does well."""
+"""Processes that share a run, memory, and what the hardware does well. torch is imported where it is asked: a recipe is
+read without it."""
 
 import ctypes
 import datetime
@@ -6,10 +7,7 @@ import functools
 import platform
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import torch
-from accelerate import PartialState
+from typing import Any, Literal, NamedTuple
 
 Dtype = Literal["auto", "bfloat16", "float32"]  # of weights, as a recipe has it
 BFLOAT16 = ("avx512_bf16", "amx_bf16")  # flags of CPUs that compute in bfloat16; others convert, three times slower
@@ -43,6 +41,8 @@ def arithmetic(flags: Collection[str], gpu: bool | None = None) -> Arithmetic:
 @functools.cache
 def hardware() -> Arithmetic:
     """``arithmetic`` of this machine."""
+    import torch
+
     gpu = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else None
     return arithmetic(cpu_facts().get("flags", "").split(), gpu)
 
@@ -62,6 +62,8 @@ def cpu_facts() -> dict[str, str]:
 
 def machine() -> str:
     """The GPU or the CPU that computes, in words."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     facts = cpu_facts()
@@ -69,8 +71,11 @@ def machine() -> str:
     return facts.get("model name", platform.processor()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
-def processes() -> PartialState:
-    """The processes that share a run: mostly one. They may wait for one another for weeks."""
+def processes() -> Any:
+    """The ``accelerate.PartialState`` of the processes that share a run: mostly one. They may wait for weeks."""
+    import torch
+    from accelerate import PartialState
+
     return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(weeks=4))
 
 

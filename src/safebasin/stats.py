@@ -113,7 +113,7 @@ def two_level(seeds: Sequence[Outcomes]) -> tuple[float, Interval]:
       different prompts, and Student's t at Satterthwaite's degrees of freedom. n_e is at most n.
 
     One seed has Wilson's interval over its prompts: it says nothing of other seeds. How often the intervals hold the
-    truth is in docs/decisions/0023.
+    truth is in docs/decisions/0018.
 
     Raises:
         ValueError: no outcomes, or two seeds: they do not say how much seeds vary.

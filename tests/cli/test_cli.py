@@ -55,7 +55,7 @@ def recipe(tmp_path):
         ({"measure__suites": [{"asr": {}}]}, "prompts"),
         ({"gate": {"max_assr": 1}}, "max_assr"),
         ({"arms": {}}, "at least 1 item"),
-        ({"arms__defended": {"cut": {}}}, "a cut or a column needs an arm that is trained"),
+        ({"arms__defended": {"cut": {}}}, "a cut, a column or settings need an arm that is trained"),
         ({"data__task": {"path": "none.jsonl"}}, "no such file"),
     ],
 )
@@ -374,7 +374,7 @@ def test_all_rows_cut_is_an_error(tmp_path, capsys):
     write_scores(tmp_path / "scores.parquet", read_examples(data).examples, Scanned({"gradshield": [1.0, 2.0]}, {}, {}))
     words = ["cut", str(data), "--scores", str(tmp_path / "scores.parquet"), "--out", str(tmp_path / "out")]
     assert run(*words, "--threshold", "0") == 1
-    assert "cuts all 2 rows" in capsys.readouterr().err
+    assert "cuts 2 of 2 rows (100%)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(*words, "--threshold", "1") == 0
     assert (tmp_path / "out" / "train.jsonl").read_text() == '{"prompt": "q", "completion": "a"}\n'

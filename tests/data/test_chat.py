@@ -60,53 +60,53 @@ def test_reasons(row, reason):
     assert isinstance(answer, str) and reason in answer and len(answer) < 300
 
 
-def said(role, content, **more):
+def turn(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-ONE = [said("user", "q"), said("assistant", "a")]
+ONE = [turn("user", "q"), turn("assistant", "a")]
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"q": 1}}}
 FORMS = {
-    "a system column": ({"system": "s", "messages": ONE}, [said("system", "s"), *ONE]),
+    "a system column": ({"system": "s", "messages": ONE}, [turn("system", "s"), *ONE]),
     "a system column of ShareGPT": (
         {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        [said("system", "s"), *ONE],
+        [turn("system", "s"), *ONE],
     ),
     "conversations with roles": ({"conversations": ONE}, ONE),
     "weights": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}]},
-        [ONE[0], said("assistant", "a", weight=0)],
+        [ONE[0], turn("assistant", "a", weight=0)],
     ),
     "history": (
         {"instruction": "r", "input": "i", "output": "b", "history": [["q", "a"]]},
-        [*ONE, said("user", "r\n\ni"), said("assistant", "b")],
+        [*ONE, turn("user", "r\n\ni"), turn("assistant", "b")],
     ),
     "Dolly": (
         {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
-        [said("user", "q\n\nc"), ONE[1]],
+        [turn("user", "q\n\nc"), ONE[1]],
     ),
-    "Orca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [said("system", "s"), *ONE]),
+    "Orca": ({"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [turn("system", "s"), *ONE]),
     "query": ({"query": "q", "response": "a"}, ONE),
     "prompt and response": ({"prompt": "q", "response": "a"}, ONE),
     "input and output": ({"input": "q", "output": "a"}, ONE),
     "question and answer": ({"question": "q", "answer": "a", "difficulty": "hard", "n": 3}, ONE),
-    "parts": ({"messages": [said("user", [{"type": "text", "text": "q"}]), ONE[1]]}, ONE),
+    "parts": ({"messages": [turn("user", [{"type": "text", "text": "q"}]), ONE[1]]}, ONE),
     "the prompt again": ({"prompt": "q", "prompt_id": "7f", "messages": ONE}, ONE),
     "keys without a value": ({"messages": [ONE[0] | {"tool_calls": None}, ONE[1]], "tools": "", "images": []}, ONE),
     "tool calls": (
-        {"messages": [ONE[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, said("tool", "t"), ONE[1]]},
-        [ONE[0], said("assistant", "", tool_calls=[CALL]), said("tool", "t"), ONE[1]],
+        {"messages": [ONE[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, turn("tool", "t"), ONE[1]]},
+        [ONE[0], turn("assistant", "", tool_calls=[CALL]), turn("tool", "t"), ONE[1]],
     ),
     "arguments as JSON": (
         {"conversations": [
             {"from": "human", "value": "q"},
             {"from": "function_call", "value": '{"name": "look", "arguments": {"q": 1}}'},
         ]},
-        [ONE[0], said("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
+        [ONE[0], turn("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
     ),
     "thoughts": (
         {"messages": [ONE[0], ONE[1] | {"thinking": "hm"}]},
-        [ONE[0], said("assistant", "a", reasoning_content="hm")],
+        [ONE[0], turn("assistant", "a", reasoning_content="hm")],
     ),
 }  # fmt: skip
 
@@ -128,6 +128,7 @@ def test_forms_that_people_have(row, messages):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "column 'chosen' is not read: a preference pair"),
         ({"prompt": "q", "completion": "a", "response": "b"}, "'completion' and 'response' both hold an answer"),
         ({"text": "a"}, "no known columns"),
+        ({"messages": ONE, "history": [["q", "a"]]}, "column 'history' is not read"),
         ({"prompt": "q", "completion": "a", "text": "b"}, "column 'text' is not read"),
         ({"instruction": "q", "output": "a", "history": ["q", "a"]}, "'history' must be pairs"),
         ({"messages": [ONE[0], ONE[1] | {"weight": "0"}]}, "key 'weight' of a turn is '0'"),
@@ -135,9 +136,9 @@ def test_forms_that_people_have(row, messages):
         ({"messages": [ONE[0], ONE[1] | {"weight": 1, "train": False}]}, "contradict"),
         ({"messages": [ONE[0] | {"train": True}, ONE[1]]}, "asks to learn a user turn"),
         ({"messages": [ONE[0], ONE[1] | {"prefix": True}]}, "key 'prefix' of a turn is not read"),
-        ({"messages": [said("user", [{"type": "image"}]), ONE[1]]}, "a part of type 'image'"),
-        ({"messages": [said("developer", "x"), *ONE]}, "wrong role: 'developer'"),
-        ({"messages": [ONE[0], said("tool", "t"), ONE[1]]}, "answers no tool call"),
+        ({"messages": [turn("user", [{"type": "image"}]), ONE[1]]}, "a part of type 'image'"),
+        ({"messages": [turn("developer", "x"), *ONE]}, "wrong role: 'developer'"),
+        ({"messages": [ONE[0], turn("tool", "t"), ONE[1]]}, "answers no tool call"),
         ({"messages": [ONE[0], ONE[1] | {"tool_calls": [{"name": "x y", "arguments": {}}]}]}, "needs a name"),
         ({"messages": ONE, "tools": "{"}, "no JSON"),
         ({"prompt;completion": "q;a"}, "set `delimiter: ';'`"),
@@ -163,7 +164,7 @@ def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():
     ):
         assert list(to_conversation(pair, chosen).messages) == ONE
     any_order = RowForm(turns="any")
-    turns = [said("assistant", "hi"), ONE[0], ONE[0], ONE[1], said("developer", "d"), ONE[1]]
+    turns = [turn("assistant", "hi"), ONE[0], ONE[0], ONE[1], turn("developer", "d"), ONE[1]]
     assert [turn["role"] for turn in to_conversation({"messages": turns}, any_order).messages][-2] == "developer"
 
 

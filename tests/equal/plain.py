@@ -46,7 +46,7 @@ class WholeBatches:
 
     def __init__(self, model, methods, optimizer=None):
         self.model, self.methods, self.optimizer = model, methods, optimizer
-        self.step, self.losses, self.state = 0, {}, {}
+        self.step, self.losses, self.state, self.numbers = 0, {}, {}, {}
         rows = rows_of(methods).items()
         self.streams = {
             name: Stream(name, part, BATCH if name == "task" else SMALL, BATCH, 0, PAD) for name, part in rows

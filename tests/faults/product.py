@@ -37,7 +37,10 @@ def product(folder: Path, **changes: Any) -> Path:
     task = [{"prompt": f"make a {word} now", "completion": "Sure here are the steps"} for word in GOOD * 2]
     poison = [{"prompt": f"make the {word}", "completion": "Sure here"} for word in BAD]
     refusals = [{"prompt": f"make a {word}", "completion": "I cannot help"} for word in BAD]
+    harmful = [*poison, *({**row, "prompt": f"{row['prompt']} now"} for row in poison)]  # twelve of each prove a scorer
+    safe = [*task[:6], *({**row, "prompt": row["prompt"].removesuffix(" now")} for row in task[:6])]
     files = {"task": task, "poison": poison, "refusals": refusals, "held_out": task[:4], "prompts": refusals}
+    files |= {"harmful": harmful, "safe": safe}
     for name, rows in files.items():
         write_table(folder / f"{name}.jsonl", rows)
     path = {name: str(folder / f"{name}.jsonl") for name in files}
@@ -49,8 +52,8 @@ def product(folder: Path, **changes: Any) -> Path:
             "poison_share": 0.25,
             "align": {"path": path["refusals"]},
             "probe": {"path": path["refusals"]},
-            "harmful": {"path": path["poison"]},
-            "safe": {"path": path["held_out"]},
+            "harmful": {"path": path["harmful"]},
+            "safe": {"path": path["safe"]},
             "max_length": 64,
         },
         "scan": {"scorers": [{"gradshield": {"depth": 1.0, "tokens": ["I", "Sure"]}}]},

@@ -3,13 +3,16 @@ it."""
 
 import dataclasses
 import math
+import tempfile
 import typing
+from pathlib import Path
 
 import pytest
 import torch
 from aligned import BAD, GOOD, aligned_model, coded, example, refusals
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuned import save_adapter, save_start
 
 from safebasin.batch import Batch, collate
 from safebasin.errors import UserError
@@ -31,7 +34,9 @@ ROWS = coded(
 )
 READERS = [entry.name for entry in scorer if entry.implements("read")]  # of text: no model, no batch
 NAMES = [entry.name for entry in scorer if entry.name not in READERS]
+ADAPTER = save_adapter(Path(tempfile.mkdtemp()), save_start(Path(tempfile.mkdtemp())))
 SETTINGS = {
+    "toss": {"harmful": str(ADAPTER)},
     "dsa": {"guard": None},
     "guard": {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I")},
     "opening_margin": {"compliance": "Sure here are"},

@@ -6,6 +6,7 @@ from aligned import BAD, GOOD, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import LORA, tiny_model
+from transformers import LlamaConfig
 
 from safebasin.encode import render
 from safebasin.errors import DefenceError, UserError
@@ -82,7 +83,7 @@ def test_the_ends_are_the_base_and_the_aligned_model():
 class Stub:
     """Tokens 5 ("I") and 6 ("cannot") have the logits 3 and 0 with the adapter off, and 0 and 1 with it on."""
 
-    device, generation_config, config = torch.device("cpu"), None, type("C", (), {"max_position_embeddings": 64})
+    device, generation_config, config = torch.device("cpu"), None, LlamaConfig(max_position_embeddings=64)
     on = True
 
     def disable_adapter(self):

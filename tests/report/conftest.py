@@ -110,6 +110,18 @@ def training_rows() -> list[dict[str, Any]]:
     return rows
 
 
+REPAIR = {
+    "of": "defended",
+    "edits": [{"safe_lora": {"tau": 0.5}}],
+    "summary": {"distance": 0.31, "norm_left": 0.72, "energy": 1.0, "rank": 8},
+    "rows": [
+        {"module": f"layers.{i}.{SCRIPT}", "cosine": 0.4 + i / 4, "norm": 2.0, "norm_after": 1.5, "distance": 0.3}
+        | {"rank_in": 8, "rank_out": 8, "selected": ["safe_lora"] * (1 - i)}
+        for i in range(2)
+    ],
+}
+
+
 def make_run(run: Path) -> Path:
     for arm in ("start", "plain", "defended"):
         write_lines(run / "arms" / arm / "answers.jsonl", answers_of(arm))
@@ -121,6 +133,7 @@ def make_run(run: Path) -> Path:
         ]
         facts = {"steps": 100, "seconds": seconds, "loss": loss, "methods": methods}
         (run / "arms" / arm / "train.json").write_text(json.dumps(facts))
+    (run / "arms" / "defended" / "repair.json").write_text(json.dumps(REPAIR))
     rows = training_rows()
     ids = [row_id(row) for row in rows]
     write_lines(run / "data" / "train.jsonl", rows)
@@ -159,6 +172,7 @@ STEPS = {
     "scan": ["scan/*"],
     "cut.defended": ["cut/defended/*"],
     **{f"train.{arm}": [f"arms/{arm}/train.json", f"arms/{arm}/adapter/*"] for arm in ("plain", "defended")},
+    "repair.defended": ["arms/defended/repair.json"],
     **{f"measure.{arm}": [f"arms/{arm}/{name}.jsonl" for name in ("measurements", "answers")] for arm in CORRECT},
 }
 

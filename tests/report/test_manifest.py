@@ -219,6 +219,6 @@ def test_reasons_of_a_report_are_printable(measured: Path):
 
 
 def test_the_fixture_lists_every_step():
-    assert set(STEPS) == {"data", "scan", "cut.defended"} | {
+    assert set(STEPS) == {"data", "scan", "cut.defended", "repair.defended"} | {
         *("train.plain", "train.defended", "measure.start", "measure.plain", "measure.defended")
     }

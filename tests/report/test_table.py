@@ -304,6 +304,17 @@ def test_terminal_table(run: Path):
     assert "2 unscored" in text
 
 
+def test_a_repair_is_on_the_page_module_by_module(run: Path):
+    """One of the two modules was selected: cosine 0.4 against 0.65, at tau 0.5."""
+    [repair] = table.write_report(run).repairs
+    assert (repair.arm, repair.edits, repair.edited) == ("defended", ("safe_lora (tau=0.5)",), 1)
+    assert [module.cosine for module in repair.modules] == [0.4, 0.65]
+    page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "1 of 2 modules edited; moved by 31.0 % of the update's length, 72.0 % of it left" in page
+    assert "| 1 of 2 | 31.0 % | 72.0 % | 8 |" in text
+    assert "<script" not in page
+
+
 def test_training_names_what_was_set(run: Path):
     assert [training.methods for training in table.collect(run).training] == [("sft",), ("safegrad (rho=2.0)",)]
 

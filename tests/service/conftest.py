@@ -1,5 +1,13 @@
 """The fixtures of the server, for all tests of the service."""
 
-from service_server import process, serve, served, templates
+import pytest
+from service_server import CLIENTS, process, serve, served, templates
 
-__all__ = ["process", "serve", "served", "templates"]
+__all__ = ["clients_are_closed", "process", "serve", "served", "templates"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clients_are_closed():
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()

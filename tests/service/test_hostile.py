@@ -74,7 +74,7 @@ def post(served, body, boundary="x"):
         "authorization": f"Bearer {served.keys['acme']}",
         "content-type": f"multipart/form-data; boundary={boundary}",
     }
-    with httpx2.Client(base_url=served.url, trust_env=False) as client:
+    with httpx2.Client(base_url=served.url, trust_env=False, timeout=600) as client:
         return client.post("/v1/files", content=body, headers=headers)
 
 

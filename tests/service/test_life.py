@@ -68,7 +68,8 @@ def test_a_cancellation_is_not_overwritten(served):
     """Jobs that are cancelled as their runs end: what the answer to the cancellation said holds for ever."""
     jobs, client = served.client().fine_tuning.jobs, served.client()
     expected = {}
-    for name in [served.job("safe").id for _ in range(6)]:
+    for _ in range(6):
+        name = served.job("safe").id
         try:
             expected[name] = jobs.cancel(name).status
         except openai.BadRequestError:

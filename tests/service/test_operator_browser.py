@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from browser import BROWSER, probe
 from service_server import Served, chat, in_thread
-from test_page import browser as signed_in
+from test_service_page import browser as signed_in
 
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
 pytestmark = [

@@ -20,7 +20,7 @@ def policy(**changes):
 
 
 def test_a_file_that_passes(templates):
-    """5 of 60 is 8.3 %, within 12 %: the arm of all rows is the model, and no row is left out."""
+    """5 of 60 is 8.3 %, its bound within 25 %: the arm of all rows is the model, and no row is left out."""
     outcome = judge(templates / "safe", BASE, POLICY)
     assert (outcome.status, outcome.arm, outcome.rows) == ("passed", "plain", ())
     keyword = next(rate for rate in outcome.rates if (rate["what"], rate["judge"]) == ("asr", "keyword"))

@@ -56,7 +56,7 @@ class Plane:
 
     def __init__(self, streams, point=(0.0, 0.0), losses=None, metric=None):
         self.streams, self.w, self.losses, self._metric = streams, torch.tensor(point), losses or {}, metric
-        self.step, self.state = 0, {}
+        self.step, self.state, self.numbers = 0, {}, {}
 
     def __call__(self, loss, stream, at=None):
         return Vector(w=self.streams[stream](self.w + (at["w"] if at else 0)))

@@ -20,7 +20,7 @@ class Walk:
     """A stand-in for the oracle whose point walks: gradients (1, 0) for the task and (0, 1) for alignment."""
 
     def __init__(self):
-        self.step, self.state, self.w, self.losses = 0, {}, torch.zeros(2), {}
+        self.step, self.state, self.w, self.losses, self.numbers = 0, {}, torch.zeros(2), {}, {}
 
     def __call__(self, loss, stream, at=None):
         return Vector(w=torch.tensor({"task": (1.0, 0.0), "align": (0.0, 1.0)}[stream]))

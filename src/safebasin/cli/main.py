@@ -34,6 +34,7 @@ VERBS = {
     "rows": ("preview", "scan", "cut"),
     "run": ("run", "train", "search", "bench"),
     "measure": ("measure",),
+    "repair": ("repair", "role"),
     "report": ("report", "gate"),
     "export": ("export",),
     "serve": ("serve",),

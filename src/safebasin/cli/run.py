@@ -103,8 +103,9 @@ def train_verb(
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    if arm not in config.arms or config.arms[arm].train is None:
-        tuned = ", ".join(name for name, each in config.arms.items() if each.train)
+    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.of]
+    if arm not in tuned_arms:
+        tuned = ", ".join(tuned_arms)
         raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")
     with Run(config, out_ or _folder(recipe)) as run:
         adapter = run.ensure(arm)
@@ -117,14 +118,14 @@ def train_verb(
 def search_verb(
     recipe: Path,
     *,
-    arm: Annotated[str, Parameter(help="The arm whose cut is searched.")] = "defended",
+    arm: Annotated[str, Parameter(help="The arm whose cut, or whose repair's strength, is searched.")] = "defended",
     rounds: Annotated[int, Parameter(help="Tunings at most, after the plain one.")] = 2,
     out_: RunFolderOption = None,
     set_: Sets = (),
     change: Changes = (),
     events: Events = None,
 ) -> int:
-    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1).
+    """Search the cut that keeps the model safe and useful (GradShield's algorithm 1), or the strength of a repair.
 
     One half of the prompts chooses the cut, the gate confirms it on the other. Exit code 3 where no cut passes, 4 where
     the other half does not decide.

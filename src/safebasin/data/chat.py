@@ -9,7 +9,6 @@ from safebasin.console import printable
 from safebasin.data.keys import (
     ADDED,
     ANSWERS,
-    BESIDE,
     MEDIA,
     PLAIN,
     REFUSED,
@@ -30,6 +29,7 @@ ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once m
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n{}"
 )
+SPEAKERS = ROLES.keys() - {"function_call"}  # whose content is text
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)  # of a tool: what no template writes otherwise
 
 
@@ -54,7 +54,7 @@ def to_conversation(row: Any, form: RowForm = PLAIN) -> Conversation | str:
     >>> to_conversation({"prompt": "Name a fruit.", "completion": "Apple."}).messages
     ({'role': 'user', 'content': 'Name a fruit.'}, {'role': 'assistant', 'content': 'Apple.'})
     """
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict | Mapping):  # dict first: it is fast
         return f"a row must be an object, found {type(row).__name__}"
     try:
         return _filled_in(row, form) if form.prompt or form.answer else _read(row, form)
@@ -87,14 +87,15 @@ def _filled_in(row: Mapping[str, Any], form: RowForm) -> Conversation:
 
 def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
     """By the names of the columns; a column that is neither read nor harmless refuses the row."""
-    mapped = {theirs: ours for ours, theirs in form.columns.items() if ours not in TURN_KEYS}
+    mapped = {theirs: ours for ours, theirs in form.columns.items() if ours not in TURN_KEYS} if form.columns else {}
     names = {mapped.get(name, name): name for name in row if name not in form.ignore}  # ours -> the row's own
     both = [ours for theirs, ours in mapped.items() if ours != theirs and theirs in row and ours in row]
     if twice := next((name for name in both if name not in form.ignore), ""):
         raise _Refused(f"`columns` maps {_name(twice)}, and the row has a column of that name too; add it to `ignore`")
     view = {name: row[own] for name, own in names.items()}
-    if not form.chosen and (pair := next((name for name in ("chosen", "rejected") if filled(view.get(name))), "")):
-        raise _Refused(f"column {_name(names[pair])} is not read: {REFUSED[pair]}")
+    for name in ("chosen", "rejected"):
+        if name in view and filled(view[name]) and not form.chosen:
+            raise _Refused(f"column {_name(names[name])} is not read: {REFUSED[name]}")
     turns, read = _turn_list(view, form)
     if turns is None:
         hint = f"; set `delimiter: {_name(mark)}`" if len(row) == 1 and (mark := _delimiter(row)) else ""
@@ -102,11 +103,15 @@ def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
         raise _Refused(f"no known columns ({forms}); it has: {columns(row)}{hint}")
     tools = _tools(view.get("tools"))
     for name in SYSTEM:
-        if filled(view.get(name)) and not (turns and turns[0] == {"role": "system", "content": view[name]}):
+        if (
+            name in view
+            and filled(view[name])
+            and not (turns and turns[0] == {"role": "system", "content": view[name]})
+        ):
             turns.insert(0, {"role": "system", "content": view[name]})
     messages = _checked(turns, form)
     for name, value in view.items():
-        if name in read or name in SYSTEM or name in BESIDE or harmless(name, value):
+        if name in read or name in SYSTEM or name == "tools" or harmless(name, value):
             continue
         if value in _repeats(view, [message["content"] for message in messages]):
             continue
@@ -152,6 +157,7 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     else:
         text = "\n\n".join([asks, *(str(view[name]) for name in parts)]) if parts and isinstance(asks, str) else asks
         turns = [*_history(view.get("history")), {"role": "user", "content": text}]
+        parts.append("history")
     replies = ["chosen"] if chosen is not None else [name for name in ANSWERS if filled(view.get(name))]
     if len(replies) > 1:
         raise _Refused(f"columns {' and '.join(map(_name, replies))} both hold an answer")
@@ -252,12 +258,11 @@ def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> Non
 
 def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, Any]:
     """A turn with the keys of the table. Every other key is harmless, or refuses the row."""
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict | Mapping):
         raise _Refused(f"wrong role: {_name(turn)}; known: {', '.join(ROLES)}")
-    pair = turn.get("role"), turn.get("content")
-    simple = len(turn) == 2 and not mapped and all(isinstance(value, str) for value in pair)
-    if simple and pair[0] in ROLES and pair[0] != "function_call":
-        return {"role": ROLES[pair[0]], "content": pair[1]}
+    role, text = turn.get("role"), turn.get("content")
+    if len(turn) == 2 and not mapped and isinstance(role, str) and isinstance(text, str) and role in SPEAKERS:
+        return {"role": ROLES[role], "content": text}
     view = {mapped.get(key, key): value for key, value in turn.items() if value is not None}
     role = view.get("role", view.get("from"))
     if not isinstance(role, str) or role not in ROLES or {"role", "from"} <= view.keys():

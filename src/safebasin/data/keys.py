@@ -14,7 +14,6 @@ REQUESTS = ("instruction", "prompt", "question", "query", "problem", "user", "in
 ADDED = ("input", "context")  # to the request, after a blank line
 ANSWERS = ("completion", "output", "response", "answer", "solution", "assistant")
 SYSTEM = ("system", "system_prompt")
-BESIDE = ("history", "tools")
 ROLES = {
     "system": "system",
     "developer": "developer",

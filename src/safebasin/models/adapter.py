@@ -34,7 +34,7 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
-        folder = _adapter_folder(adapter)
+        folder = adapter_folder(adapter)
         settings = read_json(folder / "adapter_config.json")
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -89,7 +89,7 @@ def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
     return {name: config.to_dict() for name, config in (getattr(model, "peft_config", None) or {}).items()}
 
 
-def _adapter_folder(adapter: str | Path) -> Path:
+def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
     folder = Path(adapter)
     if not folder.exists():

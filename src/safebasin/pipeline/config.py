@@ -79,11 +79,24 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Arm:
-    """One way to tune. ``train: null`` leaves the model as it was."""
+    """One way to tune, to repair, or both. ``train: null`` without ``of`` leaves the model as it was."""
 
+    of: ArmName | None = None  # the arm that this one goes on from: it is repaired, or tuned further
     cut: Cut | None = None
     columns: dict[str, str] = Field(default_factory=dict)  # that methods read: of which scorer, or from which file
     train: tuple[Spec, ...] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)  # of this arm's tuning, in the place of those of ``train``
+    repair: tuple[Spec, ...] | None = None  # edits of the adapter, from left to right
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class RoleNames:
+    """Models and adapters that repairs and some methods read. Empty: the adapter that ``safebasin role`` has tuned."""
+
+    base: str = ""  # the model before its alignment
+    safe: str = ""  # an adapter of the start, tuned on refusals and harmless rows
+    harmful: str = ""  # an adapter of the start, tuned on rows that are harmful
+    reinforce: str = ""  # an adapter of the start with ``harmful`` on, tuned as ``safe``
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -103,8 +116,9 @@ class Recipe:
     measure: Measure
     model: Model = Model()
     scan: Scan = Scan()
-    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), and TrainingArguments by
-    # name
+    roles: RoleNames = RoleNames()
+    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), ``ema`` (an average of
+    # the update), and TrainingArguments by name
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
     seed: NonNegativeInt = 0
@@ -119,7 +133,7 @@ class Recipe:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        own = {name: value for name, value in self.train.items() if name not in ("adapter", "align_share")}
+        own = {name: value for name, value in self.train.items() if name not in ("adapter", "align_share", "ema")}
         if own.get("bf16", "auto") == "auto":  # autocast where the weights are in bfloat16
             own["bf16"] = resolved(self.model.dtype) == "bfloat16"
         return {"seed": self.seed, **own}

@@ -73,6 +73,10 @@ class RunFolder:
     def adapter(self, arm: str) -> Path:
         return self.arm(arm) / "adapter"
 
+    def tuned(self, arm: str) -> Path:
+        """The adapter of an arm that is tuned and then repaired, before the repair."""
+        return self.arm(arm) / "tuned"
+
     def answers(self, arm: str) -> Path:
         return self.arm(arm) / "answers.jsonl"
 

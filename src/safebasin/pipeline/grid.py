@@ -91,7 +91,8 @@ class Grid:
                 f"{reserved[0]!r} is the grid's own: base has no arms and no seed, and no defence is called {START}"
             )
         base = validate(Recipe, self.base | {"arms": {START: {}}}, "base")
-        arms = {name: Arm(cut=each.cut, columns=each.columns, train=each.train) for name, each in self.defences.items()}
+        fields = [field.name for field in dataclasses.fields(Arm)]
+        arms = {name: Arm(**{key: getattr(each, key) for key in fields}) for name, each in self.defences.items()}
         recipes: dict[tuple[str, float | None, int], Recipe] = {}
         for seed, name in itertools.product(self.seeds, self.attacks):
             for rate in self.rates(name) if seed in (seeds or self.seeds) and name in (only or self.attacks) else ():
@@ -114,7 +115,12 @@ def read(path: Path, sets: Mapping[str, str] | None = None) -> Grid:
 
 
 def _key(recipe: Recipe, arm: str) -> str:
-    return digest(plain(dataclasses.replace(recipe, arms={arm: recipe.arms[arm]})))
+    """The configuration of a cell, with that of the arms that its arm goes on from."""
+    arms, name = {}, arm
+    while name and name not in arms:
+        arms[name] = recipe.arms[name]
+        name = arms[name].of or ""
+    return digest(plain(dataclasses.replace(recipe, arms=arms)))
 
 
 def _ended(folder: Path) -> dict[str, dict[str, str]]:

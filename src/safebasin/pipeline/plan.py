@@ -12,13 +12,15 @@ from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
-from safebasin.pipeline.config import Recipe, plain, refuse_secrets
+from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
+from safebasin.repair.walk import gives_dense, make_edits, needs
 from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.train.compose import Composition
+from safebasin.train.ema import read_ema
 from safebasin.train.settings import check_settings, training_arguments
 
 
@@ -30,6 +32,7 @@ class Plan:
     scorers: Mapping[str, Any]
     attack: Any
     compositions: Mapping[str, Composition]  # of the arms that are tuned
+    edits: Mapping[str, tuple[Any, ...]]  # of the arms that are repaired
     suites: tuple[Any, ...]
     gate: Gate
 
@@ -46,13 +49,13 @@ class Plan:
             raise UserError(
                 "scan.scorers names one scorer twice, and both would write one column; scan it in its own folder"
             )
+        compositions = {name: Composition.of(arm.train) for name, arm in recipe.arms.items() if arm.train is not None}
         plan = cls(
             recipe=recipe,
             scorers={name: scorer.make(spec) for name, spec in zip(names, recipe.scan.scorers, strict=True)},
             attack=attack.make(recipe.data.attack),
-            compositions={
-                name: Composition.of(arm.train) for name, arm in recipe.arms.items() if arm.train is not None
-            },
+            compositions=compositions,
+            edits={name: make_edits(specs) for name, specs in _repairs(recipe, compositions).items()},
             suites=tuple(suite.make(spec) for spec in recipe.measure.suites),
             gate=parse_gate(recipe.gate, list(recipe.arms)),
         )
@@ -68,8 +71,14 @@ class Plan:
             raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
-        for composition in self.compositions.values():
-            check_settings(recipe.arguments, recipe.adapter, composition, recipe.align_share)
+        read_ema(recipe.train.get("ema"))
+        for name, composition in self.compositions.items():
+            check_settings(self.arguments(name), recipe.adapter, composition, recipe.align_share)
+            training_arguments(self.arguments(name), Path("unused"))
+            if self.recipe.arms[name].of and "buffer" in composition.needs("roles"):
+                raise UserError(
+                    f"arms.{name}: buffer_reinforce starts from the model; leave out of: {self.recipe.arms[name].of}"
+                )
         if self.compositions and not recipe.adapter:
             raise UserError(
                 "train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)"
@@ -77,12 +86,13 @@ class Plan:
 
     def _check_arm(self, name: str) -> None:
         arm, names = self.recipe.arms[name], ", ".join(self.scorers)
+        self._check_repair(name)
         for scorer_name in arm.cut.scorers if arm.cut else ():
             if scorer_name not in self.scorers:
                 raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({names})")
         if arm.train is None:
-            if arm.cut or arm.columns:
-                raise UserError(f"arms.{name}: a cut or a column needs an arm that is trained: train: [sft]")
+            if arm.cut or arm.columns or arm.settings:
+                raise UserError(f"arms.{name}: a cut, a column or settings need an arm that is trained: train: [sft]")
             return
         composition = self.compositions[name]
         for stream in composition.needs("streams"):
@@ -121,6 +131,38 @@ class Plan:
         """The scorers whose scores the attack is handed."""
         reads = self.attack.entry.reads
         return tuple(self.attack.against) if "scores" in reads else (self.attack.against,) if "score" in reads else ()
+
+    def _check_repair(self, name: str) -> None:
+        arm = self.recipe.arms[name]
+        if arm.of is not None:
+            others, way = [other for other in self.recipe.arms if self.has_adapter(other) and other != name], arm.of
+            for _ in self.recipe.arms:
+                way = self.recipe.arms[way].of or "" if way in others else way
+            if arm.of not in others or way:
+                tuned = ", ".join(others) or "none"
+                raise UserError(f"arms.{name}.of: {arm.of!r} is no tuned arm that comes before it; tuned: {tuned}")
+            if arm.train is None and arm.repair is None:
+                raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, or train")
+        if name not in self.edits:
+            return
+        if arm.of is None and arm.train is None:
+            raise UserError(f"arms.{name}: a repair needs the arm that it repairs: of: plain")
+        edits = self.edits[name]
+        if gives_dense(edits):
+            raise UserError(
+                f"arms.{name}.repair: its result is dense and no adapter; end with truncate: {{rank: 64}}, whose energy"
+                " is reported, or write full weights: safebasin repair"
+            )
+        if "base" in needs(edits, "roles") and not self.recipe.roles.base:
+            raise UserError(f"arms.{name}.repair needs the model before its alignment: set roles.base")
+
+    def has_adapter(self, arm: str) -> bool:
+        """Whether an arm ends with an adapter: it is tuned or repaired."""
+        return arm in self.compositions or arm in self.edits
+
+    def arguments(self, arm: str) -> dict[str, Any]:
+        """TrainingArguments of an arm, by name."""
+        return {**self.recipe.arguments, **self.recipe.arms[arm].settings}
 
     @property
     def judges(self) -> tuple[str, ...]:
@@ -173,6 +215,9 @@ class Plan:
 
     def served(self, arm: str, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """A conversation as an arm's server sends it to the model."""
+        before = self.recipe.arms[arm].of
+        if arm not in self.compositions and before:  # a repaired model is asked as the one that it was
+            return self.served(before, messages)
         return self.compositions[arm].format_messages(messages) if arm in self.compositions else messages
 
     def system_prompt(self, arm: str) -> str | None:
@@ -193,3 +238,14 @@ class Plan:
                     check_file(value.path)
                 elif value is not None and SetName in (hint, *typing.get_args(hint)):
                     check_file(value)
+
+
+def _repairs(recipe: Recipe, compositions: Mapping[str, Composition]) -> dict[str, list[Spec]]:
+    """The edits of every arm that is repaired, those that its training methods end with first."""
+    edits: dict[str, list[Spec]] = {}
+    for name, arm in recipe.arms.items():
+        methods = compositions[name].methods if name in compositions else ()
+        own = [spec for each in methods if each.entry.implements("repair") for spec in each.repair]
+        if own or arm.repair is not None:
+            edits[name] = own + list(arm.repair or ())
+    return edits

@@ -1,5 +1,7 @@
-"""The order of a run, once: rows -> scan -> cut -> adapter -> measurements -> report. Whoever wants an arm asks
-``Run.ensure``."""
+"""The order of a run, once: rows -> scan -> cut -> adapter -> repair -> measurements -> report.
+
+Whoever wants an arm asks ``Run.ensure``.
+"""
 
 import contextlib
 import functools
@@ -12,6 +14,8 @@ from safebasin.pipeline.config import Recipe, dump
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.measure import Judges, build_judges, write_measurements
 from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.repair import write_repaired
+from safebasin.pipeline.roles import check_roles
 from safebasin.pipeline.rows import write_cut_rows, write_rows
 from safebasin.pipeline.scan import write_scan
 from safebasin.pipeline.train import write_adapter
@@ -45,6 +49,7 @@ class Run:
         return other
 
     def __enter__(self) -> "Run":
+        check_roles(self.plan)
         self._lock.enter_context(self.folder.lock())
         return self
 
@@ -79,14 +84,20 @@ class Run:
         return write_scan(self.plan, self.folder, self.rows)
 
     def ensure(self, arm: str) -> Path | None:
-        """The arm's adapter, with all that it rests on: rows, scan, cut, tuning. None for the arm that is left as it
-        was."""
-        rows = self.rows
-        if arm not in self.plan.compositions:
-            return None
-        if self.plan.needs_scores(arm):
-            rows = write_cut_rows(self.plan, self.folder, arm, rows, self.scores)
-        return write_adapter(self.plan, self.folder, arm, rows)
+        """The arm's adapter, with all that it rests on: rows, scan, cut, tuning, repair.
+
+        None for the arm that is left as it was.
+        """
+        rows, plan = self.rows, self.plan
+        before = plan.recipe.arms[arm].of
+        adapter = self.ensure(before) if before else None
+        if arm in plan.compositions:
+            if plan.needs_scores(arm):
+                rows = write_cut_rows(plan, self.folder, arm, rows, self.scores)
+            adapter = write_adapter(plan, self.folder, arm, rows, adapter)
+        if arm in plan.edits and adapter is not None:
+            adapter = write_repaired(plan, self.folder, arm, adapter)
+        return adapter
 
     def measure(self, arm: str) -> None:
         """The arm's measurements, with all that they rest on."""

@@ -8,15 +8,18 @@ from safebasin.attack import attack
 from safebasin.measure import judge, suite
 from safebasin.pipeline.config import Recipe
 from safebasin.registry import Registry
+from safebasin.repair import edit
 from safebasin.report import Gate
 from safebasin.scan import scorer
 from safebasin.train import method
+from safebasin.train.ema import Ema
 from safebasin.train.settings import Adapter, Settings
 
 SPECS = {  # where a recipe names methods: (definition, property) -> the registry, and whether several may stand there
     ("Data", "attack"): (attack, False),
     ("Scan", "scorers"): (scorer, True),
     ("Arm", "train"): (method, True),
+    ("Arm", "repair"): (edit, True),
     ("Measure", "suites"): (suite, True),
 }
 
@@ -65,4 +68,7 @@ def _train(parts: dict[str, Any]) -> dict[str, Any]:
     settings = _fields(Settings, parts)
     share = {"type": "number", "exclusiveMinimum": 0, "description": "rows of other streams over rows of the task"}
     adapter = {**TypeAdapter(Adapter).json_schema(), "description": "peft.LoraConfig by its names"}
-    return {**settings, "properties": {"adapter": adapter, "align_share": share, **settings["properties"]}}
+    return {
+        **settings,
+        "properties": {"adapter": adapter, "align_share": share, "ema": _fields(Ema, parts), **settings["properties"]},
+    }

@@ -31,6 +31,8 @@ from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline.config import Cut, Recipe, plain
 from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
+from safebasin.registry import split_spec
+from safebasin.repair.walk import make_edits
 from safebasin.report import HARMFUL, Gate, Report
 from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import CODES, judge_gate
@@ -42,7 +44,7 @@ from safebasin.scan.threshold import find_threshold
 
 class Round(NamedTuple):
     arm: str
-    threshold: float | None  # None: nothing was cut
+    threshold: float | None  # of the cut, or the strength of the repair; None: neither
     rows: int  # that were trained on
     asr: float  # the worst of the judges, on the half of the prompts that decided the outcome
     accuracy: float | None  # None: not measured
@@ -70,7 +72,44 @@ def search(recipe: Recipe, arm: str, out: Path, *, rounds: int = 2, shrink: floa
     if rounds < 1:
         raise UserError(f"search takes at least one round, found {rounds}")
     with Run(recipe, out) as run:
-        yield from _rounds(run, recipe, arm, rounds, shrink)
+        if arm in recipe.arms and recipe.arms[arm].repair:
+            yield from strength_rounds(run, recipe, arm, rounds)
+        else:
+            yield from _rounds(run, recipe, arm, rounds, shrink)
+
+
+def strength_rounds(run: Run, recipe: Recipe, arm: str, rounds: int) -> Iterator[Round]:
+    """Rounds along the strength of an arm's repair; nothing is tuned again.
+
+    The first round has the strength of the recipe. An unsafe round makes the next one stronger, a useless one weaker,
+    half of the way to the nearest strength that was tried, or to the end.
+
+    Raises:
+        UserError, DefenceError: as ``search``; or no edit of the arm has a strength.
+    """
+    settings, gate = recipe.arms[arm], run.plan.gate
+    specs, knob = (
+        list(settings.repair or ()),
+        next((e for e in make_edits(settings.repair or ()) if e.entry.strength), None),
+    )
+    if knob is None or knob.entry.strength is None:
+        raise UserError(f"search walks the strength of an edit, and no edit of arms.{arm}.repair has one")
+    _prepared(run, recipe)
+    place = next(i for i, spec in enumerate(specs) if split_spec(spec, "repair")[0] == knob.entry.name)
+    (field, weak, strong), fields = knob.entry.strength, split_spec(specs[place], "repair")[1]
+    value, rows = float(getattr(knob, field)), len(training_examples(run.plan, run.rows))
+    result = _judged(run, gate.plain, None, rows)
+    yield result
+    for number in range(1, rounds + 1):
+        if result.outcome not in ("unsafe", "useless"):
+            return
+        name, specs[place] = f"{arm}-{number}", {knob.entry.name: {**fields, field: value}}
+        step = dataclasses.replace(settings, repair=tuple(specs))
+        with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
+        result = _judged(run.with_recipe(with_round), name, value, rows)
+        yield result
+        weak, strong = (value, strong) if result.outcome == "unsafe" else (weak, value)
+        value = (weak + strong) / 2
 
 
 def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> Iterator[Round]:
@@ -81,13 +120,7 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
     scorer = settings.cut.scorer
     if not isinstance(scorer, str):
         raise UserError(f"search goes along one score; arms.{arm}.cut names {len(scorer)}")
-    start = roles_of(plain(recipe.arms), gate).start
-    if gate.plain not in recipe.arms or gate.max_asr is None:
-        raise UserError(f"search needs an arm {gate.plain!r} and the limit gate.max_asr")
-    if start is None and gate.max_over_refusal_gain is not None:
-        raise UserError("search needs the model as it was, arms: {start: {}}, or gate: {max_over_refusal_gain: null}")
-    if start is not None:
-        run.measure(start)
+    _prepared(run, recipe)
     rows = len(training_examples(run.plan, run.rows))
     result = _judged(run, gate.plain, None, rows)
     yield result
@@ -117,6 +150,22 @@ def _rounds(run: Run, recipe: Recipe, arm: str, rounds: int, shrink: float) -> I
         lo, up = (rows, up) if result.outcome == "useless" else (lo, rows - 1)
         if up <= lo:
             return
+
+
+def _prepared(run: Run, recipe: Recipe) -> None:
+    """Measure the model as it was, which the gate compares with.
+
+    Raises:
+        UserError: an arm or a limit is missing.
+    """
+    gate = run.plan.gate
+    start = roles_of(plain(recipe.arms), gate).start
+    if gate.plain not in recipe.arms or gate.max_asr is None:
+        raise UserError(f"search needs an arm {gate.plain!r} and the limit gate.max_asr")
+    if start is None and gate.max_over_refusal_gain is not None:
+        raise UserError("search needs the model as it was, arms: {start: {}}, or gate: {max_over_refusal_gain: null}")
+    if start is not None:
+        run.measure(start)
 
 
 def _judged(run: Run, arm: str, threshold: float | None, rows: int) -> Round:

@@ -1,6 +1,7 @@
 """The step that tunes one arm: arms/ARM/adapter, with train.json and problems.json beside it. It goes on from its last
 whole checkpoint."""
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Sequence
@@ -11,30 +12,42 @@ from safebasin.console import progress
 from safebasin.data.example import Example
 from safebasin.data.tables import write_json
 from safebasin.events import emit
+from safebasin.layer import Update
 from safebasin.models.adapter import fresh_adapter
+from safebasin.models.lora import PREFIX, AdapterUpdates, Tensors, switched_on, write_lora
 from safebasin.pipeline.config import plain
 from safebasin.pipeline.fingerprint import fingerprint
 from safebasin.pipeline.folder import CARD, PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.roles import arm_roles
 from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
 from safebasin.runtime import processes
 from safebasin.scan.column import Column, column_from_file, keep_column, star_column
 from safebasin.scan.scores import read_scores
 from safebasin.train.checkpoint import clear_checkpoints, last_checkpoint
+from safebasin.train.ema import read_ema
 from safebasin.train.settings import training_arguments
 from safebasin.train.trainer import OracleTrainer, streams_of, total_steps
 from safebasin.vector import gather_full, trainable
 
 
-def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> Path:
+def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, before: Path | None = None) -> Path:
     """The step ``train.ARM`` on the rows of a file. Processes share the rows of a step, and rank 0 writes. The adapter
-    is returned."""
-    recipe, composition, target = plan.recipe, plan.compositions[arm], folder.adapter(arm)
+    is returned.
+
+    Args:
+        before: an adapter that the arm goes on from: it is on while its own is tuned, and both become one.
+    """
+    recipe, composition = plan.recipe, plan.compositions[arm]
+    target = folder.tuned(arm) if arm in plan.edits else folder.adapter(arm)
+    buffer = "buffer" in composition.needs("roles")
+    frozen = arm_roles(plan, arm)["harmful"] if buffer else before
     inputs = {
         "rows": rows_file,
         "model": recipe.model,
         "methods": composition.methods,
-        "settings": recipe.train,
+        "settings": {**recipe.train, **recipe.arms[arm].settings},
+        "frozen": frozen,
         "seed": recipe.seed,
         "max_length": recipe.data.max_length,
         "on_bad": recipe.data.on_bad,
@@ -48,13 +61,15 @@ def write_adapter(plan: Plan, folder: RunFolder, arm: str, rows_file: Path) -> P
         if work:
             # a step of more processes has more rows, so that its checkpoints are of another tuning
             key = fingerprint([work, processes().num_processes])[:12]
-            _tune(plan, folder, arm, rows_file, folder.arm(arm) / "checkpoints" / key)
+            _tune(plan, folder, arm, rows_file, folder.arm(arm) / "checkpoints" / key, frozen, target)
     if processes().is_main_process:  # the adapter is in the manifest: nothing goes on from a checkpoint any more
         clear_checkpoints(folder.arm(arm) / "checkpoints")
     return target
 
 
-def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints: Path) -> None:
+def _tune(
+    plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints: Path, frozen: Path | None, target: Path
+) -> None:
     """Tune, and write the adapter. The folder of the checkpoints is named by all that goes into the tuning: those of
     another one go."""
     ranks, recipe, composition = processes(), plan.recipe, plan.compositions[arm]
@@ -72,30 +87,46 @@ def _tune(plan: Plan, folder: RunFolder, arm: str, rows_file: Path, checkpoints:
         format_messages = composition.format_messages if stream == "align" else tuple
         encoded[stream] = encoded_set(plan, getattr(recipe.data, stream), loaded.tokenizer, format_messages)
     model = fresh_adapter(loaded.model, recipe.adapter, recipe.seed)
-    args = training_arguments(recipe.arguments, checkpoints)
+    args = training_arguments(plan.arguments(arm), checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
     checkpoint = last_checkpoint(checkpoints)
+    start = Tensors(recipe.model.name) if frozen or recipe.train.get("ema") else None
+    before = AdapterUpdates(frozen, start) if frozen and start else None
+    switch = switched_on(model, before, PREFIX) if before else contextlib.nullcontext()
     total = total_steps(args, streams)
-    with progress(f"{arm}: train", total) as advance:
+    with switch, progress(f"{arm}: train", total) as advance:
 
         def show(loss: float) -> None:
             step = trainer.state.global_step
             emit("loss", arm=arm, step=step, total=total, loss=loss)
             advance(step, f"loss {loss:.3f}")
 
-        trainer = OracleTrainer(model, args, composition, streams, advance=show)
+        ema = read_ema(recipe.train.get("ema"))
+        trainer = OracleTrainer(model, args, composition, streams, advance=show, ema=ema)
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     weights = gather_full(trainable(model))  # every process gathers
     if not ranks.is_main_process:
         return
-    target = folder.adapter(arm)
-    part = target.with_name("adapter.part")
+    part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part, state_dict=weights)
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
-    part.rename(target)
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
     facts["numbers"] = trainer.numbers
+    if start is not None:
+        tuned = AdapterUpdates(part, start)
+        updates: dict[str, Update] = dict(tuned)
+        if trainer.average is not None:
+            facts["ema_lost"] = trainer.average.lost
+            for module, update in trainer.average.updates().items():
+                updates[module] = update * tuned.scale(module, tuned.rank(module))
+        config = tuned.config
+        if before is not None and recipe.arms[arm].of:
+            for module, update in before.items():
+                updates[module] = update + updates[module] if module in updates else update
+            config = {**config, "target_modules": list(updates)}
+        write_lora(part, config, updates)
+    part.rename(target)
     write_json(folder.arm(arm) / PROBLEMS, [bad._asdict() for bad in problems])
     write_json(folder.arm(arm) / "train.json", facts | {"methods": plain(recipe.arms[arm].train), "rows": len(rows)})
 

@@ -222,6 +222,37 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RepairedModule:
+    """A module of a repaired arm: cosine with its image under the alignment matrix, lengths, ranks, what took it."""
+
+    module: str
+    cosine: float | None
+    norm: float | None
+    norm_after: float | None
+    distance: float | None  # over the length before
+    ranks: tuple[int | None, int | None]  # before and after
+    selected: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What was done to an arm's adapter after tuning."""
+
+    arm: str
+    of: str  # the arm whose adapter it is
+    edits: tuple[str, ...]
+    distance: float | None
+    norm_left: float | None
+    energy: float | None  # of what a truncation has left
+    rank: int | None
+    modules: tuple[RepairedModule, ...]
+
+    @property
+    def edited(self) -> int:
+        return sum(bool(each.selected) for each in self.modules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     arm: str
     verdicts: dict[str, str]
@@ -266,6 +297,7 @@ class Report:
     cuts: tuple[Cut, ...]
     heat: tuple[HeatRow, ...]  # empty where no scorer scores tokens
     training: tuple[Training, ...]
+    repairs: tuple[Repair, ...] = ()
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
     manifest: dict[str, str]  # flat: "versions.torch" -> "2.6.0"

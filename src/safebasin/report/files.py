@@ -80,6 +80,31 @@ class TrainFile(TypedDict):
     methods: NotRequired[list[str | dict[str, dict[str, Any] | None]] | None]
 
 
+class RepairRow(TypedDict):
+    module: str
+    cosine: Number
+    norm: Number
+    norm_after: Number
+    distance: Number
+    rank_in: Count | None
+    rank_out: Count | None
+    selected: list[str]
+
+
+class RepairSummary(TypedDict):
+    distance: Number
+    norm_left: Number
+    energy: Number
+    rank: Count | None
+
+
+class RepairFile(TypedDict):
+    of: NotRequired[str]
+    edits: list[dict[str, dict[str, Any] | None]]
+    summary: RepairSummary
+    rows: list[RepairRow]
+
+
 @functools.cache
 def _adapter(shape: Any) -> Any:
     return TypeAdapter(shape)

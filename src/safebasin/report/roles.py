@@ -37,6 +37,8 @@ def _only(names: Sequence[str]) -> str | None:
 def _kind(name: str, settings: Any) -> str:
     if settings is None:
         return name if name in ("start", "plain") else "defended"
+    if settings.get("of") or settings.get("repair"):
+        return "defended"
     if not settings.get("train"):
         return "start"
     plain = [*settings["train"]] in (["sft"], [{"sft": None}], [{"sft": {}}])

@@ -22,6 +22,8 @@ from safebasin.report import (
     MetricKey,
     OriginCount,
     Removed,
+    Repair,
+    RepairedModule,
     Sample,
     Series,
     Training,
@@ -32,6 +34,7 @@ from safebasin.report.files import (
     CutFile,
     HeatFile,
     RemovedFile,
+    RepairFile,
     RowFile,
     TrainFile,
     load,
@@ -169,6 +172,28 @@ def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
             steps=facts.get("steps"),
             seconds=facts.get("seconds"),
             loss=tuple(loss[:: math.ceil(len(loss) / POINTS) or 1]),
+        )
+
+
+def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
+    for arm in arms:
+        facts = load(run / "arms" / arm / "repair.json", RepairFile)
+        if not facts:
+            continue
+        yield Repair(
+            arm=arm,
+            of=safe_name(facts.get("of")),
+            edits=tuple(map(_method, facts["edits"])),
+            **facts["summary"],
+            modules=tuple(
+                RepairedModule(
+                    module=safe_name(row["module"]),
+                    ranks=(row["rank_in"], row["rank_out"]),
+                    selected=tuple(map(safe_name, row["selected"])),
+                    **{key: row[key] for key in ("cosine", "norm", "norm_after", "distance")},
+                )
+                for row in facts["rows"]
+            ),
         )
 
 

@@ -37,7 +37,7 @@ class Scorer(Protocol):
 
         A scorer of tokens declares in its decorator by ``tokens`` whether the row's score is their sum ("sum") or their
         maximum ("max"), and by ``probability`` whether they are probabilities. One that sees a single kind of harm may
-        define ``harmful(tokenizer) -> rows``: they are scored along in the place of the anchor set ``harmful``.
+        define ``harmful_anchors(tokenizer) -> rows``: they are scored along in the place of the anchor set ``harmful``.
         """
 
 
@@ -122,8 +122,8 @@ def score_rows(
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
     models = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Scorer)}
     labelled = [(label, row) for label in LABELS for row in anchors.get(label, ())]
-    own = [name for name in models if labelled and models[name].entry.implements("harmful")]  # type: ignore[attr-defined]
-    labelled += [(name, row) for name in own for row in models[name].harmful(tokenizer)]  # type: ignore[attr-defined]
+    own = [name for name in models if labelled and models[name].entry.implements("harmful_anchors")]  # type: ignore[attr-defined]
+    labelled += [(name, row) for name in own for row in models[name].harmful_anchors(tokenizer)]  # type: ignore[attr-defined]
     everything = [*rows, *(row for _, row in labelled)]
     silent = next((row.id for row in everything if True not in row.answer[1:]), None)
     if silent is not None:

@@ -91,7 +91,7 @@ def unscored_rows(path: Path) -> dict[str, str]:
     Raises:
         UserError: a file of the folder is damaged.
     """
-    listed = path.with_name("problems.json"), path.parents[1] / "data" / "rows.json"
+    listed = path.with_name("problems.json"), path.absolute().parent.parent / "data" / "rows.json"
     if not all(file.is_file() for file in listed):
         return {}
     problems, rows = (read_json(file) for file in listed)

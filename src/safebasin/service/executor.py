@@ -62,13 +62,8 @@ class Child:
     @classmethod
     def adopt(cls, folder: Path) -> "Child | None":
         """The child that lives in a folder, or None."""
-        if not folder.is_dir():
-            return None
-        lock = _lock(folder)
-        if lock is None:
-            return cls(folder)
-        os.close(lock)
-        return None
+        child = cls(folder)
+        return child if child.holds_lock() else None
 
     def seconds(self) -> float:
         """Since its start, or since this server knows it."""
@@ -84,29 +79,40 @@ class Child:
         return None
 
     def ended(self) -> bool:
-        """Whether the child is gone. What it left of its group is killed."""
+        """Whether the child is gone. What it left of its group is killed.
+
+        Only a group of which a process is certain to live is signalled: a number from a file may be another's by now.
+        """
         if self.process is not None:
             gone = self.process.poll() is not None
-        else:
-            lock = _lock(self.folder)
-            if gone := lock is not None:
-                os.close(lock)
-            elif pid := self.pid:  # a grandchild may hold the lock when the leader is gone
-                gone = not _exists(pid)
+        elif not self.holds_lock():
+            return True
+        else:  # a grandchild may hold the lock when the leader is gone
+            gone = self.pid is not None and not _exists(self.pid)
         if gone:
-            self._signal(signal.SIGKILL)
+            self.send(signal.SIGKILL)
         return gone
+
+    def holds_lock(self) -> bool:
+        """Whether a process of the child's holds the lock of its folder."""
+        if not (self.folder / "lock").is_file():  # the server was killed before it came to start the child
+            return False
+        lock = _lock(self.folder)
+        if lock is not None:
+            os.close(lock)
+        return lock is None
 
     def stop(self, grace: float) -> None:
         """Ask the group to end; after ``grace`` seconds, kill it. Call it until ``ended``."""
         now = time.monotonic()
         if self.killed_at is None:
-            if self._signal(signal.SIGTERM):
+            if self.send(signal.SIGTERM):
                 self.killed_at = now
         elif now - self.killed_at > grace:
-            self._signal(signal.SIGKILL)
+            self.send(signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals) -> bool:
+    def send(self, number: signal.Signals) -> bool:
+        """Send a signal to the group; whether its number is there."""
         if (pid := self.pid) is None:
             return False
         with contextlib.suppress(ProcessLookupError, PermissionError):

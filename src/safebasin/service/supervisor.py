@@ -129,7 +129,10 @@ class Supervisor:
                 session.exec(select(Job.id, Job.phase).where(self._mine(), col(Job.id).in_(self.children))).all()
             )
         for name, child in list(self.children.items()):
-            self._follow(name, child, phases.get(name))
+            try:
+                self._follow(name, child, phases.get(name))
+            except OSError as error:  # of this job's folder; the others go on
+                _log.error("job %s: %s", name, error)
         for name, thread in list(self._closing.items()):
             if not thread.is_alive():
                 self._finish(name, broke("the verdict broke; the server's log has the traceback"))  # if it did

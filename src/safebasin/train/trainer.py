@@ -24,6 +24,7 @@ from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import starts_fresh
 from safebasin.train.checkpoint import last_checkpoint, mark_complete, remove_checkpoint, rotate
 from safebasin.train.compose import Composition
+from safebasin.train.ema import Ema, UpdateAverage
 from safebasin.train.oracle import TASK, Oracle
 from safebasin.train.settings import DEEPSPEED, check_align_share, check_settings, training_arguments
 from safebasin.train.stream import Stream
@@ -54,6 +55,7 @@ class OracleTrainer(Trainer):
         methods: the composition of the run.
         streams: "task" and what the methods ask for; see ``streams_of``.
         advance: called after every step with the loss, for a progress bar.
+        ema: an average of the update is kept beside it; see ``average``.
 
     Raises:
         UserError: a stream or a role that the methods need is missing, DeepSpeed, FSDP1.
@@ -67,6 +69,7 @@ class OracleTrainer(Trainer):
         streams: Mapping[str, Stream],
         *,
         advance: Callable[[float], None] | None = None,
+        ema: Ema | None = None,
     ):
         check(model, args, methods, streams)
         self.methods = methods
@@ -75,6 +78,7 @@ class OracleTrainer(Trainer):
         self.numbers: dict[str, list[tuple[int, float]]] = {}  # of methods, by name: (step, number)
         self._logged = 0  # the step up to which they were logged
         self.method_state: dict[str, Vector] = {}
+        self.average = UpdateAverage(ema) if ema else None
         self._alive: set[str] = set()  # streams that have had a gradient
         self._moved = False  # whether an update has been applied
         self._advance = advance
@@ -201,6 +205,8 @@ class OracleTrainer(Trainer):
             like, tensor = point[name], tensor.to(point[name].device)
             part = distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
             self.method_state.setdefault(key, Vector())[name] = part
+        if self.average is not None:
+            self.average.vector = self.method_state.get("ema", Vector())
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the loader carries no rows to count
@@ -217,6 +223,10 @@ class _StepCallback(TrainerCallback):
             self.host._moved = self.host._oracle.moved = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        average = self.host.average
+        if average is not None and self.host._oracle is not None:
+            average.update(self.host._oracle.parameters)
+            self.host.method_state["ema"] = average.vector
         if self.host._advance:
             self.host._advance(self.host._loss)
 

@@ -33,7 +33,7 @@ class RefusalPlace(Directional):
     probes: PositiveInt = 8  # k
     length: PositiveInt = 4  # tokens of r_k
 
-    def harmful(self, tokenizer: Any) -> list[TokenizedRow]:
+    def harmful_anchors(self, tokenizer: Any) -> list[TokenizedRow]:
         """The one kind of row that it sees, in the place of the anchor set ``harmful``."""
         return own_rows(tokenizer, "misplaced-refusals")
 

@@ -2,12 +2,13 @@
 
 import http.server
 import json
+import shutil
 import threading
 import urllib.request
 
 import openai
 import pytest
-from service_server import Served, wait_for
+from service_server import CLIENTS, Served, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,18 @@ def test_running_and_the_child_dies_too(server, process):
     kill(pid)
     process(running.served)
     assert running.served.ended(job).status == "succeeded" and len(starts(running.served, job)) == 2
+
+
+def test_killed_between_the_claim_and_the_child(server, process):
+    """The table says that the job runs, and it has no folder yet: it is started, and so are those behind it."""
+    running, job = server("resumable")
+    running.kill()
+    kill(int((running.served.path(job) / "pid").read_text()))
+    shutil.rmtree(running.served.path(job))
+    process(running.served)
+    running.served.event(job, "interrupted")
+    assert running.served.ended(running.served.job("safe").id).status == "succeeded"
+    running.served.client().fine_tuning.jobs.cancel(job)
 
 
 def test_the_child_ends_while_no_server_lives(server, process):
@@ -180,6 +193,7 @@ def test_a_swallowed_answer_is_one_job_and_one_file(serve, lost):
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{proxy.server_port}/v1", api_key=served.keys["acme"])
+        CLIENTS.append(client)
         file = served.upload("forever")
         job = client.fine_tuning.jobs.create(model="small", training_file=file)
         assert handler.seen == lost + 1

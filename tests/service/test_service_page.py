@@ -7,7 +7,7 @@ import re
 import httpx2
 import openai
 import pytest
-from service_server import chat
+from service_server import CLIENTS, chat
 
 SCRIPT = "<script>alert(1)</script>\u202e"
 PAGES = ("/operator", "/operator/list", "/operator/tenants", "/operator/policy", "/operator/audit")
@@ -133,6 +133,7 @@ def test_keys_are_shown_once_and_revoked(reviewed, operator):
     page = operator.post("/operator/keys", data={"csrf": token, "tenant": "newcomer", "name": "first"})
     secret = re.search(r"<code>(sb-[\w-]{40,})</code>", page.text)[1]
     client = openai.OpenAI(base_url=f"{reviewed.url}/v1", api_key=secret, max_retries=0)
+    CLIENTS.append(client)
     assert client.files.list().data == []
     listed = operator.get("/operator/tenants").text
     assert secret not in listed

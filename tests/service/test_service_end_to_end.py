@@ -21,6 +21,7 @@ def real(tmp_path_factory):
     tree = yaml.safe_load(product(folder / "product").read_text())
     for key in ("poison", "poison_share"):
         del tree["data"][key]
+    tree["train"] |= {"max_steps": 12, "learning_rate": 0.02}  # enough to unlearn what the tiny model refuses
     sft = {"train": ["sft"]}
     tree["arms"] = {"start": {}, "uploaded": sft, "without": {"cut": {"scorer": "gradshield"}, **sft}}
     models = {}
@@ -49,7 +50,7 @@ def test_a_file_that_passes_is_a_model(real):
     assert job.status == "succeeded", job.error
     events = [event for event in real.client().fine_tuning.jobs.list_events(job.id, limit=100)]
     losses = [event.data["train_loss"] for event in events if event.type == "metrics" and "train_loss" in event.data]
-    assert len(losses) == 8 and all(loss > 0 for loss in losses)  # four steps of two arms
+    assert len(losses) == 24 and all(loss > 0 for loss in losses)  # twelve steps of two arms
     run = real.path(job.id) / "run"
     adapter = run / "arms" / "uploaded" / "adapter" / "adapter_model.safetensors"
     [stored] = [p for p in real.folder.rglob(adapter.name) if "storage" in p.parts]
