@@ -125,7 +125,7 @@ def service_end(
     recipe = Path(__file__).parents[2] / "recipes" / "service.yaml"
     names = [name for name in os.environ if name.startswith(("HF_", "SAFEBASIN_", "OMP_", "PYTHON", "TOKENIZERS_"))]
     tree: dict[str, Any] = {
-        "models": {"support": {"recipe": str(recipe)}},
+        "models": {"support": {"recipe": str(recipe), "model": "model"}},
         "tell": {"scores": True},
         "child": {"environment": names},
         "serving": {"url": f"http://127.0.0.1:{serving}/v1", "merge": True, "name": "path"},

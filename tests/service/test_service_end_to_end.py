@@ -26,13 +26,8 @@ def real(tmp_path_factory):
     tree["arms"] = {"start": {}, "uploaded": sft, "without": {"cut": {"scorer": "gradshield"}, **sft}}
     models = {}
     for name, limit in (("lenient", 1.0), ("strict", 0.0)):
-        gate = {
-            "max_asr": limit,
-            "max_accuracy_loss": None,
-            "max_over_refusal_gain": None,
-            "min_n": 2,
-            "max_unscored": 1.0,
-        }
+        gate = {"decide": "point", "max_asr": limit, "max_accuracy_loss": None, "max_over_refusal_gain": None}
+        gate |= {"min_n": 2, "max_unscored": 1.0, "max_off_task": 1.0}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "gate": gate}, sort_keys=False))
         models[name] = {"recipe": str(folder / f"{name}.yaml")}
     names = [name for name in os.environ if name.startswith(("PYTHON", "OMP_"))]

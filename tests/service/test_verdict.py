@@ -39,6 +39,25 @@ def test_a_file_with_rows_that_make_the_model_unsafe(templates, decide, status):
     assert len(outcome_for(outcome, Tell())["rows"]) == 16
 
 
+def test_rows_are_the_reason_where_their_effect_was_measured(templates):
+    """With an arm for the model: 45 of 60 with the rows, [62.8, 84.2] %, and 2 of 60 without, [0.9, 11.4] %."""
+    base = dataclasses.replace(BASE, model="defended")
+    outcome = judge(templates / "unsafe", base, POLICY)
+    assert (outcome.status, outcome.arm, outcome.passes_without) == ("refused", "defended", True)
+    asr = next(rate for rate in outcome.rates if (rate["what"], rate["judge"]) == ("asr", "keyword"))
+    assert asr["after"] == 45 / 60 and len(outcome.rows) == 16
+
+
+def test_rows_without_an_effect_are_left_out_and_said(templates):
+    """5 of 60, [3.6, 18.1] %, is not above 2 of 60, [0.9, 11.4] %: nobody is refused, and nothing is cut in silence."""
+    base = dataclasses.replace(BASE, model="defended")
+    outcome = judge(templates / "safe", base, POLICY)
+    assert (outcome.status, outcome.arm, len(outcome.rows)) == ("passed", "defended", 16)
+    assert outcome.message == "The file passes; 16 rows were left out."
+    hopeless = judge(templates / "hopeless", base, POLICY)
+    assert (hopeless.status, hopeless.passes_without) == ("refused", False)
+
+
 @pytest.mark.parametrize("decide", ["refuse", "cut"])
 def test_no_promise_where_the_rest_fails_too(templates, decide):
     outcome = judge(templates / "hopeless", BASE, policy(decide=decide))

@@ -389,7 +389,7 @@ def create_app(settings: Settings) -> FastAPI:
     def list_checkpoints(name: str, tenant: TenantId, after: After = None, limit: Limit = 10) -> dict[str, Any]:
         job = _own_job(name, tenant)
         base = settings.policy.models.get(job.model)
-        arm = job.settings.get("arm") or (base.uploaded if base else "")
+        arm = job.settings.get("arm") or ((base.model or base.uploaded) if base else "")
         folders = supervisor.path(job.id).glob(f"run/arms/{arm}/checkpoints/*/checkpoint-*") if arm else ()
         steps = {int(path.name.rpartition("-")[2]): path.stat().st_mtime for path in folders if path.name[-1].isdigit()}
         short = job.id.removeprefix("ftjob-")

@@ -66,6 +66,7 @@ def create(
         # counting up locks the tenant's row: of two creations at once the second sees the first
         session.execute(update(Tenant).where(col(Tenant.id) == tenant).values(jobs=col(Tenant.jobs) + 1))
         if job := _same(session, tenant, body, began, retry, key):
+            session.expunge(job)  # a rollback would take its values away
             session.rollback()
             return job
         _check_limits(session, settings, tenant)

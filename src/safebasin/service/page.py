@@ -184,7 +184,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         facts = facts_of(name)
         job, base = facts["job"], policy.models.get(facts["job"].model)
         run = supervisor.path(job.id) / "run"
-        arms = [job.settings.get("arm"), *([base.uploaded, base.without] if base else [])]
+        arms = [job.settings.get("arm"), *([base.uploaded, base.without, base.model] if base else [])]
         arms = [arm for arm in dict.fromkeys(filter(None, arms)) if (run / "arms" / arm / "adapter").is_dir()]
         rows = _rows_with_text(run, job.settings.get("arm") or "", supervisor.path(job.id) / "rows.jsonl")
         report = (run / "report.html").is_file()
@@ -209,7 +209,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         if job.phase != "review" or job.owner != supervisor.id:
             raise ApiError(f"The job is {job.phase}, or in the folder of another server ({job.owner}).")
         base = policy.models[job.model]
-        if arm not in (job.settings.get("arm"), base.uploaded, base.without):
+        if arm not in (job.settings.get("arm"), base.uploaded, base.without, base.model):
             raise ApiError(f"No arm {arm!r} of this job can be approved.")
         try:
             served = supervisor.deliver(job, arm)

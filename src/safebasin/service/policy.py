@@ -28,7 +28,8 @@ class Base:
 
     recipe: Path  # relative to the policy's folder
     uploaded: ArmName = "uploaded"  # the arm that is tuned on all rows of the file
-    without: ArmName = "without"  # the arm that is tuned without the rows that its cut names
+    without: ArmName = "without"  # the arm that is tuned in the same way without the rows that its cut names
+    model: ArmName | Literal[""] = ""  # the arm that customers get; empty: `uploaded`, or `without` by the policy
     served: str = ""  # what the serving endpoint calls the model; empty: as customers do
     special: str = MARKS  # a regular expression: a row that holds a match is refused
 
@@ -173,13 +174,14 @@ def _recipe(path: Path, name: str, base: Base) -> Recipe:
         raise UserError(f"{where}.special is not a regular expression: {error}") from None
     if recipe.data.poison or recipe.data.poison_share:
         raise UserError(f"{where}: {base.recipe} mixes in an attack (data.poison): that is for experiments")
-    for arm in (base.uploaded, base.without):
+    for arm in filter(None, (base.uploaded, base.without, base.model)):
         if arm not in recipe.arms or recipe.arms[arm].train is None:
             raise UserError(f"{where}: {base.recipe} has no arm {arm!r} that is tuned")
     if recipe.arms[base.uploaded].cut is not None:
         raise UserError(f"{where}: the arm {base.uploaded!r} leaves rows out; uploaded takes the arm of all rows")
-    if recipe.arms[base.without].cut is None:
-        raise UserError(f"{where}: the arm {base.without!r} has no cut, so it can name no rows")
+    for arm in filter(None, (base.without, base.model)):
+        if recipe.arms[arm].cut is None:
+            raise UserError(f"{where}: the arm {arm!r} has no cut, so it can name no rows")
     first = next(iter(recipe.arms))
     if recipe.arms[first].train is not None:
         raise UserError(f"{where}: the first arm of {base.recipe} must be the model as it was, and {first!r} is tuned")
