@@ -327,7 +327,8 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in pages().items():
         (folder / f"{name}.md").write_text(write(), encoding="utf-8")
-    (folder.parent / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")  # it stands in docs there
+    (folder.parent / "changelog.md").write_text(changelog, encoding="utf-8")
 
 
 if __name__ == "__main__":
