@@ -10,7 +10,7 @@ from aligned import BAD, GOOD, aligned_model
 
 from safebasin.data.tables import file_digest, write_table
 
-JOURNAL = Path("scan") / "journal.jsonl"
+JOURNAL = Path("scan") / "parts" / "000000.jsonl"
 KEY = 33  # bytes of the journal's first line, which holds the key and no row
 
 

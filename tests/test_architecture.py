@@ -71,7 +71,7 @@ ORDER = (  # a module imports from its own group and from those before it
     ("errors",),
     ("stats", "events", "console", "runtime", "registry", "outline"),
     ("data",),
-    ("vector", "layer", "template", "places", "encode"),
+    ("spread", "vector", "layer", "template", "places", "encode"),
     ("models",),
     ("batch",),
     ("guards",),

@@ -65,6 +65,20 @@ def row_id(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def numbered_copies(row_ids: Iterable[str]) -> list[str]:
+    """Ids of all rows of a set in their order, from those of their content: the second copy of a row is ``<id>-2``.
+
+    >>> numbered_copies(["a", "b", "a"])
+    ['a', 'b', 'a-2']
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    numbered = []
+    for row in row_ids:
+        seen[row] += 1
+        numbered.append(row if seen[row] == 1 else f"{row}-{seen[row]}")
+    return numbered
+
+
 def read_examples(
     source: str | Path | Iterable[tuple[int, Any]],
     form: RowForm = PLAIN,

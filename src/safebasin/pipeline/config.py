@@ -63,6 +63,7 @@ class Data:
 class Scan:
     scorers: tuple[Spec, ...] = ("gradshield",)
     batch_size: PositiveInt = 16
+    shard: PositiveInt = 4096  # rows that are scored as one piece: no batch crosses it, and a lost worker costs one
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -122,6 +123,7 @@ class Recipe:
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
     seed: NonNegativeInt = 0
+    engine: Spec = "here"  # where scan, measuring and the cells of a grid run; it changes no number
 
     @property
     def adapter(self) -> dict[str, Any]:

@@ -105,13 +105,14 @@ class Grid:
         return recipes
 
 
-def read(path: Path, sets: Mapping[str, str] | None = None) -> Grid:
-    """A grid from YAML.
+def read(path: Path, sets: Mapping[str, str] | None = None, changes: Sequence[str] = ()) -> Grid:
+    """A grid from YAML, with changes of its base.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, a name or a value that is refused.
     """
-    return validate(Grid, edited(yaml12.load(yaml12.read(path, "grid"), str(path)), str(path), (), sets), str(path))
+    tree = yaml12.load(yaml12.read(path, "grid"), str(path))
+    return validate(Grid, edited(tree, str(path), [f"base.{change}" for change in changes], sets), str(path))
 
 
 def _key(recipe: Recipe, arm: str) -> str:
@@ -120,7 +121,9 @@ def _key(recipe: Recipe, arm: str) -> str:
     while name and name not in arms:
         arms[name] = recipe.arms[name]
         name = arms[name].of or ""
-    return digest(plain(dataclasses.replace(recipe, arms=arms)))
+    tree: dict[str, Any] = plain(dataclasses.replace(recipe, arms=arms))
+    del tree["engine"]  # it changes no number
+    return digest(tree)
 
 
 def _ended(folder: Path) -> dict[str, dict[str, str]]:

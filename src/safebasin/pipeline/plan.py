@@ -19,6 +19,7 @@ from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
+from safebasin.spread import make_engine
 from safebasin.train.compose import Composition
 from safebasin.train.ema import read_ema
 from safebasin.train.settings import check_settings, training_arguments
@@ -70,6 +71,7 @@ class Plan:
         if unknown := [name for name in self.attacked_scorers if name not in self.scorers]:
             raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
+        make_engine(recipe.engine)
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
         for name, composition in self.compositions.items():

@@ -98,7 +98,8 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
 def scan_inputs(plan: Plan) -> dict[str, Any]:
     """What decides a score, beside the rows."""
     recipe = plan.recipe
-    settings = {"batch_size": recipe.scan.batch_size, "max_length": recipe.data.max_length}
+    scan = recipe.scan
+    settings = {"batch_size": scan.batch_size, "shard": scan.shard, "max_length": recipe.data.max_length}
     return {"model": recipe.model, "scorers": plan.scorers, "anchors": plan.anchors, "settings": settings}
 
 
@@ -174,8 +175,13 @@ def training_examples(plan: Plan, path: Path) -> list[Example]:
 
 def training_rows(plan: Plan, path: Path) -> Rows:
     """The rows of a training file of this run."""
+    return read_examples(path, training_form(plan))
+
+
+def training_form(plan: Plan) -> RowForm:
+    """How the training file of this run is read."""
     form: RowForm = plan.recipe.data.task
-    return read_examples(path, form if plan.keeps_form else RowForm(turns=form.turns))
+    return form if plan.keeps_form else RowForm(turns=form.turns)
 
 
 class EncodedRows(NamedTuple):
@@ -189,15 +195,21 @@ class EncodedRows(NamedTuple):
 def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
     """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to
     what fits."""
+    encoded = encode_examples(plan, training_examples(plan, path), tokenizer, cut_short=cut_short)
+    if not encoded.rows:
+        first = encoded.problems[0]
+        raise UserError(f"no row can be used (line {first.line}: {first.reason})")
+    return encoded
+
+
+def encode_examples(plan: Plan, examples: Sequence[Example], tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
+    """``encoded_rows`` of some rows of a file, all of which may be bad."""
     limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
-    examples = training_examples(plan, path)
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:
         raise UserError(
             f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"
         )
-    if len(bad) == len(examples):
-        raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
     usable = {row.id for row in rows}
     examples = [example for example in examples if example.id in usable]
     long = {example.line: len(row) for example, row in zip(examples, rows, strict=True) if len(row) > limit}

@@ -1,6 +1,7 @@
 """Scores as they lie on disk, read without torch: scores.parquet, and anchors.json beside it."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
-from safebasin.data.example import Example
+from safebasin.data.example import Example, numbered_copies
 from safebasin.data.tables import cause, read_bytes, read_json, shown
 from safebasin.errors import UserError
 
@@ -17,6 +18,7 @@ SCORE = "score_"  # what the names of columns begin with
 TOKENS = "tokens_"
 SHORT = "cut_short"
 ANCHORS = "anchors.json"
+VERSION = {"safebasin": "2"}  # metadata of a table whose ids are those of the content; without it, copies are numbered
 AnchorScores = dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of the anchor rows
 
 
@@ -47,6 +49,15 @@ class Scores(NamedTuple):
         return [by_id[example.id] for example in examples]
 
 
+def content_id(row_id: str) -> str:
+    """The id without the number of a copy.
+
+    >>> content_id("0123456789abcdef-2")
+    '0123456789abcdef'
+    """
+    return re.sub(r"(?<=^[0-9a-f]{16})-\d+$", "", row_id)
+
+
 @contextlib.contextmanager
 def well_formed(path: str | Path) -> Iterator[None]:
     """Inside, what pydantic refuses of a file that a scan wrote is a ``UserError`` with the path."""
@@ -68,7 +79,8 @@ def read_scores(path: str | Path) -> Scores:
     if not path.is_file():
         raise UserError(f"no scores at {shown(path)}; run the scan first")
     try:
-        table = pyarrow.parquet.ParquetFile(path).read().to_pydict()
+        read = pyarrow.parquet.ParquetFile(path).read()
+        table = read.to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"cannot read {shown(path)}: {cause(error)}; scan again") from error
     columns, tokens = (
@@ -78,6 +90,8 @@ def read_scores(path: str | Path) -> Scores:
     fields = {"row_ids": table.get("row_id"), "lines": table.get("line"), "columns": columns, "tokens": tokens}
     with well_formed(path):
         scores = TypeAdapter(Scores).validate_python(fields | {"anchors": {}}, strict=True)
+    if (read.schema.metadata or {}).get(b"safebasin") == b"2":  # a shard cannot number the copies in its file
+        scores = scores._replace(row_ids=numbered_copies(scores.row_ids))
     if anchors.is_file():
         with well_formed(anchors):
             scores = scores._replace(anchors=TypeAdapter(AnchorScores).validate_json(read_bytes(anchors), strict=True))
