@@ -66,6 +66,6 @@ def test_joined_parts_are_the_table_of_all_rows(tmp_path):
     assert table._replace(anchors={}) == of_all and table.anchors == {"it": {"safe": [0.25]}}
     assert table.row_ids == [example.id for example in examples] and table.row_ids[3].endswith("-3")
     (tmp_path / "1.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="was damaged .* start again"):
+    with pytest.raises(UserError, match=r"was damaged .* start again"):
         join_parts([tmp_path / "0.parquet", tmp_path / "1.parquet"], tmp_path / "scores.parquet")
     assert not (tmp_path / "1.parquet").exists()

@@ -11,6 +11,7 @@ from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Prompt
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
+from safebasin.measure.engine import Compared, Served
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
 from safebasin.models.adapter import merged
@@ -35,6 +36,8 @@ class Subject:
     start: ModelAndTokenizer | None = None  # the model that tuning started from; None: not at hand
     cache: AnswerCache | None = None
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
+    server: Served | None = None  # that generates the answers; None: they are generated here
+    compared: list[Compared] = dataclasses.field(default_factory=list)  # of the server's answers with ours, one entry
 
     @functools.cached_property
     def merged(self) -> ModelAndTokenizer:
@@ -63,10 +66,29 @@ class Subject:
     ) -> list[Answer]:
         """Answers up to the end of the turn or ``max_new_tokens``; less where all ``judges`` have decided before."""
         turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
+        begun = any(each[-1]["role"] == "assistant" for each in turns)  # a server would begin a turn of its own
+        if self.server and self.arm in self.server.models and not begun:
+            return self._served(turns, max_new_tokens, judges or {})
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
             return generate(
                 *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
             )
+
+    def _served(self, turns: Sequence[Conversation], max_new_tokens: int, judges: Mapping[str, Judge]) -> list[Answer]:
+        """The server's answers, once the first of them were compared with ours.
+
+        Raises:
+            UserError: it does not answer.
+            DefenceError: its answers are not ours.
+        """
+        assert self.server
+        if not self.compared:
+            some = turns[: self.server.check]
+            own = generate(*self.loaded, some, max_new_tokens=max_new_tokens, cache=self.cache)
+            texts = [turn[-1]["content"] for turn in some]
+            first = self.server.answer(self.arm, some, max_new_tokens)
+            self.compared.append(self.server.compare(own, first, judges, texts))
+        return self.server.answer(self.arm, turns, max_new_tokens)
 
     def judge(self, suite: str, name: str) -> Judge:
         """UserError: this run has no judge of that name."""

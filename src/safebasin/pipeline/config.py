@@ -106,6 +106,7 @@ class Measure:
     labels: tuple[str, ...] = ()  # answers of the task that are only a label: off task to a harmful request
     system: str | None = None
     judges: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings of judges, by their names
+    engine: Spec = "hf"  # where answers are generated: here, or {endpoint: {url: ..., models: {arm: name}}}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safebasin.data.tables import write_table
+from safebasin.data.tables import write_json, write_table
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.judging import Judge, make_judges, needs_aligned
 from safebasin.measure.subject import Subject
@@ -13,6 +13,7 @@ from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import attack_format, load_start
 
 Judges = Mapping[str, Judge]
+ENGINE = "engine.json"  # of an arm whose answers a server gave: how many were compared with ours, and were equal
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -43,15 +44,21 @@ def write_measurements(
         "system": f"\n{system}" if system else None,
         "attack": [plan.attack, attacker("")] if attacker else None,
     }
-    with folder.step(f"measure.{arm}", inputs, [folder.measurements(arm), folder.answers(arm)]) as work:
+    outputs, server = [folder.measurements(arm), folder.answers(arm)], plan.served_by
+    if server and arm in server.models:
+        inputs["server"] = server
+        outputs.append(folder.arm(arm) / ENGINE)
+    with folder.step(f"measure.{arm}", inputs, outputs) as work:
         if not work:
             return
         folder.arm(arm).mkdir(parents=True, exist_ok=True)
         loaded, settings = load_start(plan, adapter), plan.recipe.measure
         subject = Subject(loaded, arm, judges(), settings.labels, system, attacker)
-        subject.cache = AnswerCache(folder.answer_cache)
+        subject.cache, subject.server = AnswerCache(folder.answer_cache), server
         if any("start" in suite.entry.roles for suite in plan.suites):
             subject.start = load_start(plan) if adapter else loaded
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]
         write_table(folder.answers(arm), [dataclasses.asdict(answer) for answer in subject.answers])
         write_table(folder.measurements(arm), measurements)
+        if "server" in inputs:
+            write_json(folder.arm(arm) / ENGINE, [each._asdict() for each in subject.compared])

@@ -10,6 +10,8 @@ is ours has no dashboard.
 import collections
 import contextlib
 import os
+import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +19,14 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from safebasin.console import line
+from safebasin.console import line, printable
+from safebasin.data.tables import cause
 from safebasin.errors import UserError
 from safebasin.spread import Facts, Worker
 
 STORE = 100 << 20  # bytes of the object store of a cluster of ours: items and counts are small
 LOCAL = {  # of a cluster of ours
     "RAY_worker_niceness": "0",  # Ray's own is 15: on a busy machine such workers stand still
-    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -57,8 +59,7 @@ class OnRay:
     ) -> Iterator[Facts]:
         if not items:
             return
-        ray = _import()
-        with self._cluster(ray):
+        with self.cluster() as ray:
             size = min(self._places(ray), len(items))
             options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
             actor_of = ray.remote(Remote).options(**options)
@@ -77,7 +78,9 @@ class OnRay:
                         facts = ray.get(done)
                     except ray.exceptions.RayTaskError as error:
                         raise error.cause from None
-                    except ray.exceptions.RayActorError:
+                    except ray.exceptions.RayActorError as error:
+                        if error.actor_init_failed:
+                            raise UserError(f"engine.ray: no worker can start: {_last_line(error)}") from error
                         lost[item.name] += 1
                         self._say_lost(item.name, lost[item.name])
                         queue.appendleft(item)
@@ -97,24 +100,28 @@ class OnRay:
         line(f"  {name}: its worker died; tried again, {self.tries - times} left")
 
     @contextlib.contextmanager
-    def _cluster(self, ray: Any) -> Iterator[None]:
-        """Inside, ray is connected; a connection that was there before stays."""
+    def cluster(self) -> Iterator[Any]:
+        """Ray, connected; a connection that was there before stays.
+
+        Raises:
+            UserError: ray is not installed, or there is no such cluster.
+        """
+        ray = _import(dict(LOCAL) if not self.address else {})
         if ray.is_initialized():
-            yield
+            yield ray
             return
         try:
             if self.address:
                 self._check_token()
                 ray.init(address=self.address, log_to_driver=False, logging_level="error")
             else:
-                os.environ.update({name: value for name, value in LOCAL.items() if name not in os.environ})
+                more = {"include_dashboard": False, "object_store_memory": STORE}
                 cpus = self.workers * self.cpus or None
-                more = {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": cpus}
-                ray.init(address="local", log_to_driver=False, logging_level="error", **more)
+                ray.init(address="local", num_cpus=cpus, log_to_driver=False, logging_level="error", **more)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"engine.ray: no cluster at {self.address or 'this machine'}: {error}") from error
+            raise UserError(f"engine.ray: no cluster at {self.address or 'this machine'}: {cause(error)}") from error
         try:
-            yield
+            yield ray
         finally:
             ray.shutdown()
 
@@ -141,9 +148,17 @@ class OnRay:
         return min(sum(fit), self.workers or sum(fit))
 
 
-def _import() -> Any:
+def _last_line(error: BaseException) -> str:
+    return printable(next((text for text in reversed(str(error).splitlines()) if text.strip()), ""))
+
+
+def _import(settings: dict[str, str]) -> Any:
+    """Ray, with settings of its environment where it has none. It reads some of them once, when it is imported."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--engine ray starts its own workers; start it without torchrun, which shares a run by itself")
+    if settings and "ray" not in sys.modules:
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
     try:
         import ray
     except ImportError as error:
