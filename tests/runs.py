@@ -93,6 +93,8 @@ from safebasin.pipeline.config import parse
 from safebasin.pipeline.run import Run
 with Run(parse(Path(sys.argv[1]).read_text()), Path(sys.argv[2])) as run:
     getattr(run, sys.argv[3])
+status = Path("/proc/self/status").read_text()  # of this program alone: ru_maxrss begins with that of its parent
+(Path(sys.argv[2]) / "peak").write_text(status.partition("VmHWM:")[2].split()[0])  # KiB
 """
 
 
