@@ -238,9 +238,9 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
         DefenceError: a defence could not run; raised after all the other cells were done.
     """
     recipes, all_recipes = grid.recipes(only, seeds), grid.recipes()
-    plans = [Plan.of(recipe) for recipe in recipes.values()]  # what is refused is refused before anything is done
+    runs = [Run(recipe, folder_of(out, *key)) for key, recipe in recipes.items()]  # what is refused is refused at once
     engine, ranks = make_engine(grid.base.get("engine", "here")), list[Rank]()
-    worker = functools.partial(CellWorker, plans[0].recipe)  # its judges are the same for the grid
+    worker = functools.partial(CellWorker, runs[0].plan.recipe)  # its judges are the same for the grid
 
     for seed in dict.fromkeys(seed for _, _, seed in recipes):
         todo: dict[Path, list[str]] = {}
@@ -253,7 +253,7 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
             if (folder := folder_of(out, *key)) in todo
         ]
         for _ in engine.work(items, worker, out.absolute().joinpath):
-            ranks = write_grid(out, list(cells(all_recipes, out)), grid.published, plans[0].gate, grid.plain)
+            ranks = write_grid(out, list(cells(all_recipes, out)), grid.published, runs[0].plan.gate, grid.plain)
     failed = [cell for cell in cells(recipes, out, all_recipes) if cell.outcome == FAILED]
     if failed:
         first = f"{failed[0].folder.name}, {failed[0].defence}: {failed[0].reason}"
