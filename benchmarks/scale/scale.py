@@ -22,7 +22,6 @@ from benchmarks.harness import ROOT, Bench, experiment
 from safebasin.data.tables import write_json, write_table
 from safebasin.errors import UserError
 
-sys.path.insert(0, str(ROOT / "tests"))
 PARTS = Path("scan") / "parts"
 GOALS = {
     "scan.memory.growth": "<= 1.1",
@@ -45,6 +44,7 @@ def scale(
     report_rows: int = 100_000,
 ) -> None:
     """Does memory grow with the rows, do killed actors change a byte, and what do 100,000 rows and parts cost?"""
+    sys.path.insert(0, str(ROOT / "tests"))
     ways: dict[str, Callable[[Path], None]] = {
         "resume": lambda folder: _resume(bench, folder, parts),
         "report": lambda folder: _report(bench, folder, report_rows),

@@ -2,7 +2,7 @@
 
 A server is another implementation of the same model, in other kernels and perhaps with other settings (vLLM obeys the
 repetition penalty of generation_config unless it is told not to). So its answers count only where they are ours: the
-first ``check`` prompts of an arm are answered here too, and
+first ``check`` prompts of every suite are answered here too, and
 
     share of equal texts >= ``equal``,  and every judge gives the same verdict to each of them                  (1)
 
@@ -27,8 +27,9 @@ Turns = Sequence[Mapping[str, Any]]
 
 
 class Compared(NamedTuple):
-    """What eq. 1 was computed from, of one arm."""
+    """What eq. 1 was computed from, of one suite of an arm."""
 
+    suite: str
     prompts: int
     equal: int  # texts
     agree: int  # prompts on which all judges give the same verdict
@@ -40,7 +41,7 @@ class Served(Endpoint):
 
     models: Annotated[dict[str, str], Field(min_length=1)]  # arm -> the name of its model (or adapter) at the endpoint
     settings: Settings = Field(default_factory=dict)  # of every request, beside temperature 0 and max_tokens
-    check: PositiveInt = 32  # prompts of an arm that are answered here too
+    check: PositiveInt = 32  # prompts of every suite that are answered here too
     equal: Annotated[float, Field(ge=0, le=1)] = 0.99  # share of these whose texts must be equal
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     concurrent: Annotated[PositiveInt, Field(le=256)] = 16
@@ -67,37 +68,36 @@ class Served(Endpoint):
                 "that holds every prompt, and run again"
             ) from None
 
-    def compare(
-        self, own: Sequence[Answer], served: Sequence[Answer], judges: Mapping[str, Judge], prompts: Sequence[str]
-    ) -> Compared:
-        """Eq. 1.
 
-        Raises:
-            DefenceError: it does not hold.
-        """
-        equal = [a.text == b.text for a, b in zip(own, served, strict=True)]
-        verdicts = [
-            [
-                [
-                    each.verdict
-                    for each in judge_answers(
-                        judge, [a.text for a in answers], (), prompts, [a.finished for a in answers]
-                    )
-                ]
-                for judge in judges.values()
-            ]
-            for answers in (own, served)
-        ]
-        agree = [all(first[i] == second[i] for first, second in zip(*verdicts, strict=True)) for i in range(len(own))]
-        compared = Compared(len(own), sum(equal), sum(agree))
-        if compared.equal < self.equal * len(own) or compared.agree < len(own):
-            raise DefenceError(
-                f"measure.engine.endpoint: of {compared.prompts} prompts that were answered here too, {compared.equal} "
-                f"texts are equal and the judges agree on {compared.agree}; its numbers would not be those of this "
-                "model: check the adapter, the chat template and generation_config (vllm serve --generation-config "
-                "vllm), or measure here"
-            )
-        return compared
+def compare(
+    server: Served,
+    suite: str,
+    own: Sequence[Answer],
+    served: Sequence[Answer],
+    judges: Mapping[str, Judge],
+    prompts: Sequence[str],
+) -> Compared:
+    """Eq. 1 of the same prompts.
+
+    Raises:
+        DefenceError: it does not hold.
+    """
+
+    def verdicts(answers: Sequence[Answer]) -> list[tuple[str, ...]]:
+        """Of every answer those of all judges."""
+        texts, finished = [answer.text for answer in answers], [answer.finished for answer in answers]
+        columns = [judge_answers(judge, texts, (), prompts, finished) for judge in judges.values()]
+        return [tuple(column[i].verdict for column in columns) for i in range(len(answers))]
+
+    equal = sum(a.text == b.text for a, b in zip(own, served, strict=True))
+    agree = sum(a == b for a, b in zip(verdicts(own), verdicts(served), strict=True))
+    if equal < server.equal * len(own) or agree < len(own):
+        raise DefenceError(
+            f"measure.engine.endpoint: of {len(own)} prompts of {suite} that were answered here too, {equal} texts are "
+            f"equal and the judges agree on {agree}; its numbers would not be those of this model: check the adapter, "
+            "the chat template and generation_config (vllm serve --generation-config vllm), or measure here"
+        )
+    return Compared(suite, len(own), equal, agree)
 
 
 def make_served(spec: str | Mapping[str, Any]) -> Served | None:

@@ -11,7 +11,7 @@ from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Prompt
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
-from safebasin.measure.engine import Compared, Served
+from safebasin.measure.engine import Compared, Served, compare
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
 from safebasin.models.adapter import merged
@@ -37,7 +37,7 @@ class Subject:
     cache: AnswerCache | None = None
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
     server: Served | None = None  # that generates the answers; None: they are generated here
-    compared: list[Compared] = dataclasses.field(default_factory=list)  # of the server's answers with ours, one entry
+    compared: list[Compared] = dataclasses.field(default_factory=list)  # the server's answers with ours
 
     @functools.cached_property
     def merged(self) -> ModelAndTokenizer:
@@ -68,27 +68,27 @@ class Subject:
         turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
         begun = any(each[-1]["role"] == "assistant" for each in turns)  # a server would begin a turn of its own
         if self.server and self.arm in self.server.models and not begun:
-            return self._served(turns, max_new_tokens, judges or {})
+            return self._served(title, turns, max_new_tokens, judges or {})
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
             return generate(
                 *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
             )
 
-    def _served(self, turns: Sequence[Conversation], max_new_tokens: int, judges: Mapping[str, Judge]) -> list[Answer]:
-        """The server's answers, once the first of them were compared with ours.
+    def _served(
+        self, title: str, turns: Sequence[Conversation], max_new_tokens: int, judges: Mapping[str, Judge]
+    ) -> list[Answer]:
+        """The server's answers, of which the first ones are compared with ours before the others are asked for.
 
         Raises:
             UserError: it does not answer.
             DefenceError: its answers are not ours.
         """
         assert self.server
-        if not self.compared:
-            some = turns[: self.server.check]
-            own = generate(*self.loaded, some, max_new_tokens=max_new_tokens, cache=self.cache)
-            texts = [turn[-1]["content"] for turn in some]
-            first = self.server.answer(self.arm, some, max_new_tokens)
-            self.compared.append(self.server.compare(own, first, judges, texts))
-        return self.server.answer(self.arm, turns, max_new_tokens)
+        first, rest = turns[: self.server.check], turns[self.server.check :]
+        own = generate(*self.loaded, first, max_new_tokens=max_new_tokens, cache=self.cache)
+        served = self.server.answer(self.arm, first, max_new_tokens)
+        self.compared.append(compare(self.server, title, own, served, judges, [turn[-1]["content"] for turn in first]))
+        return served + self.server.answer(self.arm, rest, max_new_tokens)
 
     def judge(self, suite: str, name: str) -> Judge:
         """UserError: this run has no judge of that name."""

@@ -141,8 +141,8 @@ def check_agreement(own: Mapping[str, Any], first: Any) -> None:
     """UserError where a worker's scores are not those of the first worker."""
     for name, values in own["scores"].items():
         others = (first or {}).get("scores", {}).get(name, values)
-        difference = max(abs(a - b) for a, b in zip(values, others, strict=True))
-        if difference > TOLERANCE * max(map(abs, (*values, *others))):
+        difference = max((abs(a - b) for a, b in zip(values, others, strict=True)), default=0.0)
+        if difference > TOLERANCE * max(map(abs, (*values, *others)), default=0.0):
             raise UserError(
                 f"scan.{name}: a worker's scores of the same rows differ by {difference:.3g} from those of the first "
                 "worker; machines of two kinds must not make one column: use one kind of GPU and one set of versions"
