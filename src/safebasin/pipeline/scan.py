@@ -15,6 +15,7 @@ from safebasin.console import line, progress
 from safebasin.data.example import read_examples
 from safebasin.data.tables import write_json
 from safebasin.errors import UserError
+from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
@@ -137,6 +138,11 @@ class ScanWorker:
         return (lambda done, _: advance(min(done * sharing, shard.rows))) if advance else None
 
 
+def remote_worker(recipe: Recipe, *more: Any, **how: Any) -> ScanWorker:
+    """A worker that is built where it runs: a plan may hold models, which do not travel."""
+    return ScanWorker(Plan.of(recipe), *more, **how)
+
+
 def check_agreement(own: Mapping[str, Any], first: Any) -> None:
     """UserError where a worker's scores are not those of the first worker."""
     for name, values in own["scores"].items():
@@ -177,7 +183,8 @@ def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
             how: dict[str, Any] = {"cut_short": cut_short, "several": len(shards) > 1}
             if isinstance(engine, Here):
                 how |= {"ranks": ranks, "advance": lambda scored: advance(done + scored, "")}
-            make = partial(ScanWorker, plan, parts, work, worker_stamp(plan), **how)
+            build: Any = partial(ScanWorker, plan) if isinstance(engine, Here) else partial(remote_worker, plan.recipe)
+            make = partial(build, parts, work, worker_stamp(plan), **how)
             for facts in engine.work(missing, make, parts.path):
                 done += facts["rows"]
                 advance(done, "")

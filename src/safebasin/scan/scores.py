@@ -79,8 +79,8 @@ def read_scores(path: str | Path) -> Scores:
     if not path.is_file():
         raise UserError(f"no scores at {shown(path)}; run the scan first")
     try:
-        read = pyarrow.parquet.ParquetFile(path).read()
-        table = read.to_pydict()
+        file = pyarrow.parquet.ParquetFile(path)
+        table = file.read().to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"cannot read {shown(path)}: {cause(error)}; scan again") from error
     columns, tokens = (
@@ -90,7 +90,7 @@ def read_scores(path: str | Path) -> Scores:
     fields = {"row_ids": table.get("row_id"), "lines": table.get("line"), "columns": columns, "tokens": tokens}
     with well_formed(path):
         scores = TypeAdapter(Scores).validate_python(fields | {"anchors": {}}, strict=True)
-    if (read.schema.metadata or {}).get(b"safebasin") == b"2":  # a shard cannot number the copies in its file
+    if (file.schema_arrow.metadata or {}).get(b"safebasin") == b"2":  # a shard cannot number the copies in its file
         scores = scores._replace(row_ids=numbered_copies(scores.row_ids))
     if anchors.is_file():
         with well_formed(anchors):
