@@ -6,7 +6,8 @@ was killed goes on from it, here or on other machines.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,39 +162,44 @@ def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
 
     A row longer than ``max_length`` is scored on what fits, unless an arm is tuned on it and ``on_bad`` is "stop".
     """
-    target, engine = folder.scores, make_engine(plan.recipe.engine)
+    target = folder.scores
     cut_short = not plan.compositions or plan.recipe.data.on_bad == "skip"
     inputs = {**scan_inputs(plan), "rows": rows_file, "cut_short": cut_short}
     names = (HEAT, PROBLEMS, COVERAGE)
     outputs = [target, folder.anchors, *map(target.with_name, names)]
-    ranks = processes()
+    ranks, place = processes(), target.with_name("parts")
     with folder.step("scan", inputs, outputs, shared=True) as work:
-        if not work:
-            return target
-        parts = Parts(target.with_name("parts"), work, ".parquet")
-        if ranks.is_main_process:
-            parts.open()
-        shards = cut_shards(rows_file, plan.recipe.scan.shard, training_form(plan).delimiter)
-        ranks.wait_for_everyone()
-        missing = parts.missing(shards)
-        ranks.wait_for_everyone()  # no rank may list the parts that another one has begun to write
-        total = sum(shard.rows for shard in shards)
-        done = total - sum(shard.rows for shard in missing)
-        with progress("scan", total) as advance:
-            how: dict[str, Any] = {"cut_short": cut_short, "several": len(shards) > 1}
-            if isinstance(engine, Here):
-                how |= {"ranks": ranks, "advance": lambda scored: advance(done + scored, "")}
-            build: Any = partial(ScanWorker, plan) if isinstance(engine, Here) else partial(remote_worker, plan.recipe)
-            make = partial(build, parts, work, worker_stamp(plan), **how)
-            for facts in engine.work(missing, make, parts.path):
-                done += facts["rows"]
-                advance(done, "")
-        if ranks.is_main_process:
-            notes = join_parts((parts.path(shard.name) for shard in shards), target)
-            first: Any = first_of_all(parts.folder, {})
-            write_json(folder.anchors, notes.anchors)
-            write_json(target.with_name(HEAT), [row._asdict() for row in notes.heat])
-            write_json(target.with_name(PROBLEMS), [bad._asdict() for bad in notes.problems])
-            write_json(target.with_name(COVERAGE), (first or {}).get("coverage", {}))
-            parts.clear()
+        if work:
+            shards = cut_shards(rows_file, plan.recipe.scan.shard, training_form(plan).delimiter)
+            parts = Parts(place, work, ".parquet")
+            _make_parts(plan, parts, work, shards, cut_short, ranks)
+            if ranks.is_main_process:
+                notes = join_parts((parts.path(shard.name) for shard in shards), target)
+                first: Any = first_of_all(parts.folder, {})
+                write_json(folder.anchors, notes.anchors)
+                write_json(target.with_name(HEAT), [row._asdict() for row in notes.heat])
+                write_json(target.with_name(PROBLEMS), [bad._asdict() for bad in notes.problems])
+                write_json(target.with_name(COVERAGE), (first or {}).get("coverage", {}))
+    if ranks.is_main_process:  # now that the manifest has the step, a kill loses nothing
+        shutil.rmtree(place, ignore_errors=True)
     return target
+
+
+def _make_parts(plan: Plan, parts: Parts, key: str, shards: Sequence[Shard], cut_short: bool, ranks: Any) -> None:
+    """All parts of a scan that are not there."""
+    engine = make_engine(plan.recipe.engine)
+    if ranks.is_main_process:
+        parts.open()
+    ranks.wait_for_everyone()
+    missing = parts.missing(shards)
+    ranks.wait_for_everyone()  # no rank may list the parts that another one has begun to write
+    total = sum(shard.rows for shard in shards)
+    done = total - sum(shard.rows for shard in missing)
+    how: dict[str, Any] = {"cut_short": cut_short, "several": len(shards) > 1}
+    with progress("scan", total) as advance:
+        build: Any = partial(remote_worker, plan.recipe)
+        if isinstance(engine, Here):
+            build = partial(ScanWorker, plan, ranks=ranks, advance=lambda scored: advance(done + scored, ""))
+        for facts in engine.work(missing, partial(build, parts, key, worker_stamp(plan), **how), parts.path):
+            done += facts["rows"]
+            advance(done, "")

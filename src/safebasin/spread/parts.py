@@ -52,10 +52,6 @@ class Parts:
             there = {entry.name for entry in entries}
         return [item for item in items if f"{item.name}{self.ending}" not in there]
 
-    def clear(self) -> None:
-        """Remove the folder, when the parts are joined."""
-        shutil.rmtree(self.folder)
-
 
 def first_of_all(folder: Path, value: object) -> object:
     """What the first worker of a step wrote beside its parts: ``value`` where this is the first one.
