@@ -14,6 +14,7 @@ from safebasin.measure.answers import AnswerCache
 from safebasin.measure.engine import Compared, Served, compare
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
+from safebasin.measure.pool import Pool
 from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
@@ -37,6 +38,7 @@ class Subject:
     cache: AnswerCache | None = None
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
     server: Served | None = None  # that generates the answers; None: they are generated here
+    pool: Pool | None = None  # that generates the answers into the cache; None: this process does
     compared: list[Compared] = dataclasses.field(default_factory=list)  # the server's answers with ours
 
     @functools.cached_property
@@ -69,6 +71,9 @@ class Subject:
         begun = any(each[-1]["role"] == "assistant" for each in turns)  # a server would begin a turn of its own
         if self.server and self.arm in self.server.models and not begun:
             return self._served(title, turns, max_new_tokens, judges or {})
+        if self.pool and self.cache:
+            how = {"max_new_tokens": max_new_tokens, **early}
+            self.pool.fill(self.cache, self.loaded.tokenizer, turns, f"{self.arm}: {title}", how)
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
             return generate(
                 *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
@@ -149,7 +154,7 @@ def until_decided(judges: Sequence[Judge]) -> dict[str, Any]:
     """Arguments of ``generate`` that end an answer where all judges have decided; none where one cannot tell."""
     if not judges or not all(isinstance(judge, DecidesEarly) for judge in judges):
         return {}
-    return {"decided": lambda answers: all_decided(judges, answers), "decided_by": repr(judges)}
+    return {"decided": functools.partial(all_decided, judges), "decided_by": repr(judges)}
 
 
 def distinct(suite: str, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -2,16 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safebasin.data.tables import write_json, write_table
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.judging import Judge, make_judges, needs_aligned
+from safebasin.measure.pool import AskWorker, Pool
 from safebasin.measure.subject import Subject
+from safebasin.models.load import ModelAndTokenizer
+from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import attack_format, load_start
+from safebasin.spread import make_engine
+from safebasin.spread.here import Here
 
 Judges = Mapping[str, Judge]
 ENGINE = "engine.json"  # of an arm whose answers a server gave: how many were compared with ours, and were equal
@@ -23,6 +29,11 @@ def build_judges(plan: Plan) -> Judges:
     itself."""
     aligned = load_start(plan) if needs_aligned(plan.judges) else None
     return make_judges(plan.judges, aligned, plan.recipe.measure.judges)
+
+
+def open_arm(recipe: Recipe, adapter: Path | None) -> ModelAndTokenizer:
+    """An arm's model, where a worker of a pool is."""
+    return load_start(Plan.of(recipe), adapter)
 
 
 def write_measurements(
@@ -56,6 +67,10 @@ def write_measurements(
         loaded, settings = load_start(plan, adapter), plan.recipe.measure
         subject = Subject(loaded, arm, judges(), settings.labels, system, attacker)
         subject.cache, subject.server = AnswerCache(folder.answer_cache), server
+        engine = make_engine(plan.recipe.engine)
+        if not isinstance(engine, Here):
+            make = partial(AskWorker, partial(open_arm, plan.recipe, adapter and adapter.absolute()))
+            subject.pool = Pool(engine, folder.arm(arm) / "parts", make)
         if any("start" in suite.entry.roles for suite in plan.suites):
             subject.start = load_start(plan) if adapter else loaded
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]

@@ -52,6 +52,10 @@ class Parts:
             there = {entry.name for entry in entries}
         return [item for item in items if f"{item.name}{self.ending}" not in there]
 
+    def clear(self) -> None:
+        """Remove the folder, when the parts are joined."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def first_of_all(folder: Path, value: object) -> object:
     """What the first worker of a step wrote beside its parts: ``value`` where this is the first one.
