@@ -92,13 +92,15 @@ from pathlib import Path
 from safebasin.pipeline.config import parse
 from safebasin.pipeline.run import Run
 with Run(parse(Path(sys.argv[1]).read_text()), Path(sys.argv[2])) as run:
-    getattr(run, sys.argv[3])
+    run.measure("start") if sys.argv[3] == "measure" else getattr(run, sys.argv[3])
 status = Path("/proc/self/status").read_text()  # of this program alone: ru_maxrss begins with that of its parent
 (Path(sys.argv[2]) / "peak").write_text(status.partition("VmHWM:")[2].split()[0])  # KiB
 """
 
 
-def shard_recipe(folder: Path, files: tuple[Path, Path, Path], shard: int, engine: str, scorers: str) -> Path:
+def shard_recipe(
+    folder: Path, files: tuple[Path, Path, Path], shard: int, engine: str, scorers: str, suites: str = "[]"
+) -> Path:
     """A recipe on disk that scans ``files`` (see ``prepare``) in shards."""
     model, rows, probe = files
     path = folder / "recipe.yaml"
@@ -107,13 +109,13 @@ def shard_recipe(folder: Path, files: tuple[Path, Path, Path], shard: int, engin
         f"data: {{task: {{path: {rows}}}, probe: {{path: {probe}}},\n"
         f"  harmful: {{path: {probe}}}, safe: {{path: {rows}, take: 8}}}}\n"
         f"scan: {{scorers: {scorers}, batch_size: 8, shard: {shard}}}\n"
-        f"arms: {{start: {{}}}}\nmeasure: {{}}\nengine: {engine}\n"
+        f"arms: {{start: {{}}}}\nmeasure: {{suites: {suites}}}\nengine: {engine}\n"
     )
     return path
 
 
 def scan_in_shards(recipe: Path, out: Path, what: str = "scores") -> subprocess.Popen[bytes]:
-    """The steps up to ``what`` (rows, scores) of a recipe, in a process of their own."""
+    """The steps up to ``what`` (rows, scores, measure) of a recipe, in a process of their own."""
     command = [sys.executable, "-c", SCAN, str(recipe), str(out), what]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 

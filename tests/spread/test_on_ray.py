@@ -102,3 +102,18 @@ def test_two_actors_of_which_one_is_killed_write_the_file_of_one_process(tmp_pat
         assert killed and (name == "here" or "its worker died; tried again" in error)
         outcomes[name] = {file.name: file.read_bytes() for file in sorted((tmp_path / name / "scan").iterdir())}
     assert outcomes["here"] == outcomes["ray"] and "parts" not in outcomes["ray"]
+
+
+def test_two_actors_answer_as_one_process(tmp_path):
+    """150 prompts in three batches of 64; the arm's files are the same, and no part is left."""
+    files = prepare(tmp_path, 150)
+    suites = f"[{{asr: {{prompts: {files[1]}, judges: [keyword], max_new_tokens: 8}}}}]"
+    outcomes = {}
+    for name, engine in (("here", "here"), ("ray", "{ray: {workers: 2}}")):
+        recipe = shard_recipe(tmp_path, files, 64, engine, "[self_refusal]", suites)
+        running = scan_in_shards(recipe, tmp_path / name, "measure")
+        error = running.communicate()[1].decode()
+        assert running.returncode == 0, error[-3000:]
+        arm = tmp_path / name / "arms" / "start"
+        outcomes[name] = {file.name: file.read_bytes() for file in sorted(arm.iterdir())}
+    assert outcomes["here"] == outcomes["ray"] and set(outcomes["ray"]) == {"answers.jsonl", "measurements.jsonl"}
