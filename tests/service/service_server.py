@@ -213,9 +213,19 @@ def stop_children(served: Served) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, templates: Path) -> Iterator[Served]:
-    with in_thread(Served(tmp_path_factory.mktemp("served"), templates)) as server:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, templates: Path
+) -> Iterator[Served]:
+    postgres = getattr(request, "param", "sqlite") == "postgresql"
+    policy = {"database": request.getfixturevalue("database")()} if postgres else {}
+    with in_thread(Served(tmp_path_factory.mktemp("served"), templates, **policy)) as server:
         yield server
+
+
+# Of a module whose tests all take ``served``: each of them on either database.
+ON_BOTH = pytest.mark.parametrize(
+    "served", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
 
 
 @pytest.fixture

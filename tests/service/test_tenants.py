@@ -1,4 +1,4 @@
-"""Two tenants on every route: what is another's is as if it had never been."""
+"""Two tenants on every route, on SQLite and PostgreSQL: what is another's is as if it had never been."""
 
 import inspect
 import re
@@ -6,9 +6,12 @@ import re
 import httpx2
 import pytest
 from fastapi.routing import APIRoute
+from service_server import ON_BOTH
 
 from safebasin.service.app import create_app
 from safebasin.service.policy import read_policy
+
+pytestmark = ON_BOTH
 
 ROUTES = [
     "GET /v1/files",
