@@ -24,7 +24,7 @@ import yaml
 from cyclopts import Parameter
 
 from benchmarks.harness import Bench, experiment
-from benchmarks.service.end_to_end import free_port, new_key, serve
+from benchmarks.service.end_to_end import free_port, load, new_key, serve
 from safebasin.service.executor import Child
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Job, Store, new_id
@@ -193,6 +193,7 @@ def service(
     """How fast, how small and how sure is the server: creation, polls, cancellation, restart, kills, lost answers?"""
     folder = bench.keep / "load"
     tuned = Service(folder / "speed")
+    bench.facts["load"] = load()
     try:
         starts = [tuned.start()]
         time.sleep(2)
@@ -223,6 +224,7 @@ def service(
             time.sleep(0.05)
         bench.record("cancel.seconds", time.perf_counter() - start - 0.3, n=1, unit="s")
         fill(tuned, jobs)
+        bench.facts["load"] = load()
         for _ in range(6):
             tuned.kill()
             starts.append(tuned.start())
@@ -230,6 +232,7 @@ def service(
         bench.timing("restart.seconds.1000_jobs", starts[1:], unit="s")
     finally:
         tuned.stop()
+    bench.facts["load"] = load()
     bench.record("lost_jobs", lost_jobs(folder / "kills", kills), n=kills, unit="jobs")
     bench.record("duplicate_jobs", duplicate_jobs(folder / "answers", answers), n=answers, unit="jobs")
 
