@@ -56,6 +56,10 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
             finish_run(report_runs.make_run(folder / name))
         thin = shutil.copytree(folder / "safe", folder / "thin")
         finish_run(thin, min_n=1000)
+        clean = shutil.copytree(folder / "safe", folder / "clean")  # its cut names no row
+        cut = json.loads((clean / "cut" / "defended" / "cut.json").read_text())
+        write_json(clean / "cut" / "defended" / "cut.json", cut | {"removed": []})
+        finish_run(clean)
     return folder
 
 
@@ -102,7 +106,7 @@ class Served:
         self.folder, self.port = folder, free_port()
         self.requests: list[str] = []  # paths that were asked for, where the server is in this process
         folder.mkdir(exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(policy.pop("recipe", RECIPE), sort_keys=False))
         child = {"command": [sys.executable, str(CHILD), str(templates)], "slots": 2, "grace": 0.3}
         tree = {
             "models": {
@@ -159,6 +163,11 @@ class Served:
 
     def path(self, job: str) -> Path:
         return self.settings.folder / "jobs" / job
+
+
+def starts(served: Served, job: str) -> list[list[str]]:
+    """The words of each child of a job."""
+    return [json.loads(line)["words"] for line in (served.path(job) / "starts").read_text().splitlines()]
 
 
 @contextlib.contextmanager

@@ -6,9 +6,8 @@ import openai
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from service_server import wait_for
+from service_server import starts, wait_for
 from sqlmodel import SQLModel
-from test_service_kills import starts
 
 from safebasin.errors import UserError
 from safebasin.service.store import HEAD, Server, Store

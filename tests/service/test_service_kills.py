@@ -1,20 +1,15 @@
 """The server is killed in every state of a job; the next one finds the table and the processes in agreement."""
 
 import http.server
-import json
 import shutil
 import threading
 import urllib.request
 
 import openai
 import pytest
-from service_server import CLIENTS, Served, wait_for
+from service_server import CLIENTS, Served, starts, wait_for
 
 pytestmark = pytest.mark.slow
-
-
-def starts(served, job):
-    return [json.loads(line)["words"] for line in (served.path(job) / "starts").read_text().splitlines()]
 
 
 @pytest.fixture
