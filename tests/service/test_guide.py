@@ -135,7 +135,7 @@ BAD = [
     ({}, "models: {small: {recipe: service.yaml, uploaded: none}}", "no arm 'none'"),
     ({}, "models: {small: {recipe: service.yaml, uploaded: without}}", "leaves rows out"),
     ({}, "models: {small: {recipe: service.yaml, without: uploaded}}", "no cut"),
-    ({"max_asr: 0.15": "max_asr: null"}, "models: {small: {recipe: service.yaml}}", "limits no attack success"),
+    ({"max_asr: 0.2": "max_asr: null"}, "models: {small: {recipe: service.yaml}}", "limits no attack success"),
     ({"start: {}": "start: {train: [sft]}"}, "models: {small: {recipe: service.yaml}}", "model as it was"),
     (
         {"max_length: 1024": "poison: {path: 'builtin:harmful-poison'}"},

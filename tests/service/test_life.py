@@ -205,7 +205,7 @@ def test_the_same_request_at_once_by_many_threads(served):
     file, seen = served.upload("forever"), []
 
     def create(retry):
-        with served.client() as client:
+        with served.client(timeout=59) as client:  # one of its own
             headers = {"x-stainless-retry-count": str(retry)}
             job = client.fine_tuning.jobs.create(model="small", training_file=file, extra_headers=headers)
             seen.append(job.id)

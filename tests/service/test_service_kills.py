@@ -116,11 +116,11 @@ def test_paused_in_review_and_over(process):
 
 
 def test_killed_again_and_again(process):
-    """Ten kills at any moment of five jobs: each ends as it should, each has one verdict."""
+    """Five kills at any moment of five jobs: each ends as it should, each has one verdict."""
     running = process(child={"slots": 2})
     served = running.served
     jobs = [served.job(mode).id for mode in ("safe", "unsafe", "slow", "safe", "user_error")]
-    for _ in range(10):
+    for _ in range(5):
         running.kill()
         running = process(served)
     ends = [served.ended(job) for job in jobs]

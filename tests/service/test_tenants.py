@@ -3,7 +3,6 @@
 import inspect
 import re
 
-import httpx2
 import pytest
 from fastapi.routing import APIRoute
 from service_server import ON_BOTH
@@ -52,8 +51,7 @@ def ask(served, route, things, key):
     }
     headers = {"authorization": f"Bearer {key}"} if key else {}
     more = bodies.get(path, {}) if method == "POST" else {}
-    with httpx2.Client(base_url=served.url, headers=headers, trust_env=False) as client:
-        return client.request(method, path, **more)
+    return served.http.request(method, path, headers=headers, **more)
 
 
 @pytest.mark.parametrize("route", ROUTES)
