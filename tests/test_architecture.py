@@ -210,9 +210,9 @@ def test_the_core_is_small():
 
 
 def test_the_service_is_small():
-    """At most 1,900 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
+    """At most 1,920 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
     model."""
-    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1900
+    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1920
     allowed = ("service", "pipeline.config", "pipeline.yaml12", "report", "data", "errors", "console", "cli.options")
     for path in SERVICE:
         other = {m for m in imports(path) if not m.startswith(tuple(f"safebasin.{name}" for name in allowed))}
