@@ -103,7 +103,7 @@ def train_verb(
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.of]
+    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.repair is not None]
     if arm not in tuned_arms:
         tuned = ", ".join(tuned_arms)
         raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")

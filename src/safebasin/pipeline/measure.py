@@ -9,6 +9,7 @@ from safebasin.measure.answers import AnswerCache
 from safebasin.measure.judging import Judge, make_judges, needs_aligned
 from safebasin.measure.subject import Subject
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.mix import of_arm, write_mix
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import attack_format, load_start
 
@@ -43,15 +44,21 @@ def write_measurements(
         "system": f"\n{system}" if system else None,
         "attack": [plan.attack, attacker("")] if attacker else None,
     }
-    with folder.step(f"measure.{arm}", inputs, [folder.measurements(arm), folder.answers(arm)]) as work:
+    outputs = [folder.measurements(arm), folder.answers(arm)]
+    if mix := plan.recipe.arms[arm].mix:
+        inputs |= {"mix": mix, "guard": plan.guards.get(arm), "anchors": plan.anchors if mix.guard else None}
+        outputs.append(folder.arm(arm) / "mix.json")
+    with folder.step(f"measure.{arm}", inputs, outputs) as work:
         if not work:
             return
         folder.arm(arm).mkdir(parents=True, exist_ok=True)
         loaded, settings = load_start(plan, adapter), plan.recipe.measure
         subject = Subject(loaded, arm, judges(), settings.labels, system, attacker)
-        subject.cache = AnswerCache(folder.answer_cache)
+        subject.cache, subject.mixing = AnswerCache(folder.answer_cache), of_arm(plan, arm, loaded)
         if any("start" in suite.entry.roles for suite in plan.suites):
             subject.start = load_start(plan) if adapter else loaded
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]
         write_table(folder.answers(arm), [dataclasses.asdict(answer) for answer in subject.answers])
         write_table(folder.measurements(arm), measurements)
+        if subject.mixing:
+            write_mix(plan, arm, subject.mixing.requests, folder.arm(arm) / "mix.json")

@@ -105,6 +105,14 @@ class RepairFile(TypedDict):
     rows: list[RepairRow]
 
 
+class MixFile(TypedDict):
+    of: str
+    share: float
+    guard: str | dict[str, dict[str, Any] | None] | None
+    above: float
+    requests: dict[str, dict[str, int]]
+
+
 @functools.cache
 def _adapter(shape: Any) -> Any:
     return TypeAdapter(shape)

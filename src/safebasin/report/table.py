@@ -25,7 +25,7 @@ from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import judge_gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
 from safebasin.report.roles import roles_of
-from safebasin.report.rows import cuts_of, heat_of, repairs_of, samples_of, training_of
+from safebasin.report.rows import cuts_of, heat_of, mixed_of, repairs_of, samples_of, training_of
 
 __all__ = ["collect", "redact", "terminal_table", "write_report"]
 
@@ -105,6 +105,7 @@ def collect(
         heat=tuple(heat_of(run, show_text)),
         training=tuple(training_of(run, arms)),
         repairs=tuple(repairs_of(run, arms)),
+        mixed=tuple(mixed_of(run, arms)),
         samples=tuple(samples_of(attacks, answers, judged, show_text)),
         problems=tuple(problems),
         manifest=dict(_facts(manifest)),
