@@ -309,6 +309,7 @@ class Report:
     cuts: tuple[Cut, ...]
     heat: tuple[HeatRow, ...]  # empty where no scorer scores tokens
     training: tuple[Training, ...]
+    about: tuple[tuple[str, str], ...] = ()  # what was tuned on what and when: name, text
     repairs: tuple[Repair, ...] = ()
     mixed: tuple[Mixed, ...] = ()
     samples: tuple[Sample, ...]

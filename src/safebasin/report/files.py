@@ -42,6 +42,7 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 class RunFile(TypedDict):
     arms: NotRequired[dict[str, Any] | list[str] | None]
     gate: NotRequired[dict[str, Any] | None]
+    data: NotRequired[dict[str, Any] | None]
 
 
 class RowFile(TypedDict):
