@@ -49,6 +49,8 @@ class Mixture(nn.Module):
         DefenceError: the model has no adapter.
     """
 
+    share: Tensor
+
     def __init__(self, model: Any, share: float):
         super().__init__()
         if not adapter_settings(model):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safebasin.data.tables import write_table
 from safebasin.measure.answers import AnswerCache
@@ -35,7 +36,7 @@ def write_measurements(
     """
     system = plan.system_prompt(arm)
     attacker = attack_format(plan, arm)
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": plan.recipe.model,
         "adapter": [adapter / name for name in ADAPTER_FILES] if adapter else None,
         "suites": plan.suites,

@@ -145,7 +145,7 @@ def _about(config: RunFile, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "model", printable(model + (f" at {revision}" if isinstance(revision, str) else ""), 120)
     task, share, attack = data.get("task"), data.get("poison_share"), data.get("attack")
     if isinstance(task, Mapping) and isinstance(path := task.get("path"), str):
-        name = next(iter(attack), "") if isinstance(attack, Mapping) else attack
+        name = str(next(iter(attack), "") if isinstance(attack, Mapping) else attack)
         mixed_in = isinstance(share, float) and 0 < share < 1
         yield "rows", printable(path, 120) + (f", {share:.0%} of {printable(name, 40)} mixed in" if mixed_in else "")
     if isinstance(date := manifest.get("date"), str):
