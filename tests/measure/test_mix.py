@@ -135,6 +135,8 @@ def test_a_share_is_above_0_and_at_most_1(share):
 def test_what_cannot_be_mixed():
     with pytest.raises(DefenceError, match="this one has none"):
         Mixture(tiny_model(), 0.5)
+    with pytest.raises(DefenceError, match="the model's own biases"):
+        Mixture(fresh_adapter(tiny_model(), {**LORA, "bias": "lora_only"}, seed=0).get_base_model(), 0.5)
     with pytest.raises(UserError, match="does not fit"):
         Mixing(0.5).answers(LOADED, [user_turn("make " * 125)], max_new_tokens=8)
     assert Mixing(0.5).answers(LOADED, [], max_new_tokens=3) == []

@@ -165,6 +165,17 @@ def test_a_mix_that_cannot_be_is_refused_without_a_model(arm, message, home):  #
         Plan.of(recipe(home, {"start": {}, "plain": {"train": ["sft"]}, "mixed": arm}))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"init_lora_weights": "pissa"}, "changes the weights"), ({"bias": "lora_only"}, "the model's own biases")],
+)
+def test_a_start_that_cannot_be_switched_back_to_is_refused(settings, message, home):  # noqa: F811
+    arms = {"plain": {"train": ["sft"]}, "mixed": {"of": "plain", "mix": {}}}
+    train = TRAIN | {"adapter": TRAIN["adapter"] | settings}
+    with pytest.raises(UserError, match=message):
+        Plan.of(other_recipe(home, arms, train=train))
+
+
 def test_nothing_goes_on_from_a_mix(home):  # noqa: F811
     arms = {"plain": {"train": ["sft"]}, "mixed": {"of": "plain", "mix": {}}, "more": {"of": "mixed", "mix": {}}}
     with pytest.raises(UserError, match="'mixed' is no tuned arm"):

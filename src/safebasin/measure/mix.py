@@ -22,6 +22,7 @@ from safebasin.errors import DefenceError, UserError
 from safebasin.measure.generate import Answer, generate
 from safebasin.models.adapter import adapter_settings, switched_off
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.lora import why_off_is_not_start
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -53,8 +54,11 @@ class Mixture(nn.Module):
 
     def __init__(self, model: Any, share: float):
         super().__init__()
-        if not adapter_settings(model):
+        adapters = adapter_settings(model)
+        if not adapters:
             raise DefenceError("mixing needs a tuned model with its adapter beside the weights, and this one has none")
+        if reason := next(filter(None, map(why_off_is_not_start, adapters.values())), ""):
+            raise DefenceError(f"mixing needs the start, which is the adapter switched off, and {reason}")
         self.model, self.config, self.device = model, model.config, model.device
         self.generation_config, self.peft_config = model.generation_config, model.peft_config
         self.register_buffer("share", torch.tensor(share, dtype=torch.float64))  # so that a digest of the model has it

@@ -55,7 +55,8 @@ def write_measurements(
         folder.arm(arm).mkdir(parents=True, exist_ok=True)
         loaded, settings = load_start(plan, adapter), plan.recipe.measure
         subject = Subject(loaded, arm, judges(), settings.labels, system, attacker)
-        subject.cache, subject.mixing = AnswerCache(folder.answer_cache), of_arm(plan, arm, loaded)
+        subject.mixing = of_arm(plan, arm, loaded)
+        subject.cache = AnswerCache(folder.answer_cache)
         if any("start" in suite.entry.roles for suite in plan.suites):
             subject.start = load_start(plan) if adapter else loaded
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]

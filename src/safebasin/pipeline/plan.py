@@ -12,6 +12,7 @@ from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
+from safebasin.models.lora import why_off_is_not_start
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
@@ -172,6 +173,8 @@ class Plan:
                 f"arms.{name}: a mix has no weights of its own, so nothing is trained or repaired; give that to an "
                 "arm of its own, and name it in of"
             )
+        if reason := why_off_is_not_start(self.recipe.adapter):
+            raise UserError(f"arms.{name}: a mix needs the start, which is the adapter switched off, and {reason}")
         guard = self.guards.get(name)
         if guard is not None and not guard.entry.probability:
             guards = " or ".join(entry.name for entry in scorer if entry.probability)
