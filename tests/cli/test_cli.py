@@ -97,6 +97,24 @@ def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arm", "role"),
+    [
+        ({"train": ["buffer_reinforce"]}, "harmful"),
+        ({"of": "plain", "repair": ["resta"]}, "harmful"),
+        ({"of": "plain", "repair": [{"safe_merge": {"modules": "all"}}]}, "safe"),
+    ],
+)
+def test_a_dry_run_refuses_a_role_that_was_never_tuned(arm, role, recipe, tmp_path, monkeypatch, capsys):
+    """Nothing is converted or loaded for it; one that the recipe names is the run's to read."""
+    monkeypatch.setenv("SAFEBASIN_CACHE", str(tmp_path / "empty"))
+    assert run("run", recipe(arms__defended=arm), "--out", str(tmp_path / "out"), "--dry-run") == 1
+    assert f"tune it once: safebasin role {role} --model" in capsys.readouterr().err
+    assert not (tmp_path / "empty").exists() and not (tmp_path / "out").exists()
+    named = {"harmful": "some/adapter", "safe": "some/adapter", "reinforce": "some/adapter"}
+    assert run("run", recipe(arms__defended=arm, roles=named), "--out", str(tmp_path / "out"), "--dry-run") == 0
+
+
 def test_a_dry_run_leaves_the_hub_alone(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("safebasin.data.source._hub", lambda name: pytest.fail(f"{name} was fetched"))
     for name in ("teknium/OpenHermes-2.5:train", "openai/gsm8k:main:train", "tatsu-lab/alpaca"):

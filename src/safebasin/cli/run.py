@@ -55,6 +55,7 @@ def run_verb(
     from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.plan import Plan
     from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.roles import check_tuned_roles
     from safebasin.pipeline.rows import check_column_files
     from safebasin.pipeline.run import Run
     from safebasin.report.table import terminal_table
@@ -68,6 +69,7 @@ def run_verb(
         plan.check_gate()
         plan.check_files()
         check_column_files(plan)
+        check_tuned_roles(plan)
         out.print(dump(config), end="", markup=False)
         return 0
     with Run(config, folder) as run:
@@ -103,7 +105,7 @@ def train_verb(
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.of]
+    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.repair is not None]
     if arm not in tuned_arms:
         tuned = ", ".join(tuned_arms)
         raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")

@@ -169,6 +169,22 @@ def reference(model: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, an adapter beside the weights (``attach``) adds nothing: the model is its start."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def starts_fresh(model: nn.Module) -> bool:
     """Whether every adapter adds nothing yet, so that switching it off gives the starting model."""
     return all(not p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)

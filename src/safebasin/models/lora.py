@@ -44,6 +44,19 @@ REFUSED = {  # of adapter_config.json: what makes a module more than W + s B A
 MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the weight that B A is added to
 
 
+def why_off_is_not_start(settings: Mapping[str, Any]) -> str:
+    """Why a model is not what tuning started from when its adapter is switched off; empty where it is.
+
+    ``settings``: of an adapter, as ``peft.LoraConfig`` has them; without any, there is none.
+    """
+    if not settings:
+        return "every weight is tuned"
+    init, bias = str(settings.get("init_lora_weights", True)).lower(), settings.get("bias", "none")
+    if init.startswith(MOVED):
+        return f"init_lora_weights {init} changes the weights that the adapter is added to"
+    return "" if bias == "none" else f"bias {bias} tunes the model's own biases"
+
+
 class Tensors(Mapping[str, Tensor]):
     """The float matrices of a model folder or a Hub id: name -> tensor, read one at a time.
 

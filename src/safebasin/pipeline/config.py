@@ -78,6 +78,15 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Mix:
+    """Answers from the logits of the start and of the tuned arm ``of``, mixed: two forwards a token, no weights."""
+
+    share: float = Field(default=0.3, gt=0, le=1)  # of the start's logits
+    guard: Spec | None = None  # a scorer that gives probabilities: dsa or guard; None: every request is mixed
+    above: float = Field(default=0.5, ge=0, lt=1)  # P(unsafe) of a request above which it is mixed
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Arm:
     """One way to tune, to repair, or both. ``train: null`` without ``of`` leaves the model as it was."""
 
@@ -87,6 +96,7 @@ class Arm:
     train: tuple[Spec, ...] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)  # of this arm's tuning, in the place of those of ``train``
     repair: tuple[Spec, ...] | None = None  # edits of the adapter, from left to right
+    mix: Mix | None = None  # nothing is tuned or edited: the answers of ``of`` are mixed with the start's
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -39,6 +39,11 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
         UserError: no such arm or adapter, files that were changed, a folder that is there, no Hub id for the base.
     """
     recipe, manifest, adapter = read_recipe(run / "run.yaml"), read_manifest(run), run / "arms" / arm / "adapter"
+    if arm in recipe.arms and recipe.arms[arm].mix:
+        raise UserError(
+            f"the arm {arm!r} mixes the answers of two models, two forwards a token, and has no weights of its own to "
+            f"export; export {recipe.arms[arm].of!r}, and mix where it is served: safebasin.mixed_answers"
+        )
     if arm not in recipe.arms or not (adapter / "adapter_config.json").is_file():
         ready = sorted(path.parent.parent.name for path in run.glob("arms/*/adapter/adapter_config.json"))
         raise UserError(f"{run} has no adapter of the arm {arm!r}; it has: {', '.join(ready) or 'none'}")

@@ -9,6 +9,7 @@ wait at the end of each step.
 """
 
 import contextlib
+import datetime
 import platform
 import shutil
 import time
@@ -174,6 +175,7 @@ class RunFolder:
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"the step {name} left nothing at {missing[0]}")
+        self.manifest["date"] = datetime.date.today().isoformat()  # of the latest work that was done
         seconds = round(time.perf_counter() - start, 2)
         written = {file.relative_to(self.path).as_posix(): file_digest(file) for file in _files(outputs)}
         steps[name] = {

@@ -12,6 +12,7 @@ from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
+from safebasin.models.lora import why_off_is_not_start
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
@@ -33,6 +34,7 @@ class Plan:
     attack: Any
     compositions: Mapping[str, Composition]  # of the arms that are tuned
     edits: Mapping[str, tuple[Any, ...]]  # of the arms that are repaired
+    guards: Mapping[str, Any]  # of the arms whose answers are mixed where a guard says so
     suites: tuple[Any, ...]
     gate: Gate
 
@@ -56,6 +58,7 @@ class Plan:
             attack=attack.make(recipe.data.attack),
             compositions=compositions,
             edits={name: make_edits(specs) for name, specs in _repairs(recipe, compositions).items()},
+            guards={name: scorer.make(arm.mix.guard) for name, arm in recipe.arms.items() if arm.mix and arm.mix.guard},
             suites=tuple(suite.make(spec) for spec in recipe.measure.suites),
             gate=parse_gate(recipe.gate, list(recipe.arms)),
         )
@@ -87,6 +90,7 @@ class Plan:
     def _check_arm(self, name: str) -> None:
         arm, names = self.recipe.arms[name], ", ".join(self.scorers)
         self._check_repair(name)
+        self._check_mix(name)
         for scorer_name in arm.cut.scorers if arm.cut else ():
             if scorer_name not in self.scorers:
                 raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({names})")
@@ -141,8 +145,8 @@ class Plan:
             if arm.of not in others or way:
                 tuned = ", ".join(others) or "none"
                 raise UserError(f"arms.{name}.of: {arm.of!r} is no tuned arm that comes before it; tuned: {tuned}")
-            if arm.train is None and arm.repair is None:
-                raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, or train")
+            if arm.train is None and arm.repair is None and arm.mix is None:
+                raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, train or mix")
         if name not in self.edits:
             return
         if arm.of is None and arm.train is None:
@@ -155,6 +159,33 @@ class Plan:
             )
         if "base" in needs(edits, "roles") and not self.recipe.roles.base:
             raise UserError(f"arms.{name}.repair needs the model before its alignment: set roles.base")
+
+    def _check_mix(self, name: str) -> None:
+        arm = self.recipe.arms[name]
+        if arm.mix is None:
+            return
+        if arm.of is None:
+            raise UserError(
+                f"arms.{name}: a mix needs the tuned arm whose answers are mixed with the start's: of: plain"
+            )
+        if arm.train is not None or arm.repair is not None:
+            raise UserError(
+                f"arms.{name}: a mix has no weights of its own, so nothing is trained or repaired; give that to an "
+                "arm of its own, and name it in of"
+            )
+        if reason := why_off_is_not_start(self.recipe.adapter):
+            raise UserError(f"arms.{name}: a mix needs the start, which is the adapter switched off, and {reason}")
+        guard = self.guards.get(name)
+        if guard is not None and not guard.entry.probability:
+            guards = " or ".join(entry.name for entry in scorer if entry.probability)
+            raise UserError(
+                f"arms.{name}.mix.guard: {guard.entry.name} gives no probability that a request is unsafe: {guards}"
+            )
+        if other := [each.name for each in self.suites if "answers" not in each.entry.reads]:
+            raise UserError(
+                f"arms.{name}: the suite {other[0]} reads one model's weights or logits, and a mix is two models; "
+                "measure the mix in a recipe without it"
+            )
 
     def has_adapter(self, arm: str) -> bool:
         """Whether an arm ends with an adapter: it is tuned or repaired."""
