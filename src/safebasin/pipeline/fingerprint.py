@@ -80,6 +80,8 @@ def _plain(value: Any) -> Any:
         return {
             "weights": model_fingerprint(value.name, value.revision),
             "dtype": resolved(value.dtype),
+            "quantization": value.quantization and [value.quantization, importlib.metadata.version("bitsandbytes")],
+            "attention": value.attention,
             "remote": value.trust_remote_code,
             "template": plain(value.template),
         }

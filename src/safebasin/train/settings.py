@@ -225,13 +225,13 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
 
 
 def check_settings(
-    settings: Mapping[str, Any], adapter: Mapping[str, Any], methods: Composition, align_share: object = 0.25
+    settings: Mapping[str, Any], adapter: Mapping[str, Any] | None, methods: Composition, align_share: object = 0.25
 ) -> None:
     """Refuse what can be refused without a model, so in a dry run too.
 
     Args:
         settings: names of TrainingArguments; their values are checked by ``training_arguments``.
-        adapter: names of LoraConfig.
+        adapter: names of LoraConfig; None: full fine-tuning.
         methods: of one arm.
         align_share: as in ``streams_of``.
 
@@ -240,6 +240,10 @@ def check_settings(
     """
     refuse_names(settings)
     check_align_share(align_share)
+    if adapter is None:
+        if "buffer" in methods.needs("roles"):
+            raise UserError("buffer_reinforce adds the factors of adapters; give train.adapter in the place of null")
+        return
     check_adapter(adapter)
     if "reference" not in methods.needs("roles"):
         return
