@@ -43,7 +43,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        if isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
     }
 
 
@@ -91,7 +91,8 @@ def dequantize(model: nn.Module) -> None:
     from peft.tuners.lora import Linear
 
     for name, layer in quantized_layers(model).items():
-        plain = nn.Linear(*shape(layer)[::-1], bias=layer.bias is not None, device="meta")
+        out, into = shape(layer)
+        plain = nn.Linear(into, out, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(dense_weight(layer), requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)

@@ -271,8 +271,8 @@ def check(
     if "reference" in methods.needs("roles") and reference is None:
         if not hasattr(model, "disable_adapter"):
             raise UserError(
-                "a method needs the reference model, which is the adapter switched off: tune with train.adapter, or give"
-                " a stored_reference"
+                "a method needs the reference model, which is the adapter switched off: tune with train.adapter, or"
+                " give a stored_reference"
             )
         if own := [name for name in trainable(model) if name.endswith("base_layer.bias")]:
             raise UserError(

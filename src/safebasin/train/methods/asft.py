@@ -128,7 +128,7 @@ class AsFT:
                 with open_tensors(files[name]) as file:
                     self._aligned[name] = file.get_tensor(name).to(device).float()
         pieces = [piece for name in pairs.values() for piece in (full(parameters[name]) - self._aligned[name], None)]
-        return Departure.apply(projectors, *pieces)  # type: ignore[no-any-return]
+        return Departure.apply(projectors, *pieces)
 
     @functools.cached_property
     def _aligned(self) -> dict[str, Tensor]:
