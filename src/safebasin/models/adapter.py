@@ -22,6 +22,10 @@ from safebasin.vector import WRAPPED
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
+RANDOM_INIT = (
+    "init_lora_weights: pissa_niter takes random factors out of the weights, and loading the adapter takes others; use"
+    " pissa, which takes the exact ones"
+)
 
 
 def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
@@ -43,6 +47,8 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
             )
+        if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
+            raise UserError(f"{what}: {RANDOM_INIT}")
         stored = tensor_kinds(folder, WEIGHTS)
         if packed := sorted(name for name, kind in stored.items() if kind not in FLOATS):
             raise UserError(f"{what}: {shown(packed[0])} is stored as {stored[packed[0]]}, and no weight is")

@@ -18,7 +18,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
-from safebasin.models.lora import is_model
+from safebasin.models.lora import MOVED, is_model
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.folder import CARD
 from safebasin.pipeline.recipes import read_recipe
@@ -108,10 +108,11 @@ def serving_notes(settings: Mapping[str, Any], *, merged: bool) -> list[str]:
     if merged:
         return []
     rank = max([settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()])
-    targets = settings.get("target_modules") or ()
+    targets, init = settings.get("target_modules") or (), str(settings.get("init_lora_weights", True)).lower()
     reasons = {
         "DoRA: vLLM and llama.cpp load no magnitudes": settings.get("use_dora"),
         "modules_to_save: vLLM, TGI and llama.cpp load low-rank factors only": settings.get("modules_to_save"),
+        f"init_lora_weights {init}: vLLM and llama.cpp do not take its start out of the base": init.startswith(MOVED),
         "trained biases: vLLM and llama.cpp refuse them": settings.get("bias", "none") != "none",
         f"rank {rank}: vLLM takes up to 16 unless started with --max-lora-rank": rank > 16,
         "an adapter on the embeddings or the head: vLLM and TGI refuse it": any(
