@@ -11,7 +11,8 @@ from tiny import LORA, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safebasin.cli.main import app, guarded
-from safebasin.data.source import open_table
+from safebasin.data.source import Source, open_rows, open_table
+from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.pipeline.config import dump, parse
 from safebasin.pipeline.schema import schema
@@ -125,15 +126,21 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(monkeypatch):
     requested = []
     monkeypatch.setattr(
         "datasets.load_dataset",
-        lambda *names, split: requested.append((*names, split)) or [{"prompt": "p", "completion": "c"}],
+        lambda *names, split, revision: (
+            requested.append((*names, split, *filter(None, [revision]))) or [{"prompt": "p", "completion": "c"}]
+        ),
     )
     for name in ("tatsu-lab/alpaca", "teknium/OpenHermes-2.5:train", "openai/gsm8k:main:test"):
         assert open_table(name) == [(1, {"prompt": "p", "completion": "c"})]
+    open_rows(Source(path="tatsu-lab/alpaca", revision="v1"))
     assert requested == [
         ("tatsu-lab/alpaca", "train"),
         ("teknium/OpenHermes-2.5", "train"),
         ("openai/gsm8k", "main", "test"),
+        ("tatsu-lab/alpaca", "train", "v1"),
     ]
+    with pytest.raises(UserError, match="has no revision 'v1'"):
+        open_rows(Source(path="builtin:refusals", revision="v1"))
 
 
 @pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "r.yaml", "--sed", "1"], ["gate", "a", "--seed", "x"]])

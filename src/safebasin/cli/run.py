@@ -34,7 +34,8 @@ def run_verb(
     dry_run: Annotated[
         bool,
         Parameter(
-            help="Check everything that can be checked without a model or the network, print the resolved recipe.",
+            help="Check everything that can be checked without a model or the network; print the resolved recipe and"
+            " what tuning will take.",
             negative="",
         ),
     ] = False,
@@ -53,6 +54,7 @@ def run_verb(
     start_events(events)
     start_torch()
     from safebasin.pipeline.config import dump, parse_sets
+    from safebasin.pipeline.cost import costs
     from safebasin.pipeline.plan import Plan
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.roles import check_tuned_roles
@@ -71,6 +73,8 @@ def run_verb(
         check_column_files(plan)
         check_tuned_roles(plan)
         out.print(dump(config), end="", markup=False)
+        for text in costs(plan):
+            say(f"# {text}")
         return 0
     with Run(config, folder) as run:
         report = run.report(show_text=show_text)

@@ -126,14 +126,18 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
+def is_model(name: str | Path) -> bool:
+    """Whether a folder is that of a full model."""
+    return (Path(name) / "config.json").is_file()
+
+
 def tuned_updates(tuned: str | Path, start: Tensors) -> "AdapterUpdates | ModelUpdates":
     """The updates of an adapter or of a full model, relative to the model that it was tuned from.
 
     Raises:
         UserError: see the two classes.
     """
-    folder = Path(tuned)
-    full = tuned in ("builtin:smollm2-aligned", "builtin:smollm2") or (folder / "config.json").is_file()
+    full = tuned in ("builtin:smollm2-aligned", "builtin:smollm2") or is_model(tuned)
     return ModelUpdates(tuned, start) if full else AdapterUpdates(tuned, start)
 
 

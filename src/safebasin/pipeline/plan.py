@@ -13,6 +13,7 @@ from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
 from safebasin.models.lora import why_off_is_not_start
+from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
@@ -75,17 +76,44 @@ class Plan:
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
+        self._check_form()
         for name, composition in self.compositions.items():
-            check_settings(self.arguments(name), recipe.adapter, composition, recipe.align_share)
+            adapter = None if recipe.full else recipe.adapter
+            check_settings(self.arguments(name), adapter, composition, recipe.align_share)
             training_arguments(self.arguments(name), Path("unused"))
             if self.recipe.arms[name].of and "buffer" in composition.needs("roles"):
                 raise UserError(
                     f"arms.{name}: buffer_reinforce starts from the model; leave out of: {self.recipe.arms[name].of}"
                 )
-        if self.compositions and not recipe.adapter:
+        if self.compositions and not recipe.adapter and not recipe.full:
             raise UserError(
-                "train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)"
+                "train.adapter is missing: name at least r and target_modules, or set it to null: full fine-tuning"
             )
+
+    def _check_form(self) -> None:
+        """UserError: what full fine-tuning, or a model in four bits, cannot do."""
+        recipe = self.recipe
+        if (reference := recipe.train.get("reference", "stored")) not in ("stored", "copy"):
+            raise UserError(f"train.reference: {reference!r} is neither stored nor copy")
+        if "reference" in recipe.train and not recipe.full:
+            raise UserError("train.reference is of full fine-tuning; with an adapter it is the adapter switched off")
+        if recipe.full and recipe.train.get("ema") is not None:
+            raise UserError("train.ema averages the factors of LoRA; leave it out, or give train.adapter")
+        if recipe.model.quantization is None:
+            return
+        check_nf4()
+        if recipe.full:
+            raise UserError("model.quantization: weights in four bits cannot be tuned; give train.adapter")
+        for kind, methods in (
+            ("train", [each for composition in self.compositions.values() for each in composition.methods]),
+            ("repair", [each for edits in self.edits.values() for each in edits]),
+        ):
+            for each in methods:
+                if "base" in each.entry.roles or "gradients" in each.entry.reads:
+                    raise UserError(
+                        f"{kind}: {each.entry.name} reads the weights themselves, and model.quantization: nf4 rounds"
+                        " them; leave out one of the two"
+                    )
 
     def _check_arm(self, name: str) -> None:
         arm, names = self.recipe.arms[name], ", ".join(self.scorers)
@@ -152,7 +180,7 @@ class Plan:
         if arm.of is None and arm.train is None:
             raise UserError(f"arms.{name}: a repair needs the arm that it repairs: of: plain")
         edits = self.edits[name]
-        if gives_dense(edits):
+        if gives_dense(edits) and not self.recipe.full:
             raise UserError(
                 f"arms.{name}.repair: its result is dense and no adapter; end with truncate: {{rank: 64}}, whose energy"
                 " is reported, or write full weights: safebasin repair"

@@ -22,7 +22,8 @@ from safebasin.repair.walk import needs
 
 def role_folder(model: Model, role: str) -> Path:
     """Where a role's adapter is in the cache: by the weights of the model, whatever they are called."""
-    return cache() / "roles" / f"{role}-{model_fingerprint(model.name, model.revision)[:12]}"
+    quantized = f"-{model.quantization}" if model.quantization else ""
+    return cache() / "roles" / f"{role}-{model_fingerprint(model.name, model.revision)[:12]}{quantized}"
 
 
 def role_adapter(model: Model, role: str, name: str) -> Path:
