@@ -192,7 +192,7 @@ def test_a_quote_that_csv_cannot_hold_is_named(tmp_path):
     rows = read_table(save(tmp_path / "x.csv", 'prompt,completion\nq,"say "hi" now"\nr,b\ns,"c\n'))
     assert rows[1] == (3, {"prompt": "r", "completion": "b"})
     assert [(n, row.reason[:8]) for n, row in (rows[0], rows[2])] == [(2, "not CSV:"), (4, "not CSV:")]
-    with pytest.raises(UserError, match="x.csv, line 2: not CSV: .*quotes inside a field are doubled"):
+    with pytest.raises(UserError, match=r"x\.csv, line 2: not CSV: .*quotes inside a field are doubled"):
         read_table(save(tmp_path / "x.csv", 'prompt,completion\nq,"never closed\nr,b\ns,c\n'))
 
 

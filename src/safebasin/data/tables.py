@@ -415,6 +415,19 @@ def _without_nothing(value: Any) -> Any:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def make_folder(path: str | Path) -> Path:
+    """The path of a folder, which is made where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(path)}: {cause(error)}") from error
+    return Path(path)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` at the end: a reader never sees half a file.

@@ -138,6 +138,10 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    listed = settings.get("target_modules")
+    for target in listed if isinstance(listed, list | tuple | set) else ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise UserError(f"train.adapter.target_modules: {target!r} is no module that is tuned")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in settings.get(field) or ():
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):

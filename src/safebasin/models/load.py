@@ -1,6 +1,7 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
 import contextlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -166,6 +167,11 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Pat
         raise UserError(f"cannot load {what}: {len(names)} of its tensors are not in its files ({shown(names[0])})")
     if getattr(model.config, "is_decoder", None) is False:
         raise UserError(f"cannot load {what}: {type(model).__name__} is an encoder, which sees the tokens to come")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"cannot load {what}: {type(model).__name__} has no attention modules with a cache of keys and values"
+            " (past_key_values), by which rows are scanned and answers generated"
+        )
     if getattr(text_config(model), "num_hidden_layers", 1) < 1:
         raise UserError(f"cannot load {what}: its config.json says that it has no block")
     spare = sorted(report["unexpected_keys"])

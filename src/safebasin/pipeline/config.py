@@ -125,7 +125,10 @@ class Recipe:
 
     @property
     def adapter(self) -> dict[str, Any]:
-        return dict(self.train.get("adapter") or {})
+        settings = self.train.get("adapter") or {}
+        if not isinstance(settings, Mapping):
+            raise UserError(f"train.adapter: the settings of LoraConfig are needed, as r: 16; found {settings!r}")
+        return dict(settings)
 
     @property
     def align_share(self) -> float:
@@ -137,6 +140,11 @@ class Recipe:
         if own.get("bf16", "auto") == "auto":  # autocast where the weights are in bfloat16
             own["bf16"] = resolved(self.model.dtype) == "bfloat16"
         return {"seed": self.seed, **own}
+
+
+NAMES = [
+    field.name for kind in (Recipe, Model, Data, Source, Scan, Cut, Arm, Measure) for field in dataclasses.fields(kind)
+]
 
 
 def parse(
@@ -179,7 +187,7 @@ def validate(kind: type[T], tree: Any, origin: str) -> T:
         checked: T = TypeAdapter(kind).validate_python(tree)
         refuse_converted(tree, checked)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error)}") from None
+        raise UserError(f"{origin}: {explain(error, NAMES)}") from None
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return checked

@@ -23,7 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from safebasin.errors import UserError
-from safebasin.registry import explain
+from safebasin.registry import explain, nearest
 from safebasin.runtime import hardware
 from safebasin.train.compose import Composition
 
@@ -185,6 +185,7 @@ def refuse_names(settings: Mapping[str, Any]) -> None:
         if name not in inspect.signature(TrainingArguments).parameters:
             raise UserError(
                 f"train: unknown key {name!r}; it is neither ours nor a name of transformers.TrainingArguments"
+                + nearest(name, [*Settings.__annotations__, "adapter", "align_share", "ema"])
             )
         if name not in Settings.__annotations__:
             raise UserError(f"train.{name} has no effect here or is not supported; leave it out")
@@ -203,6 +204,10 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
         vars(changed).update(changes)
         return Trainer.get_optimizer_cls_and_kwargs(changed)
 
+    if 0 < args.max_steps <= args.warmup_steps:
+        raise UserError(
+            f"train.warmup_steps is {args.warmup_steps:g} of {args.max_steps} steps: the learning rate is never reached"
+        )
     kind, options = optimizer()
     built = kind([torch.nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(args.lr_scheduler_type, built, args.get_warmup_steps(10), 10, settings.get("lr_scheduler_kwargs"))
@@ -253,6 +258,9 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
     """UserError: what ``peft.LoraConfig`` does not take, or takes and cannot be tuned."""
     from peft import LoraConfig  # seconds
 
+    names = inspect.signature(LoraConfig).parameters
+    if unknown := next((name for name in adapter if name not in names), ""):
+        raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
     try:
         TypeAdapter(Adapter).validate_python(dict(adapter))
         LoraConfig(task_type="CAUSAL_LM", **adapter)
