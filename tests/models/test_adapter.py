@@ -150,7 +150,7 @@ DAMAGES = {
     "another rank": (lambda f: settings(f, r=2), "size mismatch"),
     "unknown kind": (lambda f: settings(f, peft_type="IA9"), "IA9"),
     "kind a list": (lambda f: settings(f, peft_type=[1]), "peft_type"),
-    "a prompt, not weights": (lambda f: settings(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "cannot load"),
+    "a prompt, not weights": (lambda f: settings(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "to a prompt"),
     "settings cut off": (
         lambda f: (f / "adapter_config.json").write_text("{"),
         "adapter_config.json, line 1: not JSON",

@@ -17,7 +17,18 @@ from safebasin.data.builtin import rows_of
 from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.keys import RowForm
-from safebasin.data.tables import KINDS, BadRow, cause, checked, draw, kind_of, read_table, row_file, shown
+from safebasin.data.tables import (
+    KINDS,
+    BadRow,
+    cause,
+    checked,
+    draw,
+    kind_of,
+    read_table,
+    row_file,
+    shown,
+    without_nothing,
+)
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
@@ -90,7 +101,7 @@ def _hub(name: str, revision: str | None) -> list[tuple[int, Any]]:
     repo, *parts = name.split(":")
     try:
         rows = datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train", revision=revision)
-        return [(n, checked(n, row)) for n, row in enumerate(rows, 1)]
+        return [(n, checked(n, without_nothing(row))) for n, row in enumerate(rows, 1)]
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"cannot fetch {name!r} from the Hub ({cause(error)}); name a local copy: --set {name}=FILE"

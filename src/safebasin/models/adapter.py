@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from safebasin.console import line
 from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
@@ -36,7 +38,7 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
     Raises:
         UserError: the adapter cannot be read, or is of another model: names, sizes or kinds of its tensors do not meet.
     """
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PromptLearningConfig, get_peft_model_state_dict
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
@@ -49,6 +51,13 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             )
         if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
             raise UserError(f"{what}: {RANDOM_INIT}")
+        if settings.get("lora_alpha") == 0:
+            raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
+        if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
+            raise UserError(f"{what}: {kind} adds tokens to a prompt; adapters of weights are read")
+        fields = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind]).parameters
+        if unread := sorted(name for name, value in settings.items() if value and name not in fields):
+            line(f"{what}: this peft does not read {shown(', '.join(unread))} of its adapter_config.json")
         stored = tensor_kinds(folder, WEIGHTS)
         if packed := sorted(name for name, kind in stored.items() if kind not in FLOATS):
             raise UserError(f"{what}: {shown(packed[0])} is stored as {stored[packed[0]]}, and no weight is")
@@ -59,6 +68,8 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what} is of another model: {len(strange)} of its tensors do not meet it ({shown(strange[0])})"
             )
+        if any("lora_B" in name for name in stored) and starts_fresh(tuned) and not settings.get("modules_to_save"):
+            line(f"{what} changes nothing: it is not tuned")
         attached: nn.Module = tuned.get_base_model()  # the model's own class, its layers wrapped
         return attached
 
@@ -106,6 +117,8 @@ def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
     folder = Path(adapter)
     if not folder.exists():
+        if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", str(adapter)):
+            raise UserError(f"no such folder of an adapter: {shown(adapter)}")
         folder = Path(snapshot_download(str(adapter), allow_patterns=list(FILES)))
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{shown(adapter)} is not an adapter folder (no adapter_config.json in it)")
@@ -138,6 +151,10 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    listed = settings.get("target_modules")
+    for target in listed if isinstance(listed, list | tuple | set) else ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise UserError(f"train.adapter.target_modules: {target!r} is no module that is tuned")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in settings.get(field) or ():
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):

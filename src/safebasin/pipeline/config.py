@@ -146,7 +146,10 @@ class Recipe:
 
     @property
     def adapter(self) -> dict[str, Any]:
-        return dict(self.train.get("adapter") or {})
+        settings = self.train.get("adapter") or {}
+        if not isinstance(settings, Mapping):
+            raise UserError(f"train.adapter: the settings of LoraConfig are needed, as r: 16; found {settings!r}")
+        return dict(settings)
 
     @property
     def full(self) -> bool:
@@ -166,6 +169,11 @@ class Recipe:
         # rate of Alpaca's and Llama 2's full tuning; a model of 100 million weights takes twice to five times as much
         rate = {"learning_rate": 2e-5} if self.full else {}
         return {"seed": self.seed, **rate, **own}
+
+
+NAMES = [
+    field.name for kind in (Recipe, Model, Data, Source, Scan, Cut, Arm, Measure) for field in dataclasses.fields(kind)
+]
 
 
 def parse(
@@ -208,7 +216,7 @@ def validate(kind: type[T], tree: Any, origin: str) -> T:
         checked: T = TypeAdapter(kind).validate_python(tree)
         refuse_converted(tree, checked)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error)}") from None
+        raise UserError(f"{origin}: {explain(error, NAMES)}") from None
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return checked

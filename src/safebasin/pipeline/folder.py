@@ -21,7 +21,7 @@ import filelock
 from accelerate.utils import broadcast_object_list
 
 from safebasin.console import console
-from safebasin.data.tables import atomic_write, file_digest, write_json
+from safebasin.data.tables import atomic_write, file_digest, make_folder, write_json
 from safebasin.errors import UserError
 from safebasin.events import emit
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
@@ -101,7 +101,7 @@ class RunFolder:
         if not processes().is_main_process:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -121,7 +121,7 @@ class RunFolder:
         """Write the resolved recipe and what the run stands on."""
         if not processes().is_main_process:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with atomic_write(self.path / "run.yaml") as part:
             part.write_text(recipe, encoding="utf-8")
         self.manifest["versions"] = versions()

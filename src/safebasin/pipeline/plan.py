@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.attack import attack
+from safebasin.console import line
 from safebasin.data.source import SetName, Source, check_file, is_remote
 from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
@@ -77,6 +78,8 @@ class Plan:
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
         self._check_form()
+        if recipe.train.get("max_steps", -1) > 0 and "num_train_epochs" in recipe.train:
+            line("train.num_train_epochs has no effect beside train.max_steps")
         for name, composition in self.compositions.items():
             adapter = None if recipe.full else recipe.adapter
             check_settings(self.arguments(name), adapter, composition, recipe.align_share)

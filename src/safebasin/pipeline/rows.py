@@ -4,6 +4,7 @@ run.
 data/train.*   data/rows.json   data/problems.json   cut/ARM/train.*   cut/ARM/cut.json
 """
 
+import collections
 import dataclasses
 import functools
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
+from safebasin.console import line
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
@@ -200,6 +202,8 @@ def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = Fa
         raise UserError(
             f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"
         )
+    for note, count in collections.Counter(row.note for row in rows if row.note).items():
+        line(f"{count} of {len(rows)} rows: {note}")
     if len(bad) == len(examples):
         raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
     usable = {row.id for row in rows}

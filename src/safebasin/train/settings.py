@@ -24,7 +24,7 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from safebasin.errors import UserError
 from safebasin.models.adapter import RANDOM_INIT
-from safebasin.registry import explain
+from safebasin.registry import explain, nearest
 from safebasin.runtime import hardware
 from safebasin.train.compose import Composition
 
@@ -187,6 +187,7 @@ def refuse_names(settings: Mapping[str, Any]) -> None:
         if name not in inspect.signature(TrainingArguments).parameters:
             raise UserError(
                 f"train: unknown key {name!r}; it is neither ours nor a name of transformers.TrainingArguments"
+                + nearest(name, [*Settings.__annotations__, "adapter", "align_share", "ema"])
             )
         if name not in Settings.__annotations__:
             raise UserError(f"train.{name} has no effect here or is not supported; leave it out")
@@ -205,6 +206,10 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
         vars(changed).update(changes)
         return Trainer.get_optimizer_cls_and_kwargs(changed)
 
+    if 0 < args.max_steps <= args.warmup_steps:
+        raise UserError(
+            f"train.warmup_steps is {args.warmup_steps:g} of {args.max_steps} steps: the learning rate is never reached"
+        )
     kind, options = optimizer()
     built = kind([torch.nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(args.lr_scheduler_type, built, args.get_warmup_steps(10), 10, settings.get("lr_scheduler_kwargs"))
@@ -259,7 +264,9 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
     """UserError: what ``peft.LoraConfig`` does not take, or takes and cannot be tuned."""
     from peft import LoraConfig  # seconds
 
-    init = str(adapter.get("init_lora_weights"))
+    names, init = inspect.signature(LoraConfig).parameters, str(adapter.get("init_lora_weights"))
+    if unknown := next((name for name in adapter if name not in names), ""):
+        raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
     if init.startswith("pissa_niter"):
         raise UserError(f"train.adapter: {RANDOM_INIT}")
     if init in NEEDS_DATA:
