@@ -14,13 +14,13 @@ from safebasin.measure.answers import AnswerCache
 from safebasin.measure.engine import Compared, Served, compare
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
+from safebasin.measure.mix import Conversation, Mixing
 from safebasin.measure.pool import Pool
 from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
 
 PromptFormat = Callable[[str], Sequence[Mapping[str, Any]]]  # a prompt -> the turns that are sent
-Conversation = Sequence[Mapping[str, Any]]  # turns, the last of them the user's
 
 
 @dataclasses.dataclass
@@ -36,6 +36,7 @@ class Subject:
     prompt_format: PromptFormat | None = None  # how prompts are written now; None: the system prompt and the prompt
     start: ModelAndTokenizer | None = None  # the model that tuning started from; None: not at hand
     cache: AnswerCache | None = None
+    mixing: Mixing | None = None  # with the start's logits; None: the model answers alone
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
     server: Served | None = None  # that generates the answers; None: they are generated here
     pool: Pool | None = None  # that generates the answers into the cache; None: this process does
@@ -69,14 +70,17 @@ class Subject:
         """Answers up to the end of the turn or ``max_new_tokens``; less where all ``judges`` have decided before."""
         turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
         begun = any(each[-1]["role"] == "assistant" for each in turns)  # a server would begin a turn of its own
-        if self.server and self.arm in self.server.models and not begun:
+        if self.server and self.arm in self.server.models and not begun and not self.mixing:
             return self._served(title, turns, max_new_tokens, judges or {})
-        if self.pool and self.cache:
-            how = {"max_new_tokens": max_new_tokens, **early}
-            self.pool.fill(self.cache, self.loaded.tokenizer, turns, f"{self.arm}: {title}", how)
+        if self.pool and self.cache and not self.mixing:
+            by_all = {"max_new_tokens": max_new_tokens, **early}
+            self.pool.fill(self.cache, self.loaded.tokenizer, turns, f"{self.arm}: {title}", by_all)
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
-            return generate(
-                *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
+            how = {"max_new_tokens": max_new_tokens, "progress": advance, "cache": self.cache, **early}
+            return (
+                self.mixing.answers(self.loaded, turns, title, **how)
+                if self.mixing
+                else generate(*self.loaded, turns, **how)
             )
 
     def _served(
