@@ -103,11 +103,12 @@ def shard_recipe(
 ) -> Path:
     """A recipe on disk that scans ``files`` (see ``prepare``) in shards."""
     model, rows, probe = files
-    path = folder / "recipe.yaml"
+    path, safe = folder / "recipe.yaml", folder / "safe.jsonl"  # not the rows themselves: anchors are read as a whole
+    write_table(safe, [{"prompt": f"make a {word}", "completion": "Sure here are the steps"} for word in GOOD])
     path.write_text(
         f"model: {{name: {model}, dtype: float32}}\n"
         f"data: {{task: {{path: {rows}}}, probe: {{path: {probe}}},\n"
-        f"  harmful: {{path: {probe}}}, safe: {{path: {rows}, take: 8}}}}\n"
+        f"  harmful: {{path: {probe}}}, safe: {{path: {safe}}}}}\n"
         f"scan: {{scorers: {scorers}, batch_size: 8, shard: {shard}}}\n"
         f"arms: {{start: {{}}}}\nmeasure: {{suites: {suites}}}\nengine: {engine}\n"
     )
