@@ -290,3 +290,18 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_a_network(tmp_pat
     for page in {*WRITTEN, *GENERATED}:
         html = (tmp_path / "site" / page.relative_to(DOCS).with_suffix(".html")).read_text(encoding="utf-8")
         assert not re.search(r'<(?:link|script|img|iframe)[^>]+(?:src|href)="?(?:https?:)?//', html), page
+
+
+def test_every_fault_has_a_test_that_exists():
+    """In ``docs/project/faults.md`` a name without a file is of the file before it."""
+    text = (ROOT / "docs" / "project" / "faults.md").read_text(encoding="utf-8")
+    where, seen = "", 0
+    for file, test in re.findall(r"`(?:((?:tests/)?[\w/]*test_\w+\.py)(?:::)?)?(test_\w+)?`", text):
+        if not file and not test:
+            continue
+        where = str(next((ROOT / "tests").rglob(file.rpartition("/")[2]))) if file else where
+        assert not file.startswith("tests/") or where.endswith(file), file
+        if test:
+            assert f"def {test}(" in Path(where).read_text(encoding="utf-8"), f"{where}: {test}"
+        seen += 1
+    assert seen > 40

@@ -19,6 +19,7 @@ OLD = 1_700_000_000  # s: weights that are not about to change
 def memory(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SAFEBASIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fingerprint, "SETTLED", -(10**18))  # files of this test are old enough
+    monkeypatch.setattr(fingerprint, "LARGE", 0)  # and large enough
     return tmp_path / "cache" / "digests.json"
 
 
@@ -107,6 +108,19 @@ def test_without_a_cache_it_is_slower_and_not_wrong(folder, memory, monkeypatch)
     (folder / "file").write_text("")
     monkeypatch.setenv("SAFEBASIN_CACHE", str(folder / "file" / "cache"))
     assert model_fingerprint(str(folder)) == first
+
+
+def test_the_memory_holds_large_files_that_are_there(folder, reads, memory, monkeypatch):
+    """It is read and written whole, so it must not grow with every file of every run."""
+    model_fingerprint(str(folder))
+    (folder / "adapter_model.safetensors").unlink()
+    os.utime(folder / "model.safetensors", (OLD, OLD))
+    model_fingerprint(str(folder))
+    assert list(json.loads(memory.read_text())) == [str(folder / "model.safetensors")]
+    memory.unlink()
+    monkeypatch.setattr(fingerprint, "LARGE", (folder / "model.safetensors").stat().st_size + 1)
+    model_fingerprint(str(folder))
+    assert not memory.exists()
 
 
 def test_weights_that_are_young_are_read_again(folder, reads, memory, monkeypatch):

@@ -19,9 +19,15 @@ from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
 from safebasin.models.parts import language_model, text_config
+from safebasin.models.quantized import dequantize, quantized_layers
+from safebasin.vector import WRAPPED
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
+RANDOM_INIT = (
+    "init_lora_weights: pissa_niter takes random factors out of the weights, and loading the adapter takes others; use"
+    " pissa, which takes the exact ones"
+)
 
 
 def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
@@ -43,6 +49,8 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
             )
+        if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
+            raise UserError(f"{what}: {RANDOM_INIT}")
         if settings.get("lora_alpha") == 0:
             raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
         if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
@@ -67,17 +75,22 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
 
 
 def merged(model: Any) -> Any:
-    """A copy in float32 with its adapter folded into the weights; the model itself where it has no adapter.
+    """A copy in float32 with its adapter folded into the weights; the model itself where it is plain already.
 
-    Its logits are those of the adapter beside the weights but for rounding. A weight that two layers share is parted
-    where one of them is tuned.
+    Its logits are those of the adapter beside the weights but for rounding. Weights in four bits become the numbers
+    that they stand for. A weight that two layers share is parted where one of them is tuned.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    if not adapter_settings(model):
+    adapted = adapter_settings(model)
+    if not adapted and not quantized_layers(model):
         return model
-    model = copy.deepcopy(model).float()
+    model = copy.deepcopy(model)
+    dequantize(model)
+    model = model.float()
+    if not adapted:
+        return model
     for name, module in reversed(list(model.named_modules())):  # inner layers first: a layer may be wrapped twice
         if isinstance(module, BaseTunerLayer):
             layer = module.get_base_layer()
@@ -159,6 +172,21 @@ def _outside_text(model: Any) -> str:
     return rf"(?!{re.escape(prefix)}\.|{re.escape(head)}$).*"
 
 
+def all_weights(model: Any) -> Any:
+    """The model with every weight of its language model and its head to be tuned, and no other."""
+    model.requires_grad_(False)
+    for part in (language_model(model), model.get_output_embeddings()):
+        part.requires_grad_(True)
+    return model
+
+
+def every_weight(model: Any) -> dict[str, Any]:
+    """The parameters and stored buffers of a model by name, one that is shared once: what a folder of it holds."""
+    named = {WRAPPED.sub("", name): p for name, p in model.named_parameters()}
+    stored = model.state_dict().keys()
+    return named | {name: b for name, b in model.named_buffers() if name in stored}
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside DDP."""
     return getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -184,6 +212,22 @@ def reference(model: Any) -> Iterator[None]:
         )
     with inner.disable_adapter(), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, an adapter beside the weights (``attach``) adds nothing: the model is its start."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def starts_fresh(model: nn.Module) -> bool:

@@ -17,13 +17,14 @@ from safebasin.models.bundled import cache, resolve
 
 # configurations, tokenizers, weights of a model or an adapter; code and chat templates may have folders of their own
 FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "**/*.py", "**/*.jinja")
+LARGE = 2**20  # bytes; what is smaller is digested sooner than remembered
 SETTLED = 2 * 10**9  # ns; a younger file may change again under the same time stamp, so it is read again
 
 
 def model_fingerprint(name: str, revision: str | None = None) -> str:
     """A digest of the files that a model name stands for: 32 hexadecimal digits; of a Hub id, its commit.
 
-    Weights are read once: their digests are remembered by path, size and times, in the folder of converted models.
+    Large files are read once: their digests are remembered by path, size and times, in the folder of converted models.
 
     Raises:
         UserError: there is no such model, or a file of it cannot be read.
@@ -46,24 +47,24 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
 
 
 def file_digests(paths: list[Path]) -> dict[Path, str]:
-    """Digests of large files, remembered."""
-    memory, digests = cache() / "digests.json", {}
-    remembered = _remembered(memory)
-    new: dict[str, Any] = {}
-    for path in paths:
-        stat = path.stat()
+    """Digests of files; those of large ones are remembered."""
+    memory, stats = cache() / "digests.json", {path: path.stat() for path in paths}
+    remembered = _remembered(memory) if any(stat.st_size >= LARGE for stat in stats.values()) else {}
+    digests, new = dict[Path, str](), dict[str, Any]()
+    for path, stat in stats.items():
         key, mark = os.path.abspath(path), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         entry = remembered.get(key)
         if isinstance(entry, list) and entry[:-1] == mark and isinstance(entry[-1], str):
             digests[path] = entry[-1]
             continue
         digests[path] = file_digest(path)
-        if time.time_ns() - max(mark[1:]) > SETTLED:
+        if stat.st_size >= LARGE and time.time_ns() - max(mark[1:]) > SETTLED:
             new[key] = [*mark, digests[path]]
     if new:
         with contextlib.suppress(UserError, OSError):  # without the memory it is slower, not wrong
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_json(memory, _remembered(memory) | new)
+            there = {key: entry for key, entry in _remembered(memory).items() if os.path.exists(key)}
+            write_json(memory, there | new)
     return digests
 
 

@@ -22,6 +22,7 @@ from safebasin.models.adapter import attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
+from safebasin.models.quantized import nf4, settle
 from safebasin.runtime import Dtype, resolved
 from safebasin.template import PINNED, TemplateFails, check_template, pin_template, render, template_text
 
@@ -41,12 +42,16 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: Mapping[str, Any] = MappingProxyType({}),
+    quantization: str | None = None,
+    attention: str | None = None,
 ) -> ModelAndTokenizer:
     """Load a model with its tokenizer; ``adapter`` stays beside the weights, ``revision`` is of a Hub id.
 
     ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
     read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
-    whose fused kernel has no derivative there. ``template`` is pinned into the chat template (``pin_template``).
+    whose fused kernel has no derivative there; ``attention`` is another kernel of transformers. ``template`` is pinned
+    into the chat template (``pin_template``). ``quantization`` "nf4" stores linear layers in four bits
+    (``models/quantized.py``).
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -62,11 +67,19 @@ def load(
         )
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, template=template)
     what = f"the model {shown(name)!r}"
-    eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager", "experts_implementation": "eager"}
+    how: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    if attention:
+        how["attn_implementation"] = attention
     with loading(what):
         path = resolve(name)
         if Path(path).is_dir():
             tensor_files(path)
+            if quantization and read_json(Path(path) / "config.json").get("quantization_config"):
+                raise UserError(f"{what} is quantized already; leave out model.quantization")
+        if quantization:
+            how |= nf4(getattr(torch, resolved(dtype)))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, resolved(dtype)),
@@ -75,9 +88,10 @@ def load(
             ignore_mismatched_sizes=True,  # they are in the report, by name
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
-            **eager,
+            **how,
         )
     model, report = loaded
+    settle(model)
     _check_tensors(what, model, report, _folder(path, revision))
     if getattr(model, "peft_config", None):  # a fresh adapter would take its place, and its alignment with it
         raise UserError(f"{what} is an adapter, not a model; merge it into its base, save that, and name the folder")

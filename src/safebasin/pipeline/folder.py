@@ -9,6 +9,7 @@ wait at the end of each step.
 """
 
 import contextlib
+import datetime
 import platform
 import shutil
 import time
@@ -27,7 +28,7 @@ from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.report.manifest import changed_outputs, read_manifest
 from safebasin.runtime import processes
 
-CARD = "README.md"  # of an adapter: written with the report, and the user may add to it
+CARD = "README.md"  # of an adapter or a model: written with the report, and the user may add to it
 PROBLEMS = "problems.json"  # of a step: rows that were left out or cut short
 REPORT = ("report.html", "report.md", "report.json")
 
@@ -73,8 +74,12 @@ class RunFolder:
     def adapter(self, arm: str) -> Path:
         return self.arm(arm) / "adapter"
 
+    def result(self, arm: str, *, full: bool) -> Path:
+        """What an arm ends with: its adapter, or with full fine-tuning its model."""
+        return self.arm(arm) / ("model" if full else "adapter")
+
     def tuned(self, arm: str) -> Path:
-        """The adapter of an arm that is tuned and then repaired, before the repair."""
+        """The adapter or the model of an arm that is tuned and then repaired, before the repair."""
         return self.arm(arm) / "tuned"
 
     def answers(self, arm: str) -> Path:
@@ -174,6 +179,7 @@ class RunFolder:
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"the step {name} left nothing at {missing[0]}")
+        self.manifest["date"] = datetime.date.today().isoformat()  # of the latest work that was done
         seconds = round(time.perf_counter() - start, 2)
         written = {file.relative_to(self.path).as_posix(): file_digest(file) for file in _files(outputs)}
         steps[name] = {
@@ -185,6 +191,11 @@ class RunFolder:
         }
         self._save()
         emit("step", step=name, state="done", seconds=seconds)
+
+
+def files_of(result: Path) -> list[Path]:
+    """The files of an adapter or a model, without the card, which comes with the report."""
+    return [path for path in sorted(result.iterdir()) if path.name != CARD]
 
 
 def _files(outputs: Sequence[Path]) -> list[Path]:

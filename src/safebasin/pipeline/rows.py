@@ -22,6 +22,7 @@ from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
+from safebasin.models.lora import is_model
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
@@ -31,10 +32,13 @@ from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.trainer import check_columns
 
 
-def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter beside its weights where one is given."""
-    model = plan.recipe.model
-    return load(model.name, dtype=model.dtype, adapter=adapter, **model.source)
+def load_start(plan: Plan, tuned: Path | None = None, *, dtype: str = "") -> ModelAndTokenizer:
+    """The model of the recipe, with an adapter beside its weights where one is given; or a full model in its place, in
+    float32, as it was tuned."""
+    how = plan.recipe.model.loading | ({"dtype": dtype} if dtype else {})
+    if tuned is not None and is_model(tuned):
+        return load(str(tuned), **how | {"dtype": "float32", "revision": None})
+    return load(plan.recipe.model.name, adapter=tuned, **how)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.batch import Batch
 from safebasin.errors import DefenceError
+from safebasin.models.quantized import plain_layers
 from safebasin.scan.source import at_weights
 
 KERNELS = ("_attn_implementation", "_experts_implementation")  # in a configuration
@@ -115,7 +116,8 @@ class Tangent:
             vx, (y, dy) = self.direction[name](forward_ad.unpack_dual(x).primal), forward_ad.unpack_dual(y)
             return forward_ad.make_dual(y, vx if dy is None else dy + vx)
 
-        with forward_ad.dual_level(), _eager(model), at_weights(model, list(self.direction), derive):
+        level = forward_ad.dual_level()
+        with level, _eager(model), plain_layers(model), at_weights(model, list(self.direction), derive):
             shared = self._share(model, batch)
             rows, width = len(batch.mask), batch.input_ids.shape[1] - shared
             position = batch.attention_mask.cumsum(-1) - 1
