@@ -54,13 +54,12 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
 
 
 def test_a_terminal_of_ascii_shows_escapes(tmp_path, model):
-    (path := tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "bl\u00e5", "completion": "\u65e5"}))
+    (path := tmp_path / "rows.jsonl").write_text(json.dumps({"bl\u00e5": "x"}))
     own = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "safebasin", "preview", str(path), "--model", model]
     for json_lines in (["--json"], []):
         ended = subprocess.run([*command, *json_lines], capture_output=True, text=True, env={**os.environ, **own})
-        assert ended.returncode == 0 and ended.stdout.isascii()
-    assert "\\u65e5" in ended.stdout
+        assert ended.returncode == 0 and ended.stdout.isascii() and "it has: bl\\" in ended.stdout
 
 
 def test_a_whole_file_that_is_refused(tmp_path, model, capsys):
