@@ -218,10 +218,10 @@ def test_a_good_folder_is_loaded_in_silence(folder, capfd):
 
 def test_a_template_beside_an_adapter_is_not_used_in_silence(folder, tmp_path, capfd):
     fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path / "adapter")
-    for text, said in (((folder / "chat_template.jinja").read_text(), False), ("{{ messages }}", True)):
+    for text, shown in (((folder / "chat_template.jinja").read_text(), False), ("{{ messages }}", True)):
         (tmp_path / "adapter" / "chat_template.jinja").write_text(text)
         load(str(folder), dtype="float32", adapter=tmp_path / "adapter")
-        assert ("holds a chat template of its own" in " ".join(capfd.readouterr().err.split())) == said
+        assert ("holds a chat template of its own" in " ".join(capfd.readouterr().err.split())) == shown
 
 
 def test_tensors_of_another_part_are_left_out_by_name(folder, capfd):
