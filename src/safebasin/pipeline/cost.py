@@ -80,7 +80,7 @@ def _tuned(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if isinstance(targets, str):
-            chosen = BLOCK.fullmatch(name) if targets == "all-linear" else re.fullmatch(targets, module)
+            chosen = bool(BLOCK.fullmatch(name) if targets == "all-linear" else re.fullmatch(targets, module))
         else:
             chosen = any(module == target or module.endswith(f".{target}") for target in targets)
         total += rank * sum(shape) if chosen and len(shape) == 2 else 0
