@@ -23,6 +23,7 @@ from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.models.lora import is_model
+from safebasin.models.parts import text_config
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
@@ -192,10 +193,14 @@ class EncodedRows(NamedTuple):
     problems: list[BadRow]
 
 
-def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
-    """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to
-    what fits."""
+def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short: bool = False) -> EncodedRows:
+    """Rows longer than ``max_length``, or than the context of the model, stop the run, or are left out and listed; with
+    ``cut_short`` they are cut to what fits."""
     limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
+    tokenizer, context = loaded.tokenizer, getattr(text_config(loaded.model), "max_position_embeddings", None)
+    if context and context < limit:
+        line(f"data.max_length is {limit}, and the model's context {context}: rows have at most {context} tokens")
+        limit = context
     examples = training_examples(plan, path)
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:

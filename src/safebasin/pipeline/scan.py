@@ -43,7 +43,7 @@ def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
         if not work:
             return target
         loaded = load_start(plan)
-        examples, rows, problems = encoded_rows(plan, rows_file, loaded.tokenizer, cut_short=cut_short)
+        examples, rows, problems = encoded_rows(plan, rows_file, loaded, cut_short=cut_short)
         shares = covered(plan, loaded.model)
         for name, share in shares.items():
             line(f"  {name} scores over {share:.0%} of the weights in the model's blocks")
