@@ -25,7 +25,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import without_adapter
 
 ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
-SEQUENCE = 256  # tokens of rows in one sequence behind a cached prefix: attention costs their square
+SEQUENCE = 256  # tokens of rows in one sequence, beside what they share: attention costs their square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +274,18 @@ def by_length(rows: Sequence[TokenizedRow], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def sequences(lengths: Sequence[int]) -> Iterator[slice]:
+    """Rows, one behind the other, that are each time worth one sequence; ``lengths``: their tokens but those shared."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if total + length > SEQUENCE and i > start:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
 class PrefixGroup(NamedTuple):
     """A batch of rows that begin alike."""
 
@@ -299,10 +311,9 @@ def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
             while depth < min(len(first), len(last)) and first[depth] == last[depth]:
                 depth += 1
             rest, branches = list[int](), list[tuple[list[int], int, bool]]()
-            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + 1]):
+            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + ALIKE]):
                 inside = list(branch)
-                ends = [rows[i].ids[depth : depth + ALIKE] for i in (inside[0], inside[-1])]
-                if 2 * size <= len(inside) < len(group) and ends[0] == ends[1]:
+                if 2 * size <= len(inside) < len(group):
                     branches.append((inside, depth, False))
                 else:
                     rest += inside

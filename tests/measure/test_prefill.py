@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PAD, tiny_model
 
-from safebasin.measure import prefill
 from safebasin.measure.prefill import Prefill
 
 MODEL = tiny_model()
@@ -29,9 +28,9 @@ def states(read, prompts):
 @given(prompts_alike, st.sampled_from([1, 20, 256]))
 def test_trees_are_the_padded_prompts(prompts, sequence):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "SEQUENCE", sequence)
+        patch.setattr("safebasin.batch.SEQUENCE", sequence)
         fast = states(Prefill(MODEL, PAD, prompts), prompts)
-        patch.setattr(prefill, "takes_tree", lambda _: False)
+        patch.setattr("safebasin.measure.prefill.takes_tree", lambda _: False)
         slow = states(Prefill(MODEL, PAD, prompts), prompts)
     for mine, theirs in zip(fast, slow, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=1e-5)

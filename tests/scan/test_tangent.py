@@ -12,7 +12,6 @@ from torch import nn
 from safebasin.batch import ALIKE, by_prefix, collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan import tangent as tangent_module
 from safebasin.scan.source import target_weights
 from safebasin.scan.tangent import Factors, Tangent, gradient
 
@@ -80,8 +79,8 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed, sequence,
     rows = [row(each, seed + i, before) for i, each in enumerate(lengths)]
     direction = random_direction(MODEL, target_weights(MODEL, depth=depth), seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tangent_module, "SEQUENCE", sequence)
-        patch.setattr(tangent_module, "takes_tree", lambda _: packed)
+        patch.setattr("safebasin.batch.SEQUENCE", sequence)
+        patch.setattr("safebasin.scan.tangent.takes_tree", lambda _: packed)
         fast = derivatives(Tangent(direction), MODEL, rows, shared)
     close(fast, one_by_one(MODEL, rows, direction))
 

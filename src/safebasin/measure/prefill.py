@@ -5,7 +5,7 @@ quickstart. Where the model takes packed rows, prompts run as trees of tokens (`
 prefix, and each prompt's keys and values are gathered from there. Elsewhere prompts are padded on the left.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from safebasin.batch import ALIKE, SEQUENCE, mask_dtype, takes_tree, tree_mask, tree_of
+from safebasin.batch import ALIKE, mask_dtype, sequences, takes_tree, tree_mask, tree_of
 
 Tokens = tuple[int, ...]
 
@@ -57,17 +57,11 @@ class Prefill:
         seen = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         if not takes_tree(self.model):
             return self._padded(prompts, seen)
-        parts = [self._tree(part, width) for part in self._parts(prompts)]
+        parts = [self._tree(prompts[few], width) for few in sequences([len(ids) - self.shared for ids in prompts])]
         past = DynamicCache()
         for layer, pairs in enumerate(zip(*(part for part, _ in parts), strict=True)):
             past.update(torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs]), layer)
         return Prompted(past, seen, torch.cat([logits for _, logits in parts]))
-
-    def _parts(self, prompts: Sequence[Tokens]) -> Iterator[Sequence[Tokens]]:
-        """As many prompts as are worth a sequence."""
-        size = max(1, SEQUENCE // (len(prompts[0]) - self.shared))
-        for start in range(0, len(prompts), size):
-            yield prompts[start : start + size]
 
     def _tree(self, prompts: Sequence[Tokens], width: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Keys and values of each layer, and logits, from one sequence."""

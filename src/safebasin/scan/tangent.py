@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from safebasin.batch import SEQUENCE, Batch, mask_dtype, pack, takes_tree
+from safebasin.batch import Batch, mask_dtype, pack, sequences, takes_tree
 from safebasin.errors import DefenceError
 from safebasin.models.adapter import without_adapter
 from safebasin.scan.source import at_weights
@@ -165,20 +165,13 @@ class Tangent:
 
 
 def _parts(model: Any, batch: Batch, shared: int) -> Iterator[Batch]:
-    """The batch, or parts of it that are each worth a sequence: attention's cost is its length squared."""
-    size = (
-        max(1, SEQUENCE // (batch.input_ids.shape[1] - shared))
-        if takes_tree(without_adapter(model))
-        else len(batch.mask)
-    )
-    for i in range(0, len(batch.mask), size):
-        few = slice(i, i + size)
-        yield dataclasses.replace(
-            batch,
-            input_ids=batch.input_ids[few],
-            attention_mask=batch.attention_mask[few],
-            mask=batch.mask[few],
-        )
+    """The batch, or parts of it that are each worth a sequence."""
+    if not takes_tree(without_adapter(model)):
+        yield batch
+        return
+    for few in sequences((batch.attention_mask.sum(1) - shared).tolist()):
+        ids, seen, mask = batch.input_ids[few], batch.attention_mask[few], batch.mask[few]
+        yield dataclasses.replace(batch, input_ids=ids, attention_mask=seen, mask=mask)
 
 
 def _behind(batch: Batch, shared: int) -> dict[str, Any]:
