@@ -104,7 +104,7 @@ def generate(
             return [each.finished or early for each, early in zip(answers, done, strict=True)]
 
         asks = over if decided or ends.text else None
-        generated = dict(zip(chosen, _greedy(model, read, chosen, ends.tokens, max_new_tokens, asks), strict=True))
+        generated = dict(zip(chosen, _greedy(read, chosen, ends.tokens, max_new_tokens, asks), strict=True))
         new_tokens |= generated
         if cache:
             cache.write(model_digest, generated)
@@ -157,7 +157,6 @@ def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @torch.inference_mode()
 def _greedy(
-    model: Any,
     read: Prefill,
     prompts: Sequence[Tokens],
     stops: frozenset[int],
@@ -170,10 +169,9 @@ def _greedy(
     """
     new_tokens: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
-    past, seen, logits = read(prompts)
-    positions = seen.sum(1, keepdim=True)
+    state = read(prompts)
     for count in range(1, max_new_tokens + 1):
-        new = logits.argmax(-1)
+        new = state.logits.argmax(-1)
         for row, token in zip(live, new.tolist(), strict=True):
             new_tokens[row].append(token)
         going = [k for k, row in enumerate(live) if new_tokens[row][-1] not in stops]
@@ -184,17 +182,6 @@ def _greedy(
         if not going or count == max_new_tokens:
             break
         if len(going) < len(live):
-            places = torch.tensor(going, device=seen.device)
-            past.batch_select_indices(places)
-            new, seen, positions, live = new[places], seen[places], positions[places], [live[k] for k in going]
-        seen = torch.cat([seen, seen.new_ones(len(live), 1)], 1)
-        out = model(
-            input_ids=new[:, None],
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=torch.zeros(1, dtype=torch.long, device=seen.device),
-        )
-        past, logits, positions = out.past_key_values, out.logits[:, -1], positions + 1
+            state, new, live = state.of(going), new[going], [live[k] for k in going]
+        state = read.step(new, state)
     return new_tokens
