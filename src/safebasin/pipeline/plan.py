@@ -12,6 +12,7 @@ from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
+from safebasin.models.lend import Lender
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
@@ -35,6 +36,7 @@ class Plan:
     edits: Mapping[str, tuple[Any, ...]]  # of the arms that are repaired
     suites: tuple[Any, ...]
     gate: Gate
+    models: Lender = dataclasses.field(default_factory=Lender, compare=False)  # the start model, once in memory
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":

@@ -32,7 +32,8 @@ from safebasin.train.trainer import check_columns
 def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
     """The model of the recipe, with an adapter beside its weights where one is given."""
     model = plan.recipe.model
-    return load(model.name, dtype=model.dtype, adapter=adapter, **model.source)
+    open_model = plan.models.lend if plan.recipe.adapter else load  # full fine-tuning writes into the weights
+    return open_model(model.name, dtype=model.dtype, adapter=adapter, **model.source)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
