@@ -84,9 +84,7 @@ def load(
     return with_adapter(ModelAndTokenizer(model, tokenizer), adapter, what)
 
 
-def with_adapter(
-    loaded: ModelAndTokenizer, adapter: str | Path | None, what: str = "the model"
-) -> ModelAndTokenizer:
+def with_adapter(loaded: ModelAndTokenizer, adapter: str | Path | None, what: str = "the model") -> ModelAndTokenizer:
     """The model on its device, in eval mode, with an adapter beside its weights where one is given.
 
     Raises:

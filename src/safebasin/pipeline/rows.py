@@ -81,7 +81,7 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
-            rows, scores = training_rows(plan, source), read_scores(scores_file)
+            rows, scores = training_rows(plan, source), read_scores(scores_file, tokens=False)
             cut = cut_rows(
                 rows.examples,
                 scores,
