@@ -25,7 +25,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import without_adapter
 
 ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
-SEQUENCE = 256  # tokens of rows in one sequence, beside what they share: attention costs their square
+SEQUENCE = 512  # tokens of rows in one sequence, beside what they share: attention costs their square
 
 
 @dataclasses.dataclass(frozen=True)
