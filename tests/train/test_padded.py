@@ -17,7 +17,7 @@ def test_a_padded_stream_is_said_once(tmp_path, capsys, dropout, reason):
     streams = streams_of({"task": random_rows(8, 1), "align": random_rows(4, 2)}, args, PAD)
     host = OracleTrainer(model, args, Composition.of([{"safegrad": {"align": "sft"}}]), streams)
     host.train()
-    said = [line for line in capsys.readouterr().err.splitlines() if "padded" in line]
-    assert len(said) == len(set(host.padded.values())) == bool(reason)
+    notices = [line for line in capsys.readouterr().err.splitlines() if "padded" in line]
+    assert len(notices) == len(set(host.padded.values())) == bool(reason)
     if reason:
-        assert "task, align" in said[0] and reason in said[0] and set(host.padded) == {"task", "align"}
+        assert "task, align" in notices[0] and reason in notices[0] and set(host.padded) == {"task", "align"}
