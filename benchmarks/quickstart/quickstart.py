@@ -4,9 +4,9 @@ Floor, in forwards of the 376 training rows (F), p the share of tokens that rows
 (1 - p) F (docs/decisions/0004), plain tuning 2 F (forward, backward to activations; the adapter adds almost nothing),
 defended 2 F on the rows that stay and a quarter of that for the alignment rows; the rest is generating. In positions
 (docs/decisions/0022): scan 10,600 and a third more for the derivative; tuning 94 + 81 steps of four rows as trees;
-an arm's prompts 9,400 and its answers 3,700 at most; the judges 4,800 once and 2,400 an arm. At 0.27 GFLOP a position and
-100 GFLOPS a thread a position takes 2.7 ms in float32. A run folder
-that is there already (``RUNS/quickstart-SEED``) is continued by ``safebasin run``, which skips what is done.
+an arm's prompts 9,400 and its answers 3,700 at most; the judges 4,800 once and 2,400 an arm. At 0.27 GFLOP a position
+and 100 GFLOPS a thread a position takes 2.7 ms in float32. A run folder that is
+there already (``RUNS/quickstart-SEED``) is continued by ``safebasin run``, which skips what is done.
 """
 
 import json
