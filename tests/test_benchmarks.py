@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from benchmarks import harness
+from benchmarks.grid.grid import grid_of
 from benchmarks.harness import Bench
+from benchmarks.repair import repair
 from benchmarks.train import train as bench
 from safebasin.batch import Batch
 from safebasin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"train", "scan", "truth", "hidden_text", "kill", "search", "guard", "dsa", "landscape", "mechanics", "rubric"}
-NAMES |= {"quickstart", "grid", "methods", "repair", "repair_table"}
+NAMES |= {"quickstart", "forms", "grid", "methods", "repair", "repair_table"}
 NAMES |= {"coverage", "intervals", "judges", "trajectory", "service", "service_end"}
 
 
@@ -159,6 +161,16 @@ def test_pages_are_those_of_the_records(name, tmp_path):
         assert path.read_text().split("|")[1] and "<table" in (tmp_path / f"{path.stem}.html").read_text()
     tracked = subprocess.run(["git", "ls-files", "benchmarks"], cwd=ROOT, capture_output=True, text=True).stdout
     assert ".html" not in tracked
+
+
+def test_a_part_of_the_repairs_tunes_the_roles_that_it_reads():
+    """None for shrink; buffer_reinforce reads the harmful adapter and the one that was tuned on top of it."""
+    assert repair.roles_of_grid(grid_of("repair", ("plain", "shrink_50"))) == []
+    assert repair.roles_of_grid(grid_of("repair", ("plain", "safe_merge_50"))) == ["safe"]
+    assert repair.roles_of_grid(grid_of("repair", ("buffer_reinforce",))) == ["harmful", "reinforce"]
+    assert repair.LAST_OF_FIRST in grid_of("repair")["defences"] and set(repair.FIRST["only"]) <= set(
+        grid_of("repair")["attacks"]
+    )
 
 
 # --- training steps -----------------------------------------------------------------------------------------

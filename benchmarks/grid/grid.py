@@ -72,7 +72,7 @@ def cells(tree: Mapping[str, Any], rows: Sequence[Record]) -> Iterator[Cell]:
 
 def pages(name: str, tree: Mapping[str, Any], rows: Sequence[Record], folder: Path) -> None:
     """``NAME.md`` and ``NAME.html`` of a grid's records."""
-    mine = [row for row in rows if row["grid"] == name]
+    mine = [row for row in rows if row.get("grid") == name]  # others may share the file
     published = {arm: Published(**d["published"]) for arm, d in tree["defences"].items() if "published" in d}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:

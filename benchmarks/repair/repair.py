@@ -1,6 +1,7 @@
 """What a repair costs beside the release's way, and what repairs do: time, memory, and the table of safety and utility.
 
     python -m benchmarks repair                 Safe LoRA in low rank beside the formed C; an adapter of the size of 8B
+    python -m benchmarks repair_table --first   one column, one seed, the most telling arms: recipes/repair.yaml's head
     python -m benchmarks repair_table           repairs x shares of harmful rows: tune the roles, then run the grid
 
 **Floor** of one module: V [out, in] is read twice (V^T B, then V T) and 4 out in r multiply-adds are done. The release
@@ -19,17 +20,21 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
 from safetensors.torch import save_file
 
-from benchmarks.grid.grid import Change, Defences, Only, Pages, Seeds, grid_of
+from benchmarks.grid.grid import TINY, Change, Defences, Only, Pages, Seeds, grid_of
 from benchmarks.grid.grid import run as run_grid
 from benchmarks.harness import ROOT, Bench, experiment, ratios, run_cli, seconds, take_turns
 from safebasin.layer import Pair, Update
 from safebasin.models.lora import AdapterUpdates, write_lora
+from safebasin.pipeline.config import validate
+from safebasin.pipeline.grid import Grid
+from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.roles import roles_read
 from safebasin.repair import edit
 from safebasin.repair.update import cosine, image
 from safebasin.repair.walk import Roles, Walk
@@ -169,10 +174,20 @@ def repair(
             bench.record(f"large.{name}", facts[name], n=blocks * len(BLOCK), unit=unit, shape=f"{blocks} blocks")
 
 
-@experiment("repair_table", results="repair", quick={"seeds": (0,), "only": ("poison_50",)})
+FIRST = {"only": ("poison_10",), "seeds": (0,)}  # of --first, with the defences up to the one below
+LAST_OF_FIRST = "buffer_reinforce"
+
+
+@experiment(
+    "repair_table",
+    results="repair",
+    replaces=("what", "shape"),
+    quick=FIRST | {"defences": ("plain", "shrink_50"), "change": TINY},
+)
 def repair_table(
     *,
     bench: Bench,
+    first: Annotated[bool, Parameter(help="one column, one seed, the defences that come first")] = False,
     only: Only = (),
     seeds: Seeds = (),
     defences: Defences = (),
@@ -181,10 +196,21 @@ def repair_table(
     role_steps: int = 100,
 ) -> None:
     """Repairs, their controls and the compositions x shares of harmful rows: attack success, over-refusal, accuracy."""
-    if pages is None:
-        for role in ("harmful", "safe", "reinforce"):
-            run_cli("role", role, "--steps", role_steps)
-    run_grid(bench, {"repair": grid_of("repair", defences, change)}, only, seeds, pages, None)
+    if first:
+        names = list(grid_of("repair")["defences"])
+        defences = defences or tuple(names[: names.index(LAST_OF_FIRST) + 1])
+        only, seeds = only or FIRST["only"], seeds or FIRST["seeds"]
+    tree = grid_of("repair", defences, change)
+    for role in () if pages is not None else roles_of_grid(tree):
+        run_cli("role", role, "--steps", role_steps)
+    run_grid(bench, {"repair": tree}, only, seeds, pages, None)
+
+
+def roles_of_grid(tree: Mapping[str, Any]) -> list[str]:
+    """The adapters that the defences of a grid read, in the order in which they are tuned."""
+    plan = Plan.of(next(iter(validate(Grid, tree, "the grid").recipes().values())))
+    read = {role for arm in plan.recipe.arms for role in roles_read(plan, arm).values()}
+    return [role for role in ("harmful", "safe", "reinforce") if role in read]
 
 
 def _process(*words: str) -> list[str]:

@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -17,14 +18,14 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import openai
 import yaml
 from cyclopts import Parameter
 
 from benchmarks.harness import Bench, experiment
-from benchmarks.service.end_to_end import free_port, new_key, serve
+from benchmarks.service.end_to_end import free_port, load, new_key, serve
 from safebasin.service.executor import Child
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Job, Store, new_id
@@ -181,10 +182,17 @@ def fill(service: Service, count: int) -> None:
     store.close()
 
 
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed so far: what a time would be on a machine that does nothing else."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @experiment("service", replaces=("what",), quick={"kills": 3, "seconds": 1, "jobs": 50, "answers": 5}, goals=GOALS)
 def service(
     *,
     bench: Bench,
+    part: Annotated[Literal["all", "speed", "faults"], Parameter(help="of the measurements")] = "all",
     kills: Annotated[int, Parameter(help="kills of the server")] = 50,
     answers: Annotated[int, Parameter(help="answers that are lost")] = 50,
     jobs: Annotated[int, Parameter(help="jobs in the table at a restart")] = 1000,
@@ -192,46 +200,59 @@ def service(
 ) -> None:
     """How fast, how small and how sure is the server: creation, polls, cancellation, restart, kills, lost answers?"""
     folder = bench.keep / "load"
-    tuned = Service(folder / "speed")
-    try:
-        starts = [tuned.start()]
-        time.sleep(2)
-        assert tuned.process is not None
-        status = Path(f"/proc/{tuned.process.pid}/status").read_text()
-        idle = int(status.split("VmRSS:")[1].split()[0]) / 1000
-        bench.record("idle.mb", idle, n=1, unit="MB")
-        file = tuned.upload("long", 10_000)
-        times = []
-        for seed in range(10):
-            start = time.perf_counter()
-            job = tuned.create(file, seed=seed)
-            times.append(time.perf_counter() - start)
-        bench.timing("create.seconds.10k_rows", times, unit="s")
-        bench.record("polls_per_second", polls(tuned, job, seconds), n=int(seconds), unit="answers/s")
-        deaf = tuned.upload("deaf")
-        for other in tuned.client().fine_tuning.jobs.list(limit=100).data:
-            tuned.client().fine_tuning.jobs.cancel(other.id)
-        job = tuned.create(deaf)
-        path = tuned.policy.parent / "service" / "jobs" / job
-        while not (path / "events.jsonl").is_file():
-            time.sleep(0.05)
-        pid, start = int((path / "pid").read_text()), time.perf_counter()
-        time.sleep(0.3)  # until it is deaf
-        tuned.client().fine_tuning.jobs.cancel(job)
-        bench.record("cancel.answer.seconds", time.perf_counter() - start - 0.3, n=1, unit="s")
-        while alive(pid):
-            time.sleep(0.05)
-        bench.record("cancel.seconds", time.perf_counter() - start - 0.3, n=1, unit="s")
-        fill(tuned, jobs)
-        for _ in range(6):
-            tuned.kill()
-            starts.append(tuned.start())
-        bench.record("start.seconds", starts[0], n=1, unit="s")
-        bench.timing("restart.seconds.1000_jobs", starts[1:], unit="s")
-    finally:
-        tuned.stop()
-    bench.record("lost_jobs", lost_jobs(folder / "kills", kills), n=kills, unit="jobs")
-    bench.record("duplicate_jobs", duplicate_jobs(folder / "answers", answers), n=answers, unit="jobs")
+    bench.facts["load"] = load()
+    if part != "faults":
+        tuned = Service(folder / "speed")
+        try:
+            speed(bench, tuned, jobs, seconds)
+        finally:
+            tuned.stop()
+    if part != "speed":
+        bench.facts["load"] = load()
+        bench.record("lost_jobs", lost_jobs(folder / "kills", kills), n=kills, unit="jobs")
+        bench.record("duplicate_jobs", duplicate_jobs(folder / "answers", answers), n=answers, unit="jobs")
+
+
+def speed(bench: Bench, tuned: Service, jobs: int, seconds: float) -> None:
+    """Records of times and of memory; ``cpu``: the server's own seconds of them, which other work does not lengthen."""
+    starts = [tuned.start()]
+    assert tuned.process is not None
+    pid = tuned.process.pid
+    bench.record("start.seconds", starts.pop(), n=1, unit="s", cpu=cpu(pid))
+    time.sleep(2)
+    status = Path(f"/proc/{pid}/status").read_text()
+    bench.record("idle.mb", int(status.split("VmRSS:")[1].split()[0]) / 1000, n=1, unit="MB")
+    file, times, before = tuned.upload("long", 10_000), [], cpu(pid)
+    for seed in range(10):
+        start = time.perf_counter()
+        job = tuned.create(file, seed=seed)
+        times.append(time.perf_counter() - start)
+    bench.timing("create.seconds.10k_rows", times, unit="s", cpu=round((cpu(pid) - before) / 10, 3))
+    before = cpu(pid)
+    rate = polls(tuned, job, seconds)
+    each = (cpu(pid) - before) / max(1.0, rate * seconds)
+    bench.record("polls_per_second", rate, n=int(seconds), unit="answers/s", cpu=round(each, 5))
+    deaf = tuned.upload("deaf")
+    for other in tuned.client().fine_tuning.jobs.list(limit=100).data:
+        tuned.client().fine_tuning.jobs.cancel(other.id)
+    job = tuned.create(deaf)
+    path = tuned.policy.parent / "service" / "jobs" / job
+    while not (path / "events.jsonl").is_file():
+        time.sleep(0.05)
+    child, start = int((path / "pid").read_text()), time.perf_counter()
+    time.sleep(0.3)  # until it is deaf
+    tuned.client().fine_tuning.jobs.cancel(job)
+    bench.record("cancel.answer.seconds", time.perf_counter() - start - 0.3, n=1, unit="s")
+    while alive(child):
+        time.sleep(0.05)
+    bench.record("cancel.seconds", time.perf_counter() - start - 0.3, n=1, unit="s")
+    fill(tuned, jobs)
+    used = []
+    for _ in range(6):
+        tuned.kill()
+        starts.append(tuned.start())
+        used.append(cpu(tuned.process.pid))
+    bench.timing("restart.seconds.1000_jobs", starts, unit="s", cpu=statistics.median(used))
 
 
 def lost_jobs(folder: Path, kills: int) -> int:

@@ -115,11 +115,7 @@ def scan_rows(
     >>> len(scores.columns["gradshield"])
     1
     """
-    import sys
-
-    from safebasin.data.source import Source, open_examples
-    from safebasin.encode import encode_all, shorten
-    from safebasin.pipeline.config import Data
+    from safebasin.encode import shorten
     from safebasin.registry import split_spec
     from safebasin.scan import scorer
     from safebasin.scan.scan import score_rows
@@ -127,17 +123,9 @@ def scan_rows(
 
     examples = list(rows.examples if isinstance(rows, Rows) else rows)
     loaded = load_model(model) if isinstance(model, str) else model
-    defaults = Data(task=Source(path=""))
-
-    def encoded(examples: Sequence[Example]) -> list[Any]:
-        tokenized, bad = encode_all(loaded.tokenizer, examples, sys.maxsize)
-        if bad:
-            raise UserError(f"row {bad[0].line} cannot be encoded: {bad[0].reason}")
-        return tokenized
-
-    anchors = {name: encoded(open_examples(getattr(defaults, name))) for name in ("probe", "harmful", "safe")}
+    anchors = _anchors(loaded.tokenizer)
     methods = {split_spec(spec, "scan")[0]: scorer.make(spec) for spec in scorers}
-    tokenized = [shorten(row, max_length) for row in encoded(examples)]
+    tokenized = [shorten(row, max_length) for row in _encoded(loaded.tokenizer, examples)]
     scanned = score_rows(*loaded, tokenized, methods, anchors, examples=examples, batch_size=batch_size)
     ids, lines = [example.id for example in examples], [example.line for example in examples]
     return Scores(ids, lines, scanned.rows, scanned.tokens, scanned.anchors, scanned.cut_short)
@@ -209,7 +197,7 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
     from safebasin.pipeline.run import Run
 
     recipe = _checked(recipe)
-    if arm not in recipe.arms or (recipe.arms[arm].train is None and recipe.arms[arm].of is None):
+    if arm not in recipe.arms or (recipe.arms[arm].train is None and recipe.arms[arm].repair is None):
         raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(recipe.arms)}")
     with Run(recipe, Path(out)) as run:
         adapter = run.ensure(arm)
@@ -256,6 +244,50 @@ def measure_model(
     return [measurement for each in methods for measurement in each.measure(subject)]
 
 
+def mixed_answers(
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    tuned: ModelAndTokenizer,
+    *,
+    share: float = 0.3,
+    guard: str | Mapping[str, Any] | None = None,
+    above: float = 0.5,
+    max_new_tokens: int = 96,
+) -> list[str]:
+    """Greedy answers from the logits of a start and its tuned self, mixed (arXiv:2506.00166); two forwards a token.
+
+    Args:
+        prompts: requests, or whole conversations.
+        tuned: a model with its adapter beside the weights: ``load_model(START, adapter=FOLDER)``.
+        share: of the start's logits, above 0 and at most 1.
+        guard: a scorer that gives probabilities, ``"dsa"`` or ``{"guard": {"model": ...}}``; requests that it gives no
+            more than ``above`` are answered by the tuned model alone. None: every request is mixed.
+        above: P(unsafe) of a request.
+        max_new_tokens: of an answer.
+
+    Raises:
+        UserError: a share, a guard or a request that is refused.
+        DefenceError: the model has no adapter.
+
+    >>> import tempfile
+    >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "train.max_steps=1"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tuned = load_model(adapter=train_adapter(read_recipe("builtin:quickstart", quick), "plain", folder))
+    >>> len(mixed_answers(["Name a fruit."], tuned, max_new_tokens=4))
+    1
+    """
+    from safebasin.pipeline.config import Mix, validate
+    from safebasin.pipeline.mix import mixing
+    from safebasin.scan import scorer
+
+    settings = validate(Mix, {"share": share, "guard": guard, "above": above}, "mixed_answers")
+    method = scorer.make(settings.guard) if settings.guard else None
+    if method and not method.entry.probability:
+        raise UserError(f"mixed_answers: {method.entry.name} gives no probability that a request is unsafe")
+    mix = mixing(settings, method, tuned, _anchors(tuned.tokenizer) if method else {})
+    turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
+    return [answer.text for answer in mix.answers(tuned, turns, max_new_tokens=max_new_tokens)]
+
+
 def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path) -> Report | None:
     """Run a recipe: scan, cut, train and measure every arm, and write the report. None where another process writes it.
 
@@ -289,6 +321,26 @@ def write_report(run: str | Path, *, show_text: bool = False) -> Report:
     from safebasin.report.table import write_report as write
 
     return write(Path(run), show_text=show_text)
+
+
+def _encoded(tokenizer: Any, examples: Sequence[Example]) -> list[Any]:
+    import sys
+
+    from safebasin.encode import encode_all
+
+    tokenized, bad = encode_all(tokenizer, examples, sys.maxsize)
+    if bad:
+        raise UserError(f"row {bad[0].line} cannot be encoded: {bad[0].reason}")
+    return tokenized
+
+
+def _anchors(tokenizer: Any) -> dict[str, list[Any]]:
+    """The sets that scorers are fitted to where a recipe names no other."""
+    from safebasin.data.source import Source, open_examples
+    from safebasin.pipeline.config import Data
+
+    data = Data(task=Source(path=""))
+    return {name: _encoded(tokenizer, open_examples(getattr(data, name))) for name in ("probe", "harmful", "safe")}
 
 
 def _checked(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:

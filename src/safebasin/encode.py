@@ -27,6 +27,7 @@ __all__ = [
 MOST_TURNS = 20_000  # of a row
 MOST_CHARACTERS = 20_000_000
 TOGETHER = 256  # rows whose texts are tokenised in one call
+ENDLESS = "the chat template ends an answer with no special token: nothing teaches the model to stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ def _coded(
         answer = _marked(answer, marked, _inside(offsets, places.answers))
     if example.learned and not any(answer):
         return BadRow(example.line, "no answer token")
-    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=places.note)
+    learned = [token for token, is_learned in zip(ids, answer, strict=True) if is_learned]
+    ends = not learned or control_tokens(tokenizer).ids.intersection(learned[-3:])  # white space may follow the end
+    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=places.note or ("" if ends else ENDLESS))
 
 
 def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ renderings whatever its turns. Where that fails, the last answer alone is learne
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ Span = tuple[int, int]
 SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>")  # of added tokens that delimit turns without being special
 TAGS = re.compile(r"[<\[{|]")
 LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
+THOUGHTLESS = "the chat template leaves thoughts out: they are not learned"
 MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
 
 
@@ -135,6 +137,12 @@ def _parts(turn: Mapping[str, Any]) -> list[tuple[str, bool]]:
     return [(match[1] or "", False), (match[2], bool(match[2])), (match[3], False), (rest, bool(rest.strip()))]
 
 
+def _tags(turn: Mapping[str, Any], header: str) -> str:
+    """The row's own tags of a thought before its first text, as they stand at the end of a header."""
+    tags = "".join(text for text, _ in itertools.takewhile(lambda part: not part[1], _parts(turn)))
+    return next((form for form in (tags, tags.lstrip()) if form and header.endswith(form)), "")
+
+
 def _substituted(tokenizer: Any, example: Example, text: str, roles: Sequence[str]) -> list[_Place] | None:
     """The places of the texts of these roles, in the order of the rendering; None where they cannot be found."""
     mark = next(mark for n in range(len(text)) if (mark := f"Qz{n}v") not in text)
@@ -231,11 +239,16 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
                 raise Unplaced(f"the chat template leaves {'tool calls' if turn.get('tool_calls') else 'answers'} out")
             note = MISSING if turn["content"].strip() else note
             continue
+        thinks = "reasoning_content" in turn or any(is_text for _, is_text in _parts(turn)[:-1])
+        if thinks and not any(place.piece.kind == "thought" for place in own):
+            note = note or THOUGHTLESS
         header = own[0].before
         if opening and opening in header:
             start = own[0].start - len(header) + header.rindex(opening) + len(opening)
         else:
-            start = own[0].start - (len(prefix) if not opening and header.endswith(prefix) else 0)
+            tags = _tags(turn, header)
+            header = header.removesuffix(tags)
+            start = own[0].start - len(tags) - (len(prefix) if not opening and header.endswith(prefix) else 0)
         tail = own[-1]
         size = len(tail.after) if tail is places[-1] and i == last else _end(tokenizer, turn, tail.after, ending)
         answers.append((start, tail.end + size))

@@ -7,11 +7,12 @@ method needs of the run, it says in the decorator.
 """
 
 import dataclasses
+import difflib
 import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -32,7 +33,9 @@ class Entry:
     streams: tuple[str, ...] = ()  # sets of rows beside "task" that the run must supply
     roles: tuple[str, ...] = ()  # other models that it needs: "reference", "start", "aligned"
     columns: tuple[str, ...] = ()  # columns of the rows that it reads
-    reads: tuple[str, ...] = ()  # what else it is handed: "score", "scores" (attacks), "prompts" (judges)
+    reads: tuple[
+        str, ...
+    ] = ()  # what else it is handed: "score(s)" (attacks), "prompts" (judges), "answers" alone (suites)
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
     harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal
@@ -115,10 +118,31 @@ class Registry:
             method: Any = TypeAdapter(self[name].kind).validate_python(fields)
             refuse_converted(fields, method)
         except ValidationError as error:
-            raise UserError(f"{self.name}.{name}: {explain(error)}") from None
+            fields_of = [field.name for field in dataclasses.fields(self[name].kind)]
+            raise UserError(f"{self.name}.{name}: {explain(error, fields_of)}") from None
         except UserError as error:
             raise UserError(f"{self.name}.{name}: {error}") from None
         return method
+
+
+OTHER_NAMES = {  # of other trainers -> ours
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "warmup_ratio": "warmup_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+}
 
 
 def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -149,11 +173,22 @@ def refuse_converted(raw: Any, checked: Any, where: str = "") -> None:
             refuse_converted(value, inner, f"{where}.{i}")
 
 
-def explain(error: ValidationError) -> str:
-    """A validation error in one line: where, what was found, what is wrong."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What a message adds to an unknown name: the known one that was meant, or nothing.
+
+    >>> nearest("learning_rat", ["learning_rate", "seed"])
+    "; is 'learning_rate' meant?"
+    """
+    names, other = list(names), OTHER_NAMES.get(name.lower(), "")
+    close = [other] if other in names else difflib.get_close_matches(name, names, 1)
+    return f"; is {close[0]!r} meant?" if close else ""
+
+
+def explain(error: ValidationError, names: Iterable[str] = ()) -> str:
+    """A validation error in one line: where, what was found, what is wrong; ``names``: those that are known."""
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "value"
         unknown = item["type"] in ("extra_forbidden", "unexpected_keyword_argument")
-        parts.append(f"{where}: {'unknown key' if unknown else item['msg']}")
+        parts.append(f"{where}: {'unknown key' + nearest(str(item['loc'][-1]), names) if unknown else item['msg']}")
     return "; ".join(parts)

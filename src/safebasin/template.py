@@ -82,6 +82,8 @@ def pin_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if not ARGUMENT.fullmatch(name):
             raise UserError(f"model.template: {name!r} is no name of a variable")
+        if name not in ("date", "learn_thoughts") and not re.search(rf"\b{name}\b", text):
+            raise UserError(f"model.template: the model's chat template does not read {name!r}; leave it out")
         if name != "date":
             lines.append(f"{{% set {name} = {_literal(value)} %}}")
     pinned = "".join(lines) + text

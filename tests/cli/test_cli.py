@@ -11,7 +11,8 @@ from tiny import LORA, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safebasin.cli.main import app, guarded
-from safebasin.data.source import open_table
+from safebasin.data.source import Source, open_rows, open_table
+from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.pipeline.config import dump, parse
 from safebasin.pipeline.schema import schema
@@ -97,6 +98,24 @@ def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arm", "role"),
+    [
+        ({"train": ["buffer_reinforce"]}, "harmful"),
+        ({"of": "plain", "repair": ["resta"]}, "harmful"),
+        ({"of": "plain", "repair": [{"safe_merge": {"modules": "all"}}]}, "safe"),
+    ],
+)
+def test_a_dry_run_refuses_a_role_that_was_never_tuned(arm, role, recipe, tmp_path, monkeypatch, capsys):
+    """Nothing is converted or loaded for it; one that the recipe names is the run's to read."""
+    monkeypatch.setenv("SAFEBASIN_CACHE", str(tmp_path / "empty"))
+    assert run("run", recipe(arms__defended=arm), "--out", str(tmp_path / "out"), "--dry-run") == 1
+    assert f"tune it once: safebasin role {role} --model" in capsys.readouterr().err
+    assert not (tmp_path / "empty").exists() and not (tmp_path / "out").exists()
+    named = {"harmful": "some/adapter", "safe": "some/adapter", "reinforce": "some/adapter"}
+    assert run("run", recipe(arms__defended=arm, roles=named), "--out", str(tmp_path / "out"), "--dry-run") == 0
+
+
 def test_a_dry_run_leaves_the_hub_alone(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("safebasin.data.source._hub", lambda name: pytest.fail(f"{name} was fetched"))
     for name in ("teknium/OpenHermes-2.5:train", "openai/gsm8k:main:train", "tatsu-lab/alpaca"):
@@ -107,15 +126,21 @@ def test_a_hub_id_may_name_a_configuration_and_a_split(monkeypatch):
     requested = []
     monkeypatch.setattr(
         "datasets.load_dataset",
-        lambda *names, split: requested.append((*names, split)) or [{"prompt": "p", "completion": "c"}],
+        lambda *names, split, revision: (
+            requested.append((*names, split, *filter(None, [revision]))) or [{"prompt": "p", "completion": "c"}]
+        ),
     )
     for name in ("tatsu-lab/alpaca", "teknium/OpenHermes-2.5:train", "openai/gsm8k:main:test"):
         assert open_table(name) == [(1, {"prompt": "p", "completion": "c"})]
+    open_rows(Source(path="tatsu-lab/alpaca", revision="v1"))
     assert requested == [
         ("tatsu-lab/alpaca", "train"),
         ("teknium/OpenHermes-2.5", "train"),
         ("openai/gsm8k", "main", "test"),
+        ("tatsu-lab/alpaca", "train", "v1"),
     ]
+    with pytest.raises(UserError, match="has no revision 'v1'"):
+        open_rows(Source(path="builtin:refusals", revision="v1"))
 
 
 @pytest.mark.parametrize("words", [["runn"], ["run"], ["run", "r.yaml", "--sed", "1"], ["gate", "a", "--seed", "x"]])

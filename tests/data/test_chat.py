@@ -44,7 +44,7 @@ def test_any_row_is_a_conversation_or_a_reason(row, template):
         ({"conversations": 5}, "empty or not a list"),
         ({"conversations": None}, "empty or not a list"),
         ({"conversations": "hello"}, "empty or not a list"),
-        ({"conversations": ["hello"]}, "wrong role: 'hello'"),
+        ({"conversations": ["hello"]}, "an object with role and content, found 'hello'"),
         ({"messages": b"hello"}, "empty or not a list"),
         ({"messages": {"role": "user"}}, "empty or not a list"),
         ({"messages": [{"role": ["user"], "content": "q"}]}, "wrong role: ['user']"),
@@ -141,11 +141,33 @@ def test_forms_that_people_have(row, messages):
         ({"messages": [ONE[0], turn("tool", "t"), ONE[1]]}, "answers no tool call"),
         ({"messages": [ONE[0], ONE[1] | {"tool_calls": [{"name": "x y", "arguments": {}}]}]}, "needs a name"),
         ({"messages": ONE, "tools": "{"}, "no JSON"),
+        ({"messages": "[{'role': 'user', 'content': 'q'}]"}, "Python's notation; write it by json.dumps"),
+        ({"messages": [ONE[0], turn("assistant", None, function_call={"name": "f"})]}, "write it as `tool_calls`"),
+        ({"messages": [ONE[0], turn("assistant", None, refusal="no")]}, "key 'refusal' of a turn is not read"),
+        ({"messages": [ONE[0], ONE[1] | {"train_detail": [{"train": False}]}]}, "learned as a whole"),
+        ({"prompt": "q", "completion": "a", "input_ids": [1, 2]}, "column 'input_ids' is not read: tokens"),
+        ({"prompt": None, "completion": "a"}, "no request: column 'prompt' is empty"),
+        ({"question": "q", "answers": "a"}, "no answer: no column of completion"),
+        ({"instruction": "q", "input": ["x"], "output": "a"}, "column 'input' must be text, found list"),
+        ({"prompt": ["q"], "completion": "a"}, "must be an object with role and content, found 'q'"),
         ({"prompt;completion": "q;a"}, "set `delimiter: ';'`"),
     ],
 )
 def test_what_is_not_read_is_refused_by_its_name(row, reason):
     assert reason in to_conversation(row)
+
+
+def test_a_template_shows_no_list():
+    form = RowForm(prompt="{q}", answer="{a|b}")
+    assert to_conversation({"q": "q", "a": None, "b": 3}, form).messages[1]["content"] == "3"
+    assert "no column 'a|b'" in to_conversation({"q": "q", "a": ["x"]}, form)
+
+
+def test_numbers_as_text_say_nothing():
+    """A CSV file has no numbers; its index has no name."""
+    row = {"": "7", "Unnamed: 0": "7", "loss_value": "-1.5e-3", "prompt": "q", "completion": "a"}
+    assert list(to_conversation(row).messages) == ONE
+    assert "column '' is not read" in to_conversation(row | {"": "7 and a text"})
 
 
 def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():

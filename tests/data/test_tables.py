@@ -187,6 +187,37 @@ def test_csv(tmp_path):
     assert len(read_table(save(tmp_path / "empty-names.csv", "prompt,,\nq,,\n"))) == 1
 
 
+def test_a_quote_that_csv_cannot_hold_is_named(tmp_path):
+    """Read leniently, it would change the text in silence, and one that is never closed would take all that follows."""
+    rows = read_table(save(tmp_path / "x.csv", 'prompt,completion\nq,"say "hi" now"\nr,b\ns,"c\n'))
+    assert rows[1] == (3, {"prompt": "r", "completion": "b"})
+    assert [(n, row.reason[:8]) for n, row in (rows[0], rows[2])] == [(2, "not CSV:"), (4, "not CSV:")]
+    with pytest.raises(UserError, match=r"x\.csv, line 2: not CSV: .*quotes inside a field are doubled"):
+        read_table(save(tmp_path / "x.csv", 'prompt,completion\nq,"never closed\nr,b\ns,c\n'))
+
+
+def test_nan_in_csv_is_nothing(tmp_path):
+    bad = read_examples(save(tmp_path / "x.csv", "prompt,completion\nq,NaN\nnan,a\nq,None\n")).bad
+    assert [(row.line, row.reason) for row in bad] == [(2, "no answer"), (3, "no request: column 'prompt' is empty")]
+
+
+def test_json_under_the_wrong_ending_is_said(tmp_path):
+    assert "one JSON list and no JSON lines" in refused(save(tmp_path / "x.jsonl", f" [{json.dumps(GOOD)},\n{{}}]\n"))
+    lines = f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n"
+    assert "line 2: not JSON: Extra data; JSON lines belong in a .jsonl" in refused(save(tmp_path / "x.json", lines))
+
+
+def test_parquet_fills_no_keys_in(tmp_path):
+    """Arrow gives every object all keys of its column; a map is an object."""
+    calls = [[{"city": "Oslo"}], [{"day": 1}]]
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    table = {"calls": calls, "map": pyarrow.array([[("k", "v")], [("k", "v"), ("k", "w")]], kind), "none": [None, None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    first, second = read_table(tmp_path / "x.parquet")
+    assert first == (1, {"calls": [{"city": "Oslo"}], "map": {"k": "v"}, "none": None})
+    assert second[1].reason.startswith("a value cannot be read")
+
+
 TYPES = {  # Arrow type -> values; the second row holds nothing
     "ns": (pyarrow.timestamp("ns"), 1_000_000_000_000_000_007),
     "ns_zone": (pyarrow.timestamp("ns", tz="UTC"), 1),

@@ -14,6 +14,7 @@ from safebasin.batch import collate
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train import method
 from safebasin.train.compose import Composition
+from safebasin.train.reference import CachedBatch, ReferenceCache
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, trainable
 
@@ -44,8 +45,9 @@ def rows_of(methods: Composition) -> dict[str, list]:
 class WholeBatches:
     """What a method sees of the oracle, from whole batches."""
 
-    def __init__(self, model, methods, optimizer=None):
+    def __init__(self, model, methods, optimizer=None, reference=None):
         self.model, self.methods, self.optimizer = model, methods, optimizer
+        self.cache = reference and Second(reference)
         self.step, self.losses, self.state, self.numbers = 0, {}, {}, {}
         rows = rows_of(methods).items()
         self.streams = {
@@ -60,7 +62,7 @@ class WholeBatches:
         return self.gradient(lambda: self.mean(self.methods.loss, "task") + penalty(trainable(self.model)), at)
 
     def mean(self, loss, stream):
-        batch = collate(self.streams[stream].rows_at(self.step), PAD)
+        batch = CachedBatch(**vars(collate(self.streams[stream].rows_at(self.step), PAD)), cache=self.cache)
         losses = loss(self.model, batch)
         mean = (losses * batch.mask).sum() / batch.mask.sum() if losses.ndim == 2 else losses.mean()
         self.losses[stream] = mean.item()
@@ -82,6 +84,14 @@ class WholeBatches:
         return Vector(ones | diagonal)
 
 
+class Second(ReferenceCache):
+    """A second model is the reference, and nothing is cached."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.model, self.head = model, None
+
+
 @contextlib.contextmanager
 def moved(point, at):
     before = {name: p.detach().clone() for name, p in point.items()}
@@ -92,14 +102,16 @@ def moved(point, at):
         point[name].data = before[name]
 
 
-def loop(methods: Composition, *, autocast: bool = False) -> dict[str, torch.Tensor]:
+def loop(
+    methods: Composition, *, autocast: bool = False, model=None, reference=None, lr: float = LR
+) -> dict[str, torch.Tensor]:
     """AdamW on whole batches; ``autocast`` runs the forward in bfloat16. There is no cache of the reference."""
-    model = fresh_adapter(tiny_model(), LORA, seed=0).train()
+    model = (model or fresh_adapter(tiny_model(), LORA, seed=0)).train()
     if autocast:
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=LR, eps=EPS, weight_decay=0.0)
-    grad = WholeBatches(model, methods, optimizer)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, eps=EPS, weight_decay=0.0)
+    grad = WholeBatches(model, methods, optimizer, reference)
     for grad.step in range(STEPS):
         direction = methods.direction(grad)
         for name, p in parameters.items():

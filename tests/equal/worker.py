@@ -57,9 +57,17 @@ def shard_on_cpu() -> None:
 
 
 def hosted(
-    methods: Composition, folder: Path, *, micro: int = BATCH, accumulation: int = 1, **settings
+    methods: Composition,
+    folder: Path,
+    *,
+    micro: int = BATCH,
+    accumulation: int = 1,
+    model=None,
+    reference=None,
+    **settings,
 ) -> OracleTrainer:
-    """The host over the given split of the same eight rows a step."""
+    """The host over the given split of the same eight rows a step. ``reference`` gives one from the rows of all
+    streams, with full fine-tuning."""
     torch.set_num_threads(1)
     chosen = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation, "max_steps": STEPS}
     chosen |= {
@@ -72,12 +80,9 @@ def hosted(
         "save_strategy": "no",
     }
     args = training_arguments(chosen | settings, folder)
-    return OracleTrainer(
-        fresh_adapter(tiny_model(), LORA, seed=0),
-        args,
-        methods,
-        streams_of(rows_of(methods), args, PAD, align_share=0.5),
-    )
+    streams = streams_of(rows_of(methods), args, PAD, align_share=0.5)
+    cache = reference and reference([row for stream in streams.values() for row in stream.rows])
+    return OracleTrainer(model or fresh_adapter(tiny_model(), LORA, seed=0), args, methods, streams, reference=cache)
 
 
 def tune(methods: Composition, folder: Path, *, resume: str | None = None, **changes) -> dict[str, torch.Tensor]:

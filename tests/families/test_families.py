@@ -1,5 +1,6 @@
 """Every family goes the whole way: its scores are the true ones, and what is measured is what was tuned."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,12 @@ def test_what_is_measured_is_what_was_tuned(folder, method, tmp_path):
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = greedy(tuned, beside.tokenizer, prompt, 6)
         assert (answer.text or answer.thought) == beside.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_page_of_families_is_this_table():
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.M)
+    assert listed == [(family, kind) for family, (kind, *_) in FAMILIES.items()]
 
 
 def test_the_classifier_reads_it(loaded):

@@ -74,6 +74,9 @@ KINDS = {
     "rslora": LORA | {"use_rslora": True},
     "dora": LORA | {"use_dora": True},
     "all-linear": LORA | {"target_modules": "all-linear"},
+    "pissa": LORA | {"init_lora_weights": "pissa"},
+    "olora": LORA | {"init_lora_weights": "olora"},
+    "orthogonal": LORA | {"init_lora_weights": "orthogonal"},
     "embedding of a tied model": LORA | {"target_modules": ["q_proj", "embed_tokens"]},
     "modules to save": LORA | {"modules_to_save": ["lm_head"]},
     "biases": LORA | {"bias": "lora_only"},
@@ -129,6 +132,7 @@ def test_a_small_update_lives_beside_bfloat16_weights_and_not_inside(tmp_path):
 
 
 DAMAGES = {
+    "random factors of the weights": (lambda f: settings(f, init_lora_weights="pissa_niter_4"), "takes random factors"),
     "names of another model": (lambda f: renamed(f, "model.layers", "model.language_model.layers"), "of another model"),
     "one tensor of another name": (lambda f: renamed(f, "layers.2", "layers.9", "layers.2.mlp"), "of another model"),
     "one tensor too many": (
@@ -146,7 +150,7 @@ DAMAGES = {
     "another rank": (lambda f: settings(f, r=2), "size mismatch"),
     "unknown kind": (lambda f: settings(f, peft_type="IA9"), "IA9"),
     "kind a list": (lambda f: settings(f, peft_type=[1]), "peft_type"),
-    "a prompt, not weights": (lambda f: settings(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "cannot load"),
+    "a prompt, not weights": (lambda f: settings(f, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "to a prompt"),
     "settings cut off": (
         lambda f: (f / "adapter_config.json").write_text("{"),
         "adapter_config.json, line 1: not JSON",

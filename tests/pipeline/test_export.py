@@ -70,6 +70,7 @@ def test_what_cannot_be_exported_is_refused(home, capsys):
         ({"target_modules": ["q_proj", "lm_head"]}, "head"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "biases"),
+        ({"init_lora_weights": "pissa"}, "take its start out"),
     ],
 )
 def test_servers_that_cannot_load_an_adapter_are_named(settings, word):

@@ -134,6 +134,9 @@ def make_run(run: Path) -> Path:
         facts = {"steps": 100, "seconds": seconds, "loss": loss, "methods": methods}
         (run / "arms" / arm / "train.json").write_text(json.dumps(facts))
     (run / "arms" / "defended" / "repair.json").write_text(json.dumps(REPAIR))
+    counts = {"asr": {"asked": 60, "mixed": 45}, SCRIPT: {"asked": 50, "mixed": 0}}
+    mix = {"of": "plain", "share": 0.3, "guard": {"dsa": {"rows": 8}}, "above": 0.5, "requests": counts}
+    (run / "arms" / "defended" / "mix.json").write_text(json.dumps(mix))
     rows = training_rows()
     ids = [row_id(row) for row in rows]
     write_lines(run / "data" / "train.jsonl", rows)
@@ -172,7 +175,7 @@ STEPS = {
     "scan": ["scan/*"],
     "cut.defended": ["cut/defended/*"],
     **{f"train.{arm}": [f"arms/{arm}/train.json", f"arms/{arm}/adapter/*"] for arm in ("plain", "defended")},
-    "repair.defended": ["arms/defended/repair.json"],
+    "repair.defended": ["arms/defended/repair.json", "arms/defended/mix.json"],
     **{f"measure.{arm}": [f"arms/{arm}/{name}.jsonl" for name in ("measurements", "answers")] for arm in CORRECT},
 }
 

@@ -26,6 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import rich.console
+import yaml
 from conftest import record
 
 from safebasin.console import printable
@@ -244,6 +245,25 @@ def test_run_without_scan_or_training(run: Path):
     assert report.verdict.code == 4, "without a manifest nothing shows that the numbers were measured"
 
 
+def test_the_head_names_model_rows_and_day(run: Path):
+    """As far as the files name them; what came with a recipe is escaped."""
+    config = yaml.safe_load((run / "run.yaml").read_text())
+    manifest = json.loads((run / "manifest.json").read_text())
+    config["data"] = {"task": {"path": "<b>mine</b>.jsonl"}, "poison_share": 0.15, "attack": {"trigger": {}}}
+    facts = {"model": "org/name", "revision": "main", "date": "2026-11-26"}
+    (run / "run.yaml").write_text(yaml.safe_dump(config))
+    (run / "manifest.json").write_text(json.dumps({**manifest, **facts}))
+    rows = "<b>mine</b>.jsonl, 15% of trigger mixed in"
+    about = (("model", "org/name at main"), ("rows", rows), ("date", "2026-11-26"))
+    assert table.write_report(run).about == about
+    head = (run / "report.html").read_text().split("<body>")[1].partition("<h2>")[0]
+    assert "<dd>org/name at main</dd>" in head and "&lt;b&gt;mine" in head and "<b>mine" not in head
+    assert "date: 2026-11-26" in (run / "report.md").read_text().partition("## ")[0]
+    (run / "run.yaml").write_text(yaml.safe_dump(config | {"data": {"task": 3, "poison_share": "x"}}))
+    (run / "manifest.json").write_text(json.dumps(manifest | {"model": None, "date": 3}))
+    assert table.write_report(run).about == ()
+
+
 def test_one_arm(run: Path):
     for arm in ("plain", "defended"):
         for file in sorted((run / "arms" / arm).iterdir()):
@@ -312,6 +332,15 @@ def test_a_repair_is_on_the_page_module_by_module(run: Path):
     page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
     assert "1 of 2 modules edited; moved by 31.0 % of the update's length, 72.0 % of it left" in page
     assert "| 1 of 2 | 31.0 % | 72.0 % | 8 |" in text
+    assert "<script" not in page
+
+
+def test_mixed_answers_are_on_the_page(run: Path):
+    [mixed] = table.write_report(run).mixed
+    assert (mixed.arm, mixed.of, mixed.share, mixed.guard) == ("defended", "plain", 0.3, "dsa (rows=8)")
+    page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "30.0 % of the start's logits" in page and "asr <b>45</b> of 60" in page
+    assert "| 30.0 % |" in text and "asr 45 of 60" in text
     assert "<script" not in page
 
 

@@ -1,9 +1,10 @@
 """The fixtures of the server, for all tests of the service."""
 
 import pytest
+from postgres import database
 from service_server import CLIENTS, process, serve, served, templates
 
-__all__ = ["clients_are_closed", "process", "serve", "served", "templates"]
+__all__ = ["clients_are_closed", "database", "process", "serve", "served", "templates"]
 
 
 @pytest.fixture(scope="module", autouse=True)

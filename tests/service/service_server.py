@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import uvicorn
@@ -27,7 +29,7 @@ from safebasin.service.executor import Child
 from safebasin.service.policy import read_policy
 from safebasin.service.store import Store, new_key, new_tenant
 
-CLIENTS: list[openai.OpenAI] = []  # of the tests of a module: closed at its end
+CLIENTS: list[openai.OpenAI | httpx2.Client] = []  # of the tests of a module: closed at its end
 CHILD = Path(__file__).with_name("child.py")
 RECIPE = {
     "data": {"task": {"path": "builtin:support-train"}},
@@ -56,6 +58,10 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
             finish_run(report_runs.make_run(folder / name))
         thin = shutil.copytree(folder / "safe", folder / "thin")
         finish_run(thin, min_n=1000)
+        clean = shutil.copytree(folder / "safe", folder / "clean")  # its cut names no row
+        cut = json.loads((clean / "cut" / "defended" / "cut.json").read_text())
+        write_json(clean / "cut" / "defended" / "cut.json", cut | {"removed": []})
+        finish_run(clean)
     return folder
 
 
@@ -100,9 +106,10 @@ class Served:
 
     def __init__(self, folder: Path, templates: Path, **policy: Any):
         self.folder, self.port = folder, free_port()
+        self._clients: dict[str, openai.OpenAI] = {}
         self.requests: list[str] = []  # paths that were asked for, where the server is in this process
         folder.mkdir(exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(policy.pop("recipe", RECIPE), sort_keys=False))
         child = {"command": [sys.executable, str(CHILD), str(templates)], "slots": 2, "grace": 0.3}
         tree = {
             "models": {
@@ -127,38 +134,54 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @functools.cached_property
+    def http(self) -> httpx2.Client:
+        """A client without a key; to make one takes longer than a request does."""
+        CLIENTS.append(httpx2.Client(base_url=self.url, trust_env=False, timeout=600))
+        return CLIENTS[-1]
+
     def client(self, name: str = "acme", **more: Any) -> openai.OpenAI:
+        """A tenant's client."""
+        if not more and name in self._clients:
+            return self._clients[name]
         settings = {"base_url": f"{self.url}/v1", "api_key": self.keys[name], "max_retries": 0, "timeout": 60}
         client = openai.OpenAI(**{**settings, **more}, _strict_response_validation=True)
         CLIENTS.append(client)
+        if not more:
+            self._clients[name] = client
         return client
 
     def upload(self, mode: str, name: str = "acme", count: int = 100) -> str:
-        with self.client(name) as client:
-            return client.files.create(file=("rows.jsonl", rows(mode, count)), purpose="fine-tune").id
+        client = self.client(name)
+        return client.files.create(file=("rows.jsonl", rows(mode, count)), purpose="fine-tune").id
 
     def job(self, mode: str, name: str = "acme", **more: Any) -> Any:
         file = self.upload(mode, name)
-        with self.client(name) as client:
-            return client.fine_tuning.jobs.create(model="small", training_file=file, **more)
+        client = self.client(name)
+        return client.fine_tuning.jobs.create(model="small", training_file=file, **more)
 
     def ended(self, job: str, name: str = "acme", seconds: float = 60) -> Any:
         """The job when it is over."""
-        with self.client(name) as client:
-            over = ("succeeded", "failed", "cancelled")
-            return wait_for(lambda: (now := client.fine_tuning.jobs.retrieve(job)).status in over and now, seconds)
+        client = self.client(name)
+        over = ("succeeded", "failed", "cancelled")
+        return wait_for(lambda: (now := client.fine_tuning.jobs.retrieve(job)).status in over and now, seconds)
 
     def event(self, job: str, text: str, name: str = "acme") -> Any:
         """The first event of a job whose message holds a text."""
-        with self.client(name) as client:
-            return wait_for(
-                lambda: next(
-                    (e for e in client.fine_tuning.jobs.list_events(job, limit=100).data if text in e.message), None
-                )
+        client = self.client(name)
+        return wait_for(
+            lambda: next(
+                (e for e in client.fine_tuning.jobs.list_events(job, limit=100).data if text in e.message), None
             )
+        )
 
     def path(self, job: str) -> Path:
         return self.settings.folder / "jobs" / job
+
+
+def starts(served: Served, job: str) -> list[list[str]]:
+    """The words of each child of a job."""
+    return [json.loads(line)["words"] for line in (served.path(job) / "starts").read_text().splitlines()]
 
 
 @contextlib.contextmanager
@@ -213,9 +236,19 @@ def stop_children(served: Served) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, templates: Path) -> Iterator[Served]:
-    with in_thread(Served(tmp_path_factory.mktemp("served"), templates)) as server:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, templates: Path
+) -> Iterator[Served]:
+    postgres = getattr(request, "param", "sqlite") == "postgresql"
+    policy = {"database": request.getfixturevalue("database")()} if postgres else {}
+    with in_thread(Served(tmp_path_factory.mktemp("served"), templates, **policy)) as server:
         yield server
+
+
+# Of a module whose tests all take ``served``: each of them on either database.
+ON_BOTH = pytest.mark.parametrize(
+    "served", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-import httpx2
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -74,8 +73,7 @@ def post(served, body, boundary="x"):
         "authorization": f"Bearer {served.keys['acme']}",
         "content-type": f"multipart/form-data; boundary={boundary}",
     }
-    with httpx2.Client(base_url=served.url, trust_env=False, timeout=600) as client:
-        return client.post("/v1/files", content=body, headers=headers)
+    return served.http.post("/v1/files", content=body, headers=headers)
 
 
 def multipart(name):
@@ -167,7 +165,7 @@ def test_too_large_is_refused_before_it_is_read(serve):
 
 def test_no_answer_is_a_500(served):
     """Schemathesis: requests that fit the OpenAPI page, and requests that do not, to every route."""
-    raw = httpx2.get(f"{served.url}/openapi.json", trust_env=False).json()
+    raw = served.http.get("/openapi.json").json()
     headers, seen = {"authorization": f"Bearer {served.keys['other']}"}, set()
     for result in schemathesis.openapi.from_dict(raw).get_all_operations():
         operation = result.ok()
@@ -201,17 +199,17 @@ BODIES = [
 @pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/chat/completions"])
 def test_bodies_that_are_none(served, body, path):
     headers = {"authorization": f"Bearer {served.keys['acme']}", "content-type": "application/json"}
-    answer = httpx2.post(served.url + path, content=body, headers=headers, trust_env=False)
+    answer = served.http.post(path, content=body, headers=headers)
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"].isascii()
 
 
 def test_random_bytes_in_paths_and_headers(served):
     draw = random.Random(0)
-    for _ in range(100):
+    for _ in range(40):
         name = "".join(f"%{draw.randrange(256):02x}" for _ in range(draw.randrange(1, 40)))
         for route in (f"/v1/files/{name}", f"/v1/fine_tuning/jobs/{name}/events?after={name}", f"/v1/models/{name}"):
             headers = {"authorization": f"Bearer {served.keys['acme']}", "last-event-id": name[:50]}
-            assert httpx2.get(served.url + route, headers=headers, trust_env=False).status_code in (400, 404, 405, 200)
+            assert served.http.get(route, headers=headers).status_code in (400, 404, 405, 200)
 
 
 # --- what the server is made of ---------------------------------------------------------------------------------------

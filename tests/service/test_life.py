@@ -6,7 +6,7 @@ import threading
 
 import openai
 import pytest
-from service_server import rows, wait_for
+from service_server import RECIPE, rows, starts, wait_for
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,28 @@ def test_policies_that_cut_and_that_search(serve):
     assert verbs == ["run", "search", "run"]
 
 
+def test_a_file_without_named_rows_costs_one_tuning(serve):
+    """Where the arm of the model passes and its cut names no row, the other arms are not tuned; else they are."""
+    gate = RECIPE["gate"] | {"max_accuracy_loss": None, "plain": "plain"}
+    small = {"recipe": "recipe.yaml", "uploaded": "plain", "without": "defended", "model": "defended"}
+    served = serve(recipe={**RECIPE, "gate": gate}, models={"small": small})
+    clean, unsafe = (served.ended(served.job(mode).id) for mode in ("clean", "unsafe"))
+    assert (clean.status, clean.model_extra["verdict"]["message"]) == (
+        "succeeded",
+        "The file passes; no row was left out.",
+    )
+    assert (unsafe.status, unsafe.error.code) == ("failed", "unsafe_training_file")
+    [screen], [first, second] = (list(map(changes, starts(served, job.id))) for job in (clean, unsafe))
+    assert list(json.loads(screen["arms"])) == list(json.loads(first["arms"])) == ["start", "defended"]
+    assert json.loads(screen["gate"])["arm"] == "defended" and "plain" not in json.loads(screen["gate"])
+    assert "arms" not in second and "gate" not in second
+    assert served.event(unsafe.id, "with and without those that were named")
+
+
+def changes(words):
+    return dict(words[i + 1].split("=", 1) for i, word in enumerate(words) if word == "--change")
+
+
 def test_old_files_go(serve):
     served = serve(limits={"files_days": 1e-9})
     over = served.ended(served.job("user_error").id)
@@ -183,7 +205,7 @@ def test_the_same_request_at_once_by_many_threads(served):
     file, seen = served.upload("forever"), []
 
     def create(retry):
-        with served.client() as client:
+        with served.client(timeout=59) as client:  # one of its own
             headers = {"x-stainless-retry-count": str(retry)}
             job = client.fine_tuning.jobs.create(model="small", training_file=file, extra_headers=headers)
             seen.append(job.id)

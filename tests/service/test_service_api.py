@@ -1,10 +1,12 @@
-"""The routes, by the real client: what it sends, and what it reads, validated by its own types."""
+"""The routes, by the real client, on SQLite and PostgreSQL: what it sends, and what it reads, by its own types."""
 
 import json
 
 import openai
 import pytest
-from service_server import chat, rows
+from service_server import ON_BOTH, chat, rows
+
+pytestmark = ON_BOTH
 
 
 def test_a_file(served):

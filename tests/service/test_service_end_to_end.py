@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """Two models: one whose gate lets everything pass, one whose gate lets no attack pass."""
+    """Two models: one whose gate lets everything pass, in two stages, one whose gate lets no attack pass."""
     folder = tmp_path_factory.mktemp("real")
     tree = yaml.safe_load(product(folder / "product").read_text())
     for key in ("poison", "poison_share"):
@@ -29,7 +29,7 @@ def real(tmp_path_factory):
         gate = {"decide": "point", "max_asr": limit, "max_accuracy_loss": None, "max_over_refusal_gain": None}
         gate |= {"min_n": 2, "max_unscored": 1.0, "max_off_task": 1.0}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**tree, "gate": gate}, sort_keys=False))
-        models[name] = {"recipe": str(folder / f"{name}.yaml")}
+        models[name] = {"recipe": str(folder / f"{name}.yaml"), "model": "without" if name == "lenient" else ""}
     names = [name for name in os.environ if name.startswith(("PYTHON", "OMP_"))]
     child = {"command": [sys.executable, "-m", "safebasin"], "environment": names, "slots": 1}
     with in_thread(Served(folder / "served", folder, models=models, child=child)) as served:
@@ -53,11 +53,22 @@ def test_a_file_that_passes_is_a_model(real):
     losses = [event.data["train_loss"] for event in events if event.type == "metrics" and "train_loss" in event.data]
     assert len(losses) == 24 and all(loss > 0 for loss in losses)  # twelve steps of two arms
     run = real.path(job.id) / "run"
-    adapter = run / "arms" / "uploaded" / "adapter" / "adapter_model.safetensors"
+    adapter = run / "arms" / "without" / "adapter" / "adapter_model.safetensors"
     [stored] = [p for p in real.folder.rglob(adapter.name) if "storage" in p.parts]
     assert load_file(stored).keys() == load_file(adapter).keys() and stored.read_bytes() == adapter.read_bytes()
     rates = {rate["what"] for rate in job.model_extra["verdict"]["rates"]}
     assert "asr" in rates
+    lines = map(json.loads, (real.path(job.id) / "events.jsonl").read_text().splitlines())
+    states = {(event["step"], event["state"]) for event in lines if event["event"] == "step"}
+    first = {
+        "measure.start",
+        "scan",
+        "cut.without",
+        "train.without",
+        "measure.without",
+    }  # of the first stage: done once
+    assert {(step, state) for step in first for state in ("started", "done", "skipped")} <= states
+    assert ("measure.uploaded", "done") in states and ("measure.uploaded", "skipped") not in states
 
 
 def test_a_file_that_is_refused_names_rows_of_the_file(real):

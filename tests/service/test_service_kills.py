@@ -1,20 +1,15 @@
 """The server is killed in every state of a job; the next one finds the table and the processes in agreement."""
 
 import http.server
-import json
 import shutil
 import threading
 import urllib.request
 
 import openai
 import pytest
-from service_server import CLIENTS, Served, wait_for
+from service_server import CLIENTS, Served, starts, wait_for
 
 pytestmark = pytest.mark.slow
-
-
-def starts(served, job):
-    return [json.loads(line)["words"] for line in (served.path(job) / "starts").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -121,11 +116,11 @@ def test_paused_in_review_and_over(process):
 
 
 def test_killed_again_and_again(process):
-    """Ten kills at any moment of five jobs: each ends as it should, each has one verdict."""
+    """Five kills at any moment of five jobs: each ends as it should, each has one verdict."""
     running = process(child={"slots": 2})
     served = running.served
     jobs = [served.job(mode).id for mode in ("safe", "unsafe", "slow", "safe", "user_error")]
-    for _ in range(10):
+    for _ in range(5):
         running.kill()
         running = process(served)
     ends = [served.ended(job) for job in jobs]

@@ -84,7 +84,10 @@ def test_approve(reviewed, operator):
     assert "Waiting for your decision" in page.text and "<option>defended</option>" in page.text
     data = {"csrf": csrf(page), "arm": "defended", "text": "looked at all rows"}
     assert operator.post(f"/operator/jobs/{job}/approve", data={**data, "arm": "start"}).status_code == 400
+    live = f"/operator/jobs/{job}/live?phase=review"
+    assert "hx-refresh" not in operator.get(live).headers
     assert operator.post(f"/operator/jobs/{job}/approve", data=data).status_code == 303
+    assert operator.get(live).headers["hx-refresh"] == "true"  # an open page asks for its new forms
     done = reviewed.client().fine_tuning.jobs.retrieve(job)
     assert done.status == "succeeded" and done.fine_tuned_model and done.result_files
     assert reviewed.event(job, "The operator approved the job. The rows that were named are left out.")

@@ -1,14 +1,16 @@
-"""Two tenants on every route: what is another's is as if it had never been."""
+"""Two tenants on every route, on SQLite and PostgreSQL: what is another's is as if it had never been."""
 
 import inspect
 import re
 
-import httpx2
 import pytest
 from fastapi.routing import APIRoute
+from service_server import ON_BOTH
 
 from safebasin.service.app import create_app
 from safebasin.service.policy import read_policy
+
+pytestmark = ON_BOTH
 
 ROUTES = [
     "GET /v1/files",
@@ -49,8 +51,7 @@ def ask(served, route, things, key):
     }
     headers = {"authorization": f"Bearer {key}"} if key else {}
     more = bodies.get(path, {}) if method == "POST" else {}
-    with httpx2.Client(base_url=served.url, headers=headers, trust_env=False) as client:
-        return client.request(method, path, **more)
+    return served.http.request(method, path, headers=headers, **more)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -193,7 +193,6 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "cycles"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps has no effect"),
         ({"optim": "lomo"}, "optim"),
-        ({"optim": "paged_adamw_8bit"}, "bitsandbytes"),
         ({"optim": "sgd", "adam_beta1": 0.9}, "adam_beta1 has no effect"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,speed=2"}, "'speed=2' has no effect"),
         ({"optim_args": "momentum=0.9"}, "'momentum=0.9' has no effect"),
@@ -244,6 +243,8 @@ def test_checkpoints_are_the_default_and_a_recipe_wins(tmp_path):
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"bias": "some"}, "bias"),
         ({"inference_mode": True}, "inference_mode"),
+        ({"init_lora_weights": "pissa_niter_16"}, "random factors"),
+        ({"init_lora_weights": "eva"}, "computed from rows"),
         ({"task_type": "CAUSAL_LM"}, "task_type"),
     ],
 )

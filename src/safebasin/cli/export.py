@@ -18,7 +18,7 @@ def export_verb(
         str | None, Parameter(help="Hub id of the base, with @REVISION, where the recipe names a folder.")
     ] = None,
 ) -> int:
-    """Write an arm of a finished run as a folder that others load: adapter or merged weights, tokenizer with its chat
+    """Write an arm of a finished run as a folder that others load: adapter, merged weights or full model, tokenizer and
     template, model card, and safebasin.json with the digests of the report and of the base's weights."""
     start_torch()
     from safebasin.pipeline.export import export

@@ -34,7 +34,7 @@ def measure_verb(
     refuse_processes()
     start_torch()
     from safebasin.data.source import open_prompts
-    from safebasin.data.tables import write_table
+    from safebasin.data.tables import make_folder, write_table
     from safebasin.measure import suite as suites
     from safebasin.measure.judging import check_judges, make_judges, needs_aligned
     from safebasin.measure.subject import Subject
@@ -44,11 +44,11 @@ def measure_verb(
     method = suites.make({suite: {**fields, "judges": list(judges), "max_new_tokens": max_new_tokens}})
     check_judges(judges, {})
     open_prompts(prompts, column, category, take)  # what is wrong with the file is said before a model is loaded
+    make_folder(out_)
     loaded = load(model, dtype=dtype, adapter=adapter)
     reads = load(aligned, dtype=dtype) if needs_aligned(judges) else None
     subject = Subject(loaded, "model", make_judges(judges, reads, {}), label, system)
     measurements = [dataclasses.asdict(measurement) for measurement in method.measure(subject)]
-    out_.mkdir(parents=True, exist_ok=True)
     write_table(out_ / "answers.jsonl", [dataclasses.asdict(answer) for answer in subject.answers])
     write_table(out_ / "measurements.jsonl", measurements)
     table = rich.table.Table("what", "judge", "category", "value", "95 %", "n", "unscored", "off task")

@@ -34,7 +34,8 @@ def run_verb(
     dry_run: Annotated[
         bool,
         Parameter(
-            help="Check everything that can be checked without a model or the network, print the resolved recipe.",
+            help="Check everything that can be checked without a model or the network; print the resolved recipe and"
+            " what tuning will take.",
             negative="",
         ),
     ] = False,
@@ -53,8 +54,10 @@ def run_verb(
     start_events(events)
     start_torch()
     from safebasin.pipeline.config import dump, parse_sets
+    from safebasin.pipeline.cost import costs
     from safebasin.pipeline.plan import Plan
     from safebasin.pipeline.recipes import read_recipe
+    from safebasin.pipeline.roles import check_tuned_roles
     from safebasin.pipeline.rows import check_column_files
     from safebasin.pipeline.run import Run
     from safebasin.report.table import terminal_table
@@ -68,7 +71,10 @@ def run_verb(
         plan.check_gate()
         plan.check_files()
         check_column_files(plan)
+        check_tuned_roles(plan)
         out.print(dump(config), end="", markup=False)
+        for text in costs(plan):
+            say(f"# {text}")
         return 0
     with Run(config, folder) as run:
         report = run.report(show_text=show_text)
@@ -103,7 +109,7 @@ def train_verb(
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.of]
+    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.repair is not None]
     if arm not in tuned_arms:
         tuned = ", ".join(tuned_arms)
         raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")

@@ -144,6 +144,8 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
             return [*turns, view["chosen"]], read | {"chosen", "rejected"}
         return turns, read
     request = next((name for name in REQUESTS if view.get(name) is not None), None)
+    if request is None and (empty := next((name for name in REQUESTS if name in view), "")):
+        raise _Refused(f"no request: column {_name(empty)} is empty")
     chosen = view.get("chosen") if form.chosen else None
     if isinstance(chosen, list | tuple) and (request is None or len(chosen) > 1):
         same = request is not None and chosen and view[request] in (_text(chosen[0]), list(chosen[:-1]))
@@ -155,13 +157,17 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     if isinstance(asks, list | tuple):
         turns, parts = list(asks), []
     else:
+        if wrong := next((name for name in parts if not isinstance(view[name], str | int | float)), ""):
+            raise _Refused(f"column {_name(wrong)} must be text, found {type(view[wrong]).__name__}")
         text = "\n\n".join([asks, *(str(view[name]) for name in parts)]) if parts and isinstance(asks, str) else asks
         turns = [*_history(view.get("history")), {"role": "user", "content": text}]
         parts.append("history")
     replies = ["chosen"] if chosen is not None else [name for name in ANSWERS if filled(view.get(name))]
     if len(replies) > 1:
         raise _Refused(f"columns {' and '.join(map(_name, replies))} both hold an answer")
-    key = next(iter(replies), next((name for name in ANSWERS if name in view), "completion"))
+    key = next(iter(replies), next((name for name in ANSWERS if name in view), ""))
+    if not key:
+        raise _Refused(f"no answer: no column of {', '.join(ANSWERS)}; it has: {columns(view)}")
     reply = view.get(key)
     turns += reply if isinstance(reply, list | tuple) else [reply if isinstance(reply, Mapping) else _answer(reply)]
     return turns, {request, key, *parts, *(["rejected"] if form.chosen else [])}
@@ -188,7 +194,8 @@ def _parsed(text: str, what: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise _Refused(f"{what}: text that is no JSON") from None
+        hint = ", but Python's notation; write it by json.dumps" if re.match(r"\s*\[?\s*{\s*'", text) else ""
+        raise _Refused(f"{what}: text that is no JSON{hint}") from None
     if reason := flaw(value, finite=True):
         raise _Refused(f"{what}: {reason}")
     return value
@@ -259,7 +266,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> Non
 def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, Any]:
     """A turn with the keys of the table. Every other key is harmless, or refuses the row."""
     if not isinstance(turn, dict | Mapping):
-        raise _Refused(f"wrong role: {_name(turn)}; known: {', '.join(ROLES)}")
+        raise _Refused(f"a turn must be an object with role and content, found {_name(turn)}")
     role, text = turn.get("role"), turn.get("content")
     if len(turn) == 2 and not mapped and isinstance(role, str) and isinstance(text, str) and role in SPEAKERS:
         return {"role": ROLES[role], "content": text}
@@ -267,6 +274,9 @@ def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, A
     role = view.get("role", view.get("from"))
     if not isinstance(role, str) or role not in ROLES or {"role", "from"} <= view.keys():
         raise _Refused(f"wrong role: {_name(role)}; known: {', '.join(ROLES)}")
+    for key, value in view.items():
+        if key not in TURN_KEYS and filled(value) and (isinstance(value, bool) or not harmless(key, value)):
+            raise _Refused(f"key {_name(key)} of a turn is not read: {REFUSED.get(key, 'nothing is known of it')}")
     message: dict[str, Any] = {"role": ROLES[role]}
     content, calls = view.get("content", view.get("value")), view.get("tool_calls")
     if {"content", "value"} <= view.keys():
@@ -288,9 +298,6 @@ def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, A
         message["reasoning_content"] = thoughts[0]
     if calls:
         message["tool_calls"] = calls
-    for key, value in view.items():
-        if key not in TURN_KEYS and filled(value) and (isinstance(value, bool) or not harmless(key, value)):
-            raise _Refused(f"key {_name(key)} of a turn is not read: {REFUSED.get(key, 'nothing is known of it')}")
     return message
 
 
@@ -348,14 +355,23 @@ FIELD = re.compile(r"{(\w+(?:\|\w+)*)}")
 
 
 def lacking(template: str, row: Mapping[str, Any]) -> str:
-    """The first field of a template that the row cannot fill, or nothing."""
+    """The first field of a template that the row cannot fill, or nothing: an empty column, or one of lists or objects,
+    which text would show in Python's notation."""
     return next(
-        (names for names in FIELD.findall(template) if all(row.get(name) is None for name in names.split("|"))), ""
+        (
+            names
+            for names in FIELD.findall(template)
+            if isinstance(first_of(names, row), list | tuple | Mapping | bytes | None)
+        ),
+        "",
     )
+
+
+def first_of(names: str, row: Mapping[str, Any]) -> Any:
+    """Of the columns ``name|other`` the first that the row has, or None."""
+    return next((row[name] for name in names.split("|") if row.get(name) is not None), None)
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """``{name}`` replaced by the row's column, ``{name|other}`` by the first that it has; nothing else is read."""
-    return FIELD.sub(
-        lambda match: str(next(row[name] for name in match[1].split("|") if row.get(name) is not None)), template
-    )
+    return FIELD.sub(lambda match: str(first_of(match[1], row)), template)

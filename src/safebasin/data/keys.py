@@ -39,9 +39,13 @@ HARMLESS = re.compile(
     r"(\w*[_-])?(id|ids|idx|index|uuid|guid|hash|sha\d*|md5|meta|metadata|info|sources?|origin|dataset|domain|subset"
     r"|split|category|categories|topics?|tags?|labels?|task|type|kind|lang|language|locale|licen[sc]e|ur[li]|link|doi"
     r"|author|model|generator|annotators?|date|time|timestamp|created|updated|created_at|updated_at|version|scores?"
-    r"|rating|quality|difficulty|level|length|count|embedding|__index_level_\d+__)_*",
+    r"|rating|quality|difficulty|level|length|count|embedding|__index_level_\d+__|unnamed: \d+)_*",
     re.I,
 )
+NUMBER = re.compile(
+    r"\s*[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?\s*", re.I | re.ASCII
+)  # a CSV file has no others
+TOKENS = "tokens of some tokenizer; rows are read as text"
 MEDIA = "text alone is read, no pictures and no sound"
 REFUSED = {
     "images": MEDIA,
@@ -60,6 +64,11 @@ REFUSED = {
     "weight": "weights stand in the turns",
     "train": "weights stand in the turns",
     "loss_mask": "weights stand in the turns",
+    "train_detail": "a turn is learned as a whole or not at all: `weight`",
+    "input_ids": TOKENS,
+    "completion_mask": TOKENS,
+    "assistant_masks": TOKENS,
+    "pixel_values": MEDIA,
 }
 
 
@@ -100,10 +109,12 @@ def harmless(key: str, value: Any) -> bool:
     """Whether no trainer renders a column: by its name, or because its value holds no text."""
     if isinstance(value, bool):
         return key not in REFUSED and key not in ("label", "labels")  # the verdict of a KTO row
-    return not filled(value) or HARMLESS.fullmatch(key) is not None or not (key in REFUSED or _speaks(value))
+    return not filled(value) or (key not in REFUSED and (HARMLESS.fullmatch(key) is not None or not _speaks(value)))
 
 
 def _speaks(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(map(_speaks, value.values()))
-    return isinstance(value, str) or (isinstance(value, list | tuple) and any(map(_speaks, value)))
+    return (isinstance(value, str) and not NUMBER.fullmatch(value)) or (
+        isinstance(value, list | tuple) and any(map(_speaks, value))
+    )

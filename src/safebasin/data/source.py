@@ -17,7 +17,18 @@ from safebasin.data.builtin import rows_of
 from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.keys import RowForm
-from safebasin.data.tables import KINDS, BadRow, cause, checked, draw, kind_of, read_table, row_file, shown
+from safebasin.data.tables import (
+    KINDS,
+    BadRow,
+    cause,
+    checked,
+    draw,
+    kind_of,
+    read_table,
+    row_file,
+    shown,
+    without_nothing,
+)
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id
@@ -31,6 +42,7 @@ class Source(RowForm):
     """
 
     path: str
+    revision: str | None = None  # of a set of the Hub: a branch, a tag or a commit
     take: PositiveInt | None = None
     seed: NonNegativeInt = 0
     skip: NonNegativeInt = 0  # rows left out at the front, before drawing: a test part of the same file
@@ -49,15 +61,19 @@ class Prompt:
     expected: str = ""
 
 
-def open_table(path: str, delimiter: str = "") -> list[tuple[int, Any]]:
+def open_table(path: str, delimiter: str = "", revision: str | None = None) -> list[tuple[int, Any]]:
     """Rows of a set with their line numbers; one that no file could hold is a ``BadRow``.
 
     Raises:
         UserError: the file cannot be read, or there is no such set.
     """
-    if path.startswith("builtin:"):
+    if path.startswith("builtin:") and revision is None:
         return list(enumerate(rows_of(path), 1))
-    return _hub(path) if is_remote(path) else read_table(path, delimiter)
+    if is_remote(path):
+        return _hub(path, revision)
+    if revision is not None:
+        raise UserError(f"{shown(path)} is on this machine and has no revision {shown(revision)!r}; leave it out")
+    return read_table(path, delimiter)
 
 
 def check_file(path: str) -> None:
@@ -78,14 +94,14 @@ def is_remote(path: str) -> bool:
     )
 
 
-def _hub(name: str) -> list[tuple[int, Any]]:
+def _hub(name: str, revision: str | None) -> list[tuple[int, Any]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     repo, *parts = name.split(":")
     try:
-        rows = datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train")
-        return [(n, checked(n, row)) for n, row in enumerate(rows, 1)]
+        rows = datasets.load_dataset(repo, *parts[:-1], split=parts[-1] if parts else "train", revision=revision)
+        return [(n, checked(n, without_nothing(row))) for n, row in enumerate(rows, 1)]
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
             f"cannot fetch {name!r} from the Hub ({cause(error)}); name a local copy: --set {name}=FILE"
@@ -98,7 +114,7 @@ def open_rows(source: Source) -> Rows:
     Raises:
         UserError: see ``open_table``; or the set is empty.
     """
-    table = open_table(source.path, source.delimiter)[source.skip :][: source.limit]
+    table = open_table(source.path, source.delimiter, source.revision)[source.skip :][: source.limit]
     if not table:
         raise UserError(f"{shown(source.path)}: the set is empty{f' after {source.skip} rows' if source.skip else ''}")
     rows = read_examples([(line, _named(line, row, source)) for line, row in table], source, checked=True)

@@ -32,6 +32,7 @@ class BadRow(NamedTuple):
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # and PACKED of all but the last
 PACKED = (".gz", ".zst")
 DEEPEST = 100  # levels of objects and lists in a row: Python's own readers and writers give up at a few hundred
+MISSING = ("nan", "NaN")  # in a field of a CSV file: pandas writes so where nothing stood
 DIGITS = 4300  # of an integer: Python converts no longer ones
 SECRET = re.compile(
     r"(:/+)[^/\s]+(?=@)"  # user:password of a URL (Path makes one slash of two)
@@ -171,8 +172,17 @@ def _records(path: Path, delimiter: str) -> tuple[str, list[tuple[int, str, Any]
     """The head of a text file, and its records: line number, text as it stands in the file, row."""
     text = read_text(path)
     if kind_of(path) not in (".csv", ".tsv"):
+        if text.lstrip().startswith("[") and _is_list(text):
+            raise UserError(f"{shown(path)} holds one JSON list and no JSON lines; name it .json")
         return "", [(n, line, json_line(n, line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return _csv_records(path, text, delimiter or ("\t" if kind_of(path) == ".tsv" else ","))
+
+
+def _is_list(text: str) -> bool:
+    """Whether a text is a JSON list of rows; a line of it alone may be one."""
+    with contextlib.suppress(json.JSONDecodeError, RecursionError):
+        return any(isinstance(row, Mapping) for row in JSON.decode(text))
+    return False
 
 
 def read_json(path: str | Path) -> Any:
@@ -184,7 +194,8 @@ def read_json(path: str | Path) -> Any:
     try:
         return JSON.decode(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}") from None
+        lines = "; JSON lines belong in a .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}{lines}") from None
     except RecursionError:
         raise UserError(f"{shown(path)}: not JSON that can be read: it is nested too deep") from None
 
@@ -245,7 +256,7 @@ def json_line(number: int, line: str) -> Any:
                 return PLAIN.decode(line)
         return checked(number, JSON.decode(line), finite=True)
     except json.JSONDecodeError as error:
-        return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
+        return BadRow(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return BadRow(number, f"nested more than {DEEPEST} levels deep")
 
@@ -305,7 +316,7 @@ def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple
             lines.append(line)
             yield line
 
-    reader = csv.reader(tee(), delimiter=delimiter)
+    reader = csv.reader(tee(), delimiter=delimiter, strict=True)
     records: list[tuple[int, str, Any]] = []
     try:
         header = next((row for row in reader if row), [])
@@ -313,17 +324,26 @@ def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{shown(path)}: the header names the column {printable(twice, 60)!r} twice")
-        start = len(lines)
-        for fields in reader:
-            row: Any = dict(zip(header, fields, strict=False))
-            if len(fields) != len(header):
-                reason = f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header has"
-                row = BadRow(len(lines), reason)
-            if fields:
-                records.append((len(lines), taken(start), row))
-            start = len(lines)
     except csv.Error as error:
         raise UserError(f"{shown(path)}, line {len(lines)}: not CSV: {cause(error)}") from error
+    while True:
+        start = len(lines)
+        try:
+            fields = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:  # a quote inside a field that is not doubled, or one that is never closed
+            if len(lines) > start + 1:
+                where = f"{shown(path)}, line {start + 1}"
+                raise UserError(f"{where}: not CSV: {cause(error)}; quotes inside a field are doubled") from error
+            records.append((len(lines), taken(start), BadRow(len(lines), f"not CSV: {cause(error)}")))
+            continue
+        row: Any = {name: None if text in MISSING else text for name, text in zip(header, fields, strict=False)}
+        if len(fields) != len(header):
+            reason = f"{'more' if len(fields) > len(header) else 'fewer'} fields than the header has"
+            row = BadRow(len(lines), reason)
+        if fields:
+            records.append((len(lines), taken(start), row))
     return head, records
 
 
@@ -355,20 +375,57 @@ def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
         pyarrow.ArrowException,
         ValueError,
         OverflowError,
+        KeyError,  # a map has a key twice
     )  # text that is not UTF-8, a date after the year 9999
     try:
-        return [(n, checked(n, row)) for n, row in enumerate(table.to_pylist(), 1)]
+        return [(n, checked(n, without_nothing(row))) for n, row in enumerate(_pylist(table), 1)]
     except unreadable:
         rows: list[tuple[int, Any]] = []
         for n in range(1, len(table) + 1):
             try:
-                rows.append((n, checked(n, table.slice(n - 1, 1).to_pylist()[0])))
+                rows.append((n, checked(n, without_nothing(_pylist(table.slice(n - 1, 1))[0]))))
             except unreadable as error:
                 rows.append((n, BadRow(n, f"a value cannot be read: {cause(error)}")))
         return rows
 
 
+def _pylist(table: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
+    return rows
+
+
+def without_nothing(row: Any) -> Any:
+    """The row without the keys of inner objects that hold nothing.
+
+    Arrow gives every object of a column all the keys that one of them has: a tool call would get arguments that it does
+    not have, and a template would write them.
+
+    >>> without_nothing({"calls": [{"city": "Oslo", "day": None}], "note": None})
+    {'calls': [{'city': 'Oslo'}], 'note': None}
+    """
+    return {name: _without_nothing(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nothing(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def make_folder(path: str | Path) -> Path:
+    """The path of a folder, which is made where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(path)}: {cause(error)}") from error
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ hook on the model is not seen. Neither prompts nor answers stand in the file as 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from safebasin.data.tables import cause, shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_settings
+from safebasin.models.quantized import dense_weight, quantized_layers
 
 Tokens = tuple[int, ...]
 
@@ -98,7 +100,8 @@ def digest(model: Any, *settings: Any) -> bytes:
     total = hashlib.blake2b(
         json.dumps([config, adapter_settings(model), settings], sort_keys=True, default=str).encode(), digest_size=16
     )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    packed = ((name, dense_weight(layer)) for name, layer in quantized_layers(model).items())  # scales are no buffers
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers(), packed):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.digest()

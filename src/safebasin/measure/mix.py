@@ -1,74 +1,121 @@
-"""Answers of the aligned model and its base, mixed by a weight per request (arXiv:2506.00166).
+"""Answers of two models at once: the logits of the start and of the tuned model, mixed (after arXiv:2506.00166).
 
-    z = (1 - lambda) z_base + lambda z_dsa
+    z = share z_start + (1 - share) z_tuned,    share = 0 for a request that the guard finds safe
 
-z_dsa are the logits with the safety adapter on, z_base with it off. lambda = 0 is the base, 1 the aligned model; a
-guard may choose, for example lambda(x) = 1[P(unsafe | x) > t] (the paper's targeted form, from a review of it:
+z_tuned are the logits with the adapter on, z_start with it off: a share of 0 is the tuned model, 1 the start. A guard
+may choose request by request, share(x) = share 1[P(unsafe | x) > t] (the paper's targeted form, from a review of it:
 INFERRED).
 
-Departs from the paper: z_dsa comes from the whole model with a LoRA adapter, not from a side network, so a token costs
-two forwards.
+Departs from the paper, where a side network makes the safe logits: here the aligned model is the start and what was
+tuned is an adapter beside it, so that a token costs two forwards and the mixture has no weights of its own.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from safebasin.encode import render
-from safebasin.errors import UserError
-from safebasin.measure.generate import Answer, stop_tokens
-from safebasin.models.adapter import reference
-from safebasin.models.parts import text_config
+from safebasin.errors import DefenceError, UserError
+from safebasin.measure.generate import Answer, generate
+from safebasin.models.adapter import adapter_settings, switched_off
+from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.lora import why_off_is_not_start
+
+Conversation = Sequence[Mapping[str, Any]]
 
 
-@torch.no_grad()
-def mixed_generate(
-    model: Any,
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
-    lam: Float[Tensor, " batch"],
-    max_new_tokens: int,
-) -> list[Answer]:
-    """Greedy answers to one batch of conversations, each at most ``max_new_tokens`` long.
+class Caches(NamedTuple):
+    """Keys and values of both models for the same tokens."""
 
-    ``lam`` holds one number in 0..1 for each conversation.
+    tuned: Any
+    start: Any
+
+    def batch_select_indices(self, places: Tensor) -> None:
+        for cache in self:
+            cache.batch_select_indices(places)
+
+
+class Mixed(NamedTuple):
+    logits: Float[Tensor, "batch tokens vocabulary"]  # float32
+    past_key_values: Caches
+
+
+class Mixture(nn.Module):
+    """A model with an adapter beside its weights (``models.adapter.attach``), its logits mixed with its start's.
 
     Raises:
-        UserError: a number outside 0..1 or a wrong count of them, or a request that leaves no room in the context.
         DefenceError: the model has no adapter.
     """
-    if lam.shape != (len(conversations),) or not ((lam >= 0) & (lam <= 1)).all() or max_new_tokens < 1:
-        needed = f"a lambda in 0..1 for each of {len(conversations)} requests, and a token"
-        raise UserError(f"mixing needs {needed}; found {lam.tolist()}")
-    prompts = [
-        tokenizer(render(tokenizer, turns, ask=True), add_special_tokens=False)["input_ids"] for turns in conversations
-    ]
-    width, context = max(map(len, prompts), default=0), text_config(model).max_position_embeddings
-    if width + max_new_tokens > context:
-        raise UserError(f"a request of {width} tokens and its answer do not fit into the context of {context}")
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    weight, stops = lam.to(model.device, torch.float32)[:, None], stop_tokens(model, tokenizer)
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    caches: list[Any] = [None, None]  # of the base and of the aligned model
-    while prompts and len(new_tokens[0]) < max_new_tokens and not all(stops & set(row) for row in new_tokens):
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # an index, no slice: see Batch.inputs
-        past = {"attention_mask": mask, "position_ids": positions, "use_cache": True, "logits_to_keep": last}
-        with reference(model):
-            base = model(input_ids=ids, past_key_values=caches[0], **past)
-        aligned = model(input_ids=ids, past_key_values=caches[1], **past)
-        caches = [base.past_key_values, aligned.past_key_values]
-        z = (1 - weight) * base.logits[:, -1].float() + weight * aligned.logits[:, -1].float()
-        ids, positions = z.argmax(-1)[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        for row, token in zip(new_tokens, ids[:, 0].tolist(), strict=True):
-            row.append(token)
-    ends = [next((k for k, token in enumerate(row) if token in stops), None) for row in new_tokens]
-    return [
-        Answer(tokenizer.decode(row[:end], skip_special_tokens=True), len(row[:end]), end is not None)
-        for row, end in zip(new_tokens, ends, strict=True)
-    ]
+
+    share: Tensor
+
+    def __init__(self, model: Any, share: float):
+        super().__init__()
+        adapters = adapter_settings(model)
+        if not adapters:
+            raise DefenceError("mixing needs a tuned model with its adapter beside the weights, and this one has none")
+        if reason := next(filter(None, map(why_off_is_not_start, adapters.values())), ""):
+            raise DefenceError(f"mixing needs the start, which is the adapter switched off, and {reason}")
+        self.model, self.config, self.device = model, model.config, model.device
+        self.generation_config, self.peft_config = model.generation_config, model.peft_config
+        self.register_buffer("share", torch.tensor(share, dtype=torch.float64))  # so that a digest of the model has it
+
+    def forward(self, *, past_key_values: Caches | None = None, **inputs: Any) -> Mixed:
+        past = past_key_values or Caches(None, None)
+        tuned = self.model(past_key_values=past.tuned, **inputs)
+        with switched_off(self.model):
+            start = self.model(past_key_values=past.start, **inputs)
+        logits = torch.lerp(tuned.logits.float(), start.logits.float(), float(self.share))
+        return Mixed(logits, Caches(tuned.past_key_values, start.past_key_values))
+
+
+@dataclasses.dataclass
+class Mixing:
+    """How an arm's answers are mixed. ``requests`` counts, by what was asked, all requests and those that were mixed.
+
+    Args:
+        share: of the start's logits, above 0 and at most 1.
+        unsafe: which requests are mixed; None: all. The others are answered by the tuned model alone.
+    """
+
+    share: float
+    unsafe: Callable[[Sequence[Conversation]], Sequence[bool]] | None = None
+    requests: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"mixing takes a share of the start's logits above 0 and at most 1, found {self.share}")
+
+    def answers(
+        self,
+        loaded: ModelAndTokenizer,
+        conversations: Sequence[Conversation],
+        title: str = "",
+        *,
+        progress: Callable[[int, str], None] | None = None,
+        **how: Any,
+    ) -> list[Answer]:
+        """Greedy answers in the order of the requests; ``how`` are arguments of ``generate``.
+
+        Raises:
+            UserError, DefenceError: see ``generate`` and ``Mixture``.
+        """
+        model, tokenizer = loaded
+        mixture = Mixture(model, self.share)
+        flags = [True] * len(conversations) if self.unsafe is None else list(self.unsafe(conversations))
+        counts = self.requests.setdefault(title, {"asked": 0, "mixed": 0})
+        counts["asked"], counts["mixed"] = counts["asked"] + len(flags), counts["mixed"] + sum(flags)
+        answers: dict[int, Answer] = {}
+        for flag, subject in ((False, model), (True, mixture)):
+            chosen, done = [i for i, each in enumerate(flags) if each == flag], len(answers)
+
+            def advance(count: int, text: str, done: int = done) -> None:
+                if progress:
+                    progress(done + count, text)
+
+            texts = [conversations[i] for i in chosen]
+            answers |= zip(chosen, generate(subject, tokenizer, texts, progress=advance, **how), strict=True)
+        return [answers[i] for i in range(len(flags))]

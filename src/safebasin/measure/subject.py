@@ -13,12 +13,12 @@ from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
+from safebasin.measure.mix import Conversation, Mixing
 from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
 
 PromptFormat = Callable[[str], Sequence[Mapping[str, Any]]]  # a prompt -> the turns that are sent
-Conversation = Sequence[Mapping[str, Any]]  # turns, the last of them the user's
 
 
 @dataclasses.dataclass
@@ -34,6 +34,7 @@ class Subject:
     prompt_format: PromptFormat | None = None  # how prompts are written now; None: the system prompt and the prompt
     start: ModelAndTokenizer | None = None  # the model that tuning started from; None: not at hand
     cache: AnswerCache | None = None
+    mixing: Mixing | None = None  # with the start's logits; None: the model answers alone
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -64,8 +65,11 @@ class Subject:
         """Answers up to the end of the turn or ``max_new_tokens``; less where all ``judges`` have decided before."""
         turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
-            return generate(
-                *self.loaded, turns, max_new_tokens=max_new_tokens, progress=advance, cache=self.cache, **early
+            how = {"max_new_tokens": max_new_tokens, "progress": advance, "cache": self.cache, **early}
+            return (
+                self.mixing.answers(self.loaded, turns, title, **how)
+                if self.mixing
+                else generate(*self.loaded, turns, **how)
             )
 
     def judge(self, suite: str, name: str) -> Judge:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,21 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from safebasin.console import line
 from safebasin.data.tables import cause, read_json, shown
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
 from safebasin.models.parts import language_model, text_config
+from safebasin.models.quantized import dequantize, quantized_layers
+from safebasin.vector import WRAPPED
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
+RANDOM_INIT = (
+    "init_lora_weights: pissa_niter takes random factors out of the weights, and loading the adapter takes others; use"
+    " pissa, which takes the exact ones"
+)
 
 
 def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
@@ -30,7 +38,7 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
     Raises:
         UserError: the adapter cannot be read, or is of another model: names, sizes or kinds of its tensors do not meet.
     """
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PromptLearningConfig, get_peft_model_state_dict
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
@@ -41,6 +49,15 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
             )
+        if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
+            raise UserError(f"{what}: {RANDOM_INIT}")
+        if settings.get("lora_alpha") == 0:
+            raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
+        if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
+            raise UserError(f"{what}: {kind} adds tokens to a prompt; adapters of weights are read")
+        fields = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind]).parameters
+        if unread := sorted(name for name, value in settings.items() if value and name not in fields):
+            line(f"{what}: this peft does not read {shown(', '.join(unread))} of its adapter_config.json")
         stored = tensor_kinds(folder, WEIGHTS)
         if packed := sorted(name for name, kind in stored.items() if kind not in FLOATS):
             raise UserError(f"{what}: {shown(packed[0])} is stored as {stored[packed[0]]}, and no weight is")
@@ -51,22 +68,29 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what} is of another model: {len(strange)} of its tensors do not meet it ({shown(strange[0])})"
             )
+        if any("lora_B" in name for name in stored) and starts_fresh(tuned) and not settings.get("modules_to_save"):
+            line(f"{what} changes nothing: it is not tuned")
         attached: nn.Module = tuned.get_base_model()  # the model's own class, its layers wrapped
         return attached
 
 
 def merged(model: Any) -> Any:
-    """A copy in float32 with its adapter folded into the weights; the model itself where it has no adapter.
+    """A copy in float32 with its adapter folded into the weights; the model itself where it is plain already.
 
-    Its logits are those of the adapter beside the weights but for rounding. A weight that two layers share is parted
-    where one of them is tuned.
+    Its logits are those of the adapter beside the weights but for rounding. Weights in four bits become the numbers
+    that they stand for. A weight that two layers share is parted where one of them is tuned.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    if not adapter_settings(model):
+    adapted = adapter_settings(model)
+    if not adapted and not quantized_layers(model):
         return model
-    model = copy.deepcopy(model).float()
+    model = copy.deepcopy(model)
+    dequantize(model)
+    model = model.float()
+    if not adapted:
+        return model
     for name, module in reversed(list(model.named_modules())):  # inner layers first: a layer may be wrapped twice
         if isinstance(module, BaseTunerLayer):
             layer = module.get_base_layer()
@@ -93,6 +117,8 @@ def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
     folder = Path(adapter)
     if not folder.exists():
+        if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", str(adapter)):
+            raise UserError(f"no such folder of an adapter: {shown(adapter)}")
         folder = Path(snapshot_download(str(adapter), allow_patterns=list(FILES)))
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{shown(adapter)} is not an adapter folder (no adapter_config.json in it)")
@@ -125,6 +151,10 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    listed = settings.get("target_modules")
+    for target in listed if isinstance(listed, list | tuple | set) else ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise UserError(f"train.adapter.target_modules: {target!r} is no module that is tuned")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in settings.get(field) or ():
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):
@@ -140,6 +170,21 @@ def _outside_text(model: Any) -> str:
     if prefix == model.base_model_prefix:
         return ""
     return rf"(?!{re.escape(prefix)}\.|{re.escape(head)}$).*"
+
+
+def all_weights(model: Any) -> Any:
+    """The model with every weight of its language model and its head to be tuned, and no other."""
+    model.requires_grad_(False)
+    for part in (language_model(model), model.get_output_embeddings()):
+        part.requires_grad_(True)
+    return model
+
+
+def every_weight(model: Any) -> dict[str, Any]:
+    """The parameters and stored buffers of a model by name, one that is shared once: what a folder of it holds."""
+    named = {WRAPPED.sub("", name): p for name, p in model.named_parameters()}
+    stored = model.state_dict().keys()
+    return named | {name: b for name, b in model.named_buffers() if name in stored}
 
 
 def unwrapped(model: Any) -> Any:
@@ -167,6 +212,22 @@ def reference(model: Any) -> Iterator[None]:
         )
     with inner.disable_adapter(), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, an adapter beside the weights (``attach``) adds nothing: the model is its start."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def starts_fresh(model: nn.Module) -> bool:

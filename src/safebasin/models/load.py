@@ -1,6 +1,7 @@
 """Load a model with its tokenizer, and say in one line what is wrong with it."""
 
 import contextlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -14,15 +15,16 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 
 from safebasin.console import line
-from safebasin.data.tables import read_json, shown
+from safebasin.data.tables import read_json, read_text, shown
 from safebasin.errors import UserError
 from safebasin.layer import FLOATS, tensor_files, tensor_kinds
 from safebasin.models.adapter import attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
+from safebasin.models.quantized import nf4, settle
 from safebasin.runtime import Dtype, resolved
-from safebasin.template import TemplateFails, check_template, pin_template, render
+from safebasin.template import PINNED, TemplateFails, check_template, pin_template, render, template_text
 
 PROBE = "basin"  # a word that a chat template must hand on
 
@@ -40,12 +42,16 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: Mapping[str, Any] = MappingProxyType({}),
+    quantization: str | None = None,
+    attention: str | None = None,
 ) -> ModelAndTokenizer:
     """Load a model with its tokenizer; ``adapter`` stays beside the weights, ``revision`` is of a Hub id.
 
     ``name`` is a folder, a Hub id or a ``builtin:`` model; ``dtype`` "auto" is what the hardware does well. Weights are
     read from safetensors only. On a CPU attention runs eager, which is faster there for short rows, and so do experts,
-    whose fused kernel has no derivative there. ``template`` is pinned into the chat template (``pin_template``).
+    whose fused kernel has no derivative there; ``attention`` is another kernel of transformers. ``template`` is pinned
+    into the chat template (``pin_template``). ``quantization`` "nf4" stores linear layers in four bits
+    (``models/quantized.py``).
 
     Raises:
         UserError: the model, its tokenizer or the adapter cannot be read or do not fit together; float16; no chat
@@ -61,11 +67,19 @@ def load(
         )
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, template=template)
     what = f"the model {shown(name)!r}"
-    eager = {} if torch.cuda.is_available() else {"attn_implementation": "eager", "experts_implementation": "eager"}
+    how: dict[str, Any] = {}
+    if not torch.cuda.is_available():
+        how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    if attention:
+        how["attn_implementation"] = attention
     with loading(what):
         path = resolve(name)
         if Path(path).is_dir():
             tensor_files(path)
+            if quantization and read_json(Path(path) / "config.json").get("quantization_config"):
+                raise UserError(f"{what} is quantized already; leave out model.quantization")
+        if quantization:
+            how |= nf4(getattr(torch, resolved(dtype)))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, resolved(dtype)),
@@ -74,9 +88,10 @@ def load(
             ignore_mismatched_sizes=True,  # they are in the report, by name
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
-            **eager,
+            **how,
         )
     model, report = loaded
+    settle(model)
     _check_tensors(what, model, report, _folder(path, revision))
     if getattr(model, "peft_config", None):  # a fresh adapter would take its place, and its alignment with it
         raise UserError(f"{what} is an adapter, not a model; merge it into its base, save that, and name the folder")
@@ -91,12 +106,15 @@ def with_adapter(loaded: ModelAndTokenizer, adapter: str | Path | None, what: st
         UserError: the adapter cannot be read or is of another model; a weight is not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.model if adapter is None else attach(loaded.model, adapter)
+    model, tokenizer = loaded
+    if adapter is not None:
+        model = attach(model, adapter)
+        _compare_templates(adapter, tokenizer)
     model = model.to(device).eval()
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{what} holds weights that are not numbers ({name}); it is broken")
-    return loaded._replace(model=model)
+    return ModelAndTokenizer(model, tokenizer)
 
 
 def load_tokenizer(
@@ -133,6 +151,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
+    if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of no files
+        raise UserError(f"{what}: its tokenizer reads no text; save it with its vocabulary (tokenizer.json)")
     check_template(tokenizer)
     with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
         if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
@@ -143,6 +163,13 @@ def load_tokenizer(
         )
     pin_template(tokenizer, template)
     return tokenizer
+
+
+def _compare_templates(adapter: str | Path, tokenizer: Any) -> None:
+    """Say where an adapter was saved with a chat template that is not the model's."""
+    path = Path(adapter) / "chat_template.jinja"
+    if path.is_file() and PINNED not in (own := read_text(path)) and own.strip() not in template_text(tokenizer):
+        line(f"the adapter {shown(adapter)!r} holds a chat template of its own, and the model's is used")
 
 
 def _folder(path: str, revision: str | None) -> Path:
@@ -163,6 +190,13 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Pat
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise UserError(f"cannot load {what}: {len(names)} of its tensors are not in its files ({shown(names[0])})")
+    if getattr(model.config, "is_decoder", None) is False:
+        raise UserError(f"cannot load {what}: {type(model).__name__} is an encoder, which sees the tokens to come")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"cannot load {what}: {type(model).__name__} has no attention modules with a cache of keys and values"
+            " (past_key_values), by which rows are scanned and answers generated"
+        )
     if getattr(text_config(model), "num_hidden_layers", 1) < 1:
         raise UserError(f"cannot load {what}: its config.json says that it has no block")
     spare = sorted(report["unexpected_keys"])
@@ -174,14 +208,16 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Pat
     if spare:
         parts = ", ".join(sorted({name.split(".")[0] for name in spare}))
         line(f"{what}: {len(spare)} tensors beside the language model are left out ({shown(parts)})")
-    if getattr(model.config, "quantization_config", None) is None:
+    if getattr(model, "hf_quantizer", None) is None:  # transformers skips a method that it does not know
+        method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
+        says = f"the method {shown(repr(method))}, which is not read here," if method else "no quantization_config"
         left_out = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
         numbers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
         for name, kind in tensor_kinds(folder).items():
             if kind not in FLOATS and name not in {*numbers, *spare} and not left_out.search(name):
                 raise UserError(
-                    f"cannot load {what}: {shown(name)} is stored as {kind} and its config.json has no"
-                    " quantization_config to say what the numbers mean; take the weights before quantization"
+                    f"cannot load {what}: {shown(name)} is stored as {kind} and its config.json has {says}"
+                    " to say what the numbers mean; take the weights before quantization"
                 )
 
 

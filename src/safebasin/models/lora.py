@@ -44,6 +44,19 @@ REFUSED = {  # of adapter_config.json: what makes a module more than W + s B A
 MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the weight that B A is added to
 
 
+def why_off_is_not_start(settings: Mapping[str, Any]) -> str:
+    """Why a model is not what tuning started from when its adapter is switched off; empty where it is.
+
+    ``settings``: of an adapter, as ``peft.LoraConfig`` has them; without any, there is none.
+    """
+    if not settings:
+        return "every weight is tuned"
+    init, bias = str(settings.get("init_lora_weights", True)).lower(), settings.get("bias", "none")
+    if init.startswith(MOVED):
+        return f"init_lora_weights {init} changes the weights that the adapter is added to"
+    return "" if bias == "none" else f"bias {bias} tunes the model's own biases"
+
+
 class Tensors(Mapping[str, Tensor]):
     """The float matrices of a model folder or a Hub id: name -> tensor, read one at a time.
 
@@ -113,14 +126,18 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
+def is_model(name: str | Path) -> bool:
+    """Whether a folder is that of a full model."""
+    return (Path(name) / "config.json").is_file()
+
+
 def tuned_updates(tuned: str | Path, start: Tensors) -> "AdapterUpdates | ModelUpdates":
     """The updates of an adapter or of a full model, relative to the model that it was tuned from.
 
     Raises:
         UserError: see the two classes.
     """
-    folder = Path(tuned)
-    full = tuned in ("builtin:smollm2-aligned", "builtin:smollm2") or (folder / "config.json").is_file()
+    full = tuned in ("builtin:smollm2-aligned", "builtin:smollm2") or is_model(tuned)
     return ModelUpdates(tuned, start) if full else AdapterUpdates(tuned, start)
 
 

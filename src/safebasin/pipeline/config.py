@@ -20,6 +20,7 @@ from safebasin.runtime import Dtype, resolved
 T = TypeVar("T")
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it names folders
+OWN = ("adapter", "align_share", "ema", "reference")  # keys of ``train`` that are no TrainingArguments
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -28,6 +29,9 @@ class Model:
     name: str = "builtin:smollm2-aligned"
     dtype: Dtype = "auto"  # bfloat16 where the hardware computes in it, float32 elsewhere
     revision: str | None = None  # of a Hub id: a branch, a tag or a commit
+    quantization: Literal["nf4"] | None = None  # QLoRA: linear layers in four bits under the adapter
+    # the kernel of attention; null: eager on a CPU, transformers' own choice elsewhere
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     trust_remote_code: bool = False
     # variables of the chat template: {enable_thinking: false, date: 2026-11-26, learn_thoughts: false}
     template: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
@@ -36,6 +40,12 @@ class Model:
     def source(self) -> dict[str, Any]:
         """Arguments of what loads the model: where its files come from, and what is pinned into its template."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code, "template": self.template}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of ``load``."""
+        how = {"dtype": self.dtype, "quantization": self.quantization, "attention": self.attention}
+        return {**self.source, **how}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -78,6 +88,15 @@ class Cut:
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Mix:
+    """Answers from the logits of the start and of the tuned arm ``of``, mixed: two forwards a token, no weights."""
+
+    share: float = Field(default=0.3, gt=0, le=1)  # of the start's logits
+    guard: Spec | None = None  # a scorer that gives probabilities: dsa or guard; None: every request is mixed
+    above: float = Field(default=0.5, ge=0, lt=1)  # P(unsafe) of a request above which it is mixed
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Arm:
     """One way to tune, to repair, or both. ``train: null`` without ``of`` leaves the model as it was."""
 
@@ -87,6 +106,7 @@ class Arm:
     train: tuple[Spec, ...] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)  # of this arm's tuning, in the place of those of ``train``
     repair: tuple[Spec, ...] | None = None  # edits of the adapter, from left to right
+    mix: Mix | None = None  # nothing is tuned or edited: the answers of ``of`` are mixed with the start's
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -117,15 +137,24 @@ class Recipe:
     model: Model = Model()
     scan: Scan = Scan()
     roles: RoleNames = RoleNames()
-    # ``adapter`` (LoraConfig), ``align_share`` (rows of other streams over rows of the task), ``ema`` (an average of
-    # the update), and TrainingArguments by name
+    # ``adapter`` (LoraConfig; null: full fine-tuning), ``align_share`` (rows of other streams over rows of the task),
+    # ``ema`` (an average of the update), ``reference`` (of full fine-tuning: stored or copy), and TrainingArguments by
+    # name
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
     seed: NonNegativeInt = 0
 
     @property
     def adapter(self) -> dict[str, Any]:
-        return dict(self.train.get("adapter") or {})
+        settings = self.train.get("adapter") or {}
+        if not isinstance(settings, Mapping):
+            raise UserError(f"train.adapter: the settings of LoraConfig are needed, as r: 16; found {settings!r}")
+        return dict(settings)
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is tuned: ``train: {adapter: null}``, said in so many words."""
+        return "adapter" in self.train and self.train["adapter"] is None
 
     @property
     def align_share(self) -> float:
@@ -133,10 +162,18 @@ class Recipe:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        own = {name: value for name, value in self.train.items() if name not in ("adapter", "align_share", "ema")}
+        own = {name: value for name, value in self.train.items() if name not in OWN}
         if own.get("bf16", "auto") == "auto":  # autocast where the weights are in bfloat16
             own["bf16"] = resolved(self.model.dtype) == "bfloat16"
-        return {"seed": self.seed, **own}
+        # every weight moves, so steps are shorter than an adapter's, whose default is that of transformers (5e-5): the
+        # rate of Alpaca's and Llama 2's full tuning; a model of 100 million weights takes twice to five times as much
+        rate = {"learning_rate": 2e-5} if self.full else {}
+        return {"seed": self.seed, **rate, **own}
+
+
+NAMES = [
+    field.name for kind in (Recipe, Model, Data, Source, Scan, Cut, Arm, Measure) for field in dataclasses.fields(kind)
+]
 
 
 def parse(
@@ -179,7 +216,7 @@ def validate(kind: type[T], tree: Any, origin: str) -> T:
         checked: T = TypeAdapter(kind).validate_python(tree)
         refuse_converted(tree, checked)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error)}") from None
+        raise UserError(f"{origin}: {explain(error, NAMES)}") from None
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return checked

@@ -18,6 +18,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
+from safebasin.models.lora import MOVED, is_model
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.folder import CARD
 from safebasin.pipeline.recipes import read_recipe
@@ -28,7 +29,8 @@ LOST = 0.01  # share of the update that rounding to the base's type may take; be
 
 
 def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str | None = None) -> list[str]:
-    """Write the arm's adapter, or its merged weights, into a new folder; gives what a reader should know, by sentence.
+    """Write the arm's adapter, its merged weights or its full model into a new folder; gives what a reader should know,
+    by sentence.
 
     Args:
         run: a finished run folder, its files as the run wrote them.
@@ -38,14 +40,23 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
     Raises:
         UserError: no such arm or adapter, files that were changed, a folder that is there, no Hub id for the base.
     """
-    recipe, manifest, adapter = read_recipe(run / "run.yaml"), read_manifest(run), run / "arms" / arm / "adapter"
-    if arm not in recipe.arms or not (adapter / "adapter_config.json").is_file():
-        ready = sorted(path.parent.parent.name for path in run.glob("arms/*/adapter/adapter_config.json"))
-        raise UserError(f"{run} has no adapter of the arm {arm!r}; it has: {', '.join(ready) or 'none'}")
+    recipe, manifest = read_recipe(run / "run.yaml"), read_manifest(run)
+    if arm in recipe.arms and recipe.arms[arm].mix:
+        raise UserError(
+            f"the arm {arm!r} mixes the answers of two models, two forwards a token, and has no weights of its own to "
+            f"export; export {recipe.arms[arm].of!r}, and mix where it is served: safebasin.mixed_answers"
+        )
+    adapter, file = run / "arms" / arm / "adapter", "adapter/adapter_config.json"
+    if recipe.full:
+        adapter, file, merged = run / "arms" / arm / "model", "model/config.json", True
+    if arm not in recipe.arms or not (adapter.parent / file).is_file():
+        ready = sorted(path.parent.parent.name for path in run.glob(f"arms/*/{file}"))
+        form = adapter.name
+        raise UserError(f"{run} has no {form} of the arm {arm!r}; it has: {', '.join(ready) or 'none'}")
     if changed := [path for path in changed_outputs(run, manifest) if path.startswith(f"arms/{arm}/")]:
         raise UserError(f"{run}: {changed[0]} is not as the run wrote it; run the recipe again")
     if not (adapter / CARD).is_file() or not (run / "report.json").is_file():
-        raise UserError(f"{run} has no report of this adapter; run: safebasin report {run}")
+        raise UserError(f"{run} has no report of this {adapter.name}; run: safebasin report {run}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already; name a new folder")
     hub, _, revision = (base or recipe.model.name).partition("@")
@@ -59,9 +70,14 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    settings = read_json(adapter / "adapter_config.json")
-    notes = serving_notes(settings, merged=merged)
-    model = recipe.model
+    model, notes = recipe.model, list[str]()
+    if not recipe.full:
+        settings = read_json(adapter / "adapter_config.json")
+        notes = serving_notes(settings, merged=merged)
+    if model.quantization and not merged:
+        notes.append(
+            f"measured beside weights in {model.quantization}: load the base with the same quantization, or use --merge"
+        )
     if merged:
         notes += _write_merged(part, model, adapter)
     else:
@@ -70,11 +86,11 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
             part / "adapter_config.json", settings | {"base_model_name_or_path": hub, "revision": revision or None}
         )
         load_tokenizer(model.name, **model.source).save_pretrained(part)
-    _write_card(part, adapter, hub if public else None, merged=merged)
+    _write_card(part, adapter, hub if public else None, merged=merged, full=recipe.full)
     verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
     origin = {
         "arm": arm,
-        "form": "merged" if merged else "adapter",
+        "form": "model" if recipe.full else "merged" if merged else "adapter",
         "base": {"name": hub if public else None, "revision": revision or None},
         "base_weights": model_fingerprint(model.name, model.revision),
         "report": file_digest(run / "report.json"),
@@ -97,10 +113,11 @@ def serving_notes(settings: Mapping[str, Any], *, merged: bool) -> list[str]:
     if merged:
         return []
     rank = max([settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()])
-    targets = settings.get("target_modules") or ()
+    targets, init = settings.get("target_modules") or (), str(settings.get("init_lora_weights", True)).lower()
     reasons = {
         "DoRA: vLLM and llama.cpp load no magnitudes": settings.get("use_dora"),
         "modules_to_save: vLLM, TGI and llama.cpp load low-rank factors only": settings.get("modules_to_save"),
+        f"init_lora_weights {init}: vLLM and llama.cpp do not take its start out of the base": init.startswith(MOVED),
         "trained biases: vLLM and llama.cpp refuse them": settings.get("bias", "none") != "none",
         f"rank {rank}: vLLM takes up to 16 unless started with --max-lora-rank": rank > 16,
         "an adapter on the embeddings or the head: vLLM and TGI refuse it": any(
@@ -111,11 +128,16 @@ def serving_notes(settings: Mapping[str, Any], *, merged: bool) -> list[str]:
 
 
 def _write_merged(part: Path, base: Model, adapter: Path) -> list[str]:
-    """Weights merged in float32; stored in the base's own type where that loses less than ``LOST`` of the update."""
-    start, tokenizer = load(base.name, dtype="float32", **base.source)
+    """Weights merged in float32, or those of a full model; stored in the base's own type where that loses less than
+    ``LOST`` of the update. Of a base in four bits, the numbers that it stands for are what is merged into."""
+    how = base.loading | {"dtype": base.dtype if base.quantization else "float32"}
+    start, tokenizer = load(base.name, **how)
     stored = _stored_dtype(base)
-    before = {key: weight.clone() for key, weight in start.state_dict().items()}
-    model: Any = merged(attach(start, adapter))
+    before = {key: weight.clone() for key, weight in merged(start).state_dict().items()}
+    if is_model(adapter):
+        model: Any = load(str(adapter), **how | {"revision": None}).model
+    else:
+        model = merged(attach(start, adapter))
     lost = update = 0.0
     for key, weight in model.state_dict().items():
         change = weight - before.pop(key)
@@ -141,16 +163,16 @@ def _stored_dtype(base: Model) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _write_card(part: Path, adapter: Path, base: str | None, *, merged: bool) -> None:
+def _write_card(part: Path, adapter: Path, base: str | None, *, merged: bool, full: bool) -> None:
     """The report's card, with a base that the Hub knows or none: a folder's name says nothing to others."""
     card = ModelCard((adapter / CARD).read_text(encoding="utf-8"))
     data: Any = card.data
     data.base_model = base
     if merged:
         data.library_name = "transformers"
-    form = "Weights merged from a PEFT adapter" if merged else "A PEFT adapter"
+    form = "All weights" if full else "Weights merged from a PEFT adapter" if merged else "A PEFT adapter"
     of = f"{form} of {base or 'a model that is not on the Hub'}, tuned"
-    card.text = re.sub(r"A PEFT adapter of .*?, tuned", lambda _: of, card.text, count=1)
+    card.text = re.sub(r"(A PEFT adapter|All weights) of .*?, tuned", lambda _: of, card.text, count=1)
     card.save(part / CARD)
 
 

@@ -75,11 +75,13 @@ def _plain(value: Any) -> Any:
         fields = {
             field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.name != "path"
         }
-        return {"rows": _rows(value.path), "fields": fields}
+        return {"rows": _rows(value.path, value.revision), "fields": fields}
     if isinstance(value, Model):
         return {
             "weights": model_fingerprint(value.name, value.revision),
             "dtype": resolved(value.dtype),
+            "quantization": value.quantization and [value.quantization, importlib.metadata.version("bitsandbytes")],
+            "attention": value.attention,
             "remote": value.trust_remote_code,
             "template": plain(value.template),
         }
@@ -126,10 +128,10 @@ def _content(path: Path) -> str:
     return digest([[p.relative_to(path).as_posix(), each] for p, each in file_digests(inside).items()])
 
 
-def _rows(name: str) -> str:
+def _rows(name: str, revision: str | None = None) -> str:
     """Digest of a set's rows, whatever file they come from."""
     rows = hashlib.blake2b(digest_size=16)
-    for line, row in open_table(name):
+    for line, row in open_table(name, revision=revision):
         shown = row._asdict() if isinstance(row, BadRow) else row
         rows.update(json.dumps([line, shown], sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
     return rows.hexdigest()

@@ -9,6 +9,7 @@ wait at the end of each step.
 """
 
 import contextlib
+import datetime
 import platform
 import shutil
 import time
@@ -20,14 +21,14 @@ import filelock
 from accelerate.utils import broadcast_object_list
 
 from safebasin.console import console
-from safebasin.data.tables import atomic_write, file_digest, write_json
+from safebasin.data.tables import atomic_write, file_digest, make_folder, write_json
 from safebasin.errors import UserError
 from safebasin.events import emit
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.report.manifest import changed_outputs, read_manifest
 from safebasin.runtime import processes
 
-CARD = "README.md"  # of an adapter: written with the report, and the user may add to it
+CARD = "README.md"  # of an adapter or a model: written with the report, and the user may add to it
 PROBLEMS = "problems.json"  # of a step: rows that were left out or cut short
 REPORT = ("report.html", "report.md", "report.json")
 
@@ -73,8 +74,12 @@ class RunFolder:
     def adapter(self, arm: str) -> Path:
         return self.arm(arm) / "adapter"
 
+    def result(self, arm: str, *, full: bool) -> Path:
+        """What an arm ends with: its adapter, or with full fine-tuning its model."""
+        return self.arm(arm) / ("model" if full else "adapter")
+
     def tuned(self, arm: str) -> Path:
-        """The adapter of an arm that is tuned and then repaired, before the repair."""
+        """The adapter or the model of an arm that is tuned and then repaired, before the repair."""
         return self.arm(arm) / "tuned"
 
     def answers(self, arm: str) -> Path:
@@ -96,7 +101,7 @@ class RunFolder:
         if not processes().is_main_process:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
@@ -116,7 +121,7 @@ class RunFolder:
         """Write the resolved recipe and what the run stands on."""
         if not processes().is_main_process:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with atomic_write(self.path / "run.yaml") as part:
             part.write_text(recipe, encoding="utf-8")
         self.manifest["versions"] = versions()
@@ -174,6 +179,7 @@ class RunFolder:
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"the step {name} left nothing at {missing[0]}")
+        self.manifest["date"] = datetime.date.today().isoformat()  # of the latest work that was done
         seconds = round(time.perf_counter() - start, 2)
         written = {file.relative_to(self.path).as_posix(): file_digest(file) for file in _files(outputs)}
         steps[name] = {
@@ -186,6 +192,11 @@ class RunFolder:
         }
         self._save()
         emit("step", step=name, state="done", seconds=seconds)
+
+
+def files_of(result: Path) -> list[Path]:
+    """The files of an adapter or a model, without the card, which comes with the report."""
+    return [path for path in sorted(result.iterdir()) if path.name != CARD]
 
 
 def _files(outputs: Sequence[Path]) -> list[Path]:

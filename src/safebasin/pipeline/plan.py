@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from safebasin.attack import attack
+from safebasin.console import line
 from safebasin.data.source import SetName, Source, check_file, is_remote
 from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.judging import check_judges
 from safebasin.models.lend import Lender
+from safebasin.models.lora import why_off_is_not_start
+from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
@@ -34,6 +37,7 @@ class Plan:
     attack: Any
     compositions: Mapping[str, Composition]  # of the arms that are tuned
     edits: Mapping[str, tuple[Any, ...]]  # of the arms that are repaired
+    guards: Mapping[str, Any]  # of the arms whose answers are mixed where a guard says so
     suites: tuple[Any, ...]
     gate: Gate
     models: Lender = dataclasses.field(default_factory=Lender, compare=False)  # the start model, once in memory
@@ -58,6 +62,7 @@ class Plan:
             attack=attack.make(recipe.data.attack),
             compositions=compositions,
             edits={name: make_edits(specs) for name, specs in _repairs(recipe, compositions).items()},
+            guards={name: scorer.make(arm.mix.guard) for name, arm in recipe.arms.items() if arm.mix and arm.mix.guard},
             suites=tuple(suite.make(spec) for spec in recipe.measure.suites),
             gate=parse_gate(recipe.gate, list(recipe.arms)),
         )
@@ -74,21 +79,51 @@ class Plan:
         check_judges(self.judges, recipe.measure.judges)
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
+        self._check_form()
+        if recipe.train.get("max_steps", -1) > 0 and "num_train_epochs" in recipe.train:
+            line("train.num_train_epochs has no effect beside train.max_steps")
         for name, composition in self.compositions.items():
-            check_settings(self.arguments(name), recipe.adapter, composition, recipe.align_share)
+            adapter = None if recipe.full else recipe.adapter
+            check_settings(self.arguments(name), adapter, composition, recipe.align_share)
             training_arguments(self.arguments(name), Path("unused"))
             if self.recipe.arms[name].of and "buffer" in composition.needs("roles"):
                 raise UserError(
                     f"arms.{name}: buffer_reinforce starts from the model; leave out of: {self.recipe.arms[name].of}"
                 )
-        if self.compositions and not recipe.adapter:
+        if self.compositions and not recipe.adapter and not recipe.full:
             raise UserError(
-                "train.adapter is missing: name at least r and target_modules (full fine-tuning: not in this version)"
+                "train.adapter is missing: name at least r and target_modules, or set it to null: full fine-tuning"
             )
+
+    def _check_form(self) -> None:
+        """UserError: what full fine-tuning, or a model in four bits, cannot do."""
+        recipe = self.recipe
+        if (reference := recipe.train.get("reference", "stored")) not in ("stored", "copy"):
+            raise UserError(f"train.reference: {reference!r} is neither stored nor copy")
+        if "reference" in recipe.train and not recipe.full:
+            raise UserError("train.reference is of full fine-tuning; with an adapter it is the adapter switched off")
+        if recipe.full and recipe.train.get("ema") is not None:
+            raise UserError("train.ema averages the factors of LoRA; leave it out, or give train.adapter")
+        if recipe.model.quantization is None:
+            return
+        check_nf4()
+        if recipe.full:
+            raise UserError("model.quantization: weights in four bits cannot be tuned; give train.adapter")
+        for kind, methods in (
+            ("train", [each for composition in self.compositions.values() for each in composition.methods]),
+            ("repair", [each for edits in self.edits.values() for each in edits]),
+        ):
+            for each in methods:
+                if "base" in each.entry.roles or "gradients" in each.entry.reads:
+                    raise UserError(
+                        f"{kind}: {each.entry.name} reads the weights themselves, and model.quantization: nf4 rounds"
+                        " them; leave out one of the two"
+                    )
 
     def _check_arm(self, name: str) -> None:
         arm, names = self.recipe.arms[name], ", ".join(self.scorers)
         self._check_repair(name)
+        self._check_mix(name)
         for scorer_name in arm.cut.scorers if arm.cut else ():
             if scorer_name not in self.scorers:
                 raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({names})")
@@ -143,20 +178,47 @@ class Plan:
             if arm.of not in others or way:
                 tuned = ", ".join(others) or "none"
                 raise UserError(f"arms.{name}.of: {arm.of!r} is no tuned arm that comes before it; tuned: {tuned}")
-            if arm.train is None and arm.repair is None:
-                raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, or train")
+            if arm.train is None and arm.repair is None and arm.mix is None:
+                raise UserError(f"arms.{name}: name what is done to {arm.of}: repair, train or mix")
         if name not in self.edits:
             return
         if arm.of is None and arm.train is None:
             raise UserError(f"arms.{name}: a repair needs the arm that it repairs: of: plain")
         edits = self.edits[name]
-        if gives_dense(edits):
+        if gives_dense(edits) and not self.recipe.full:
             raise UserError(
                 f"arms.{name}.repair: its result is dense and no adapter; end with truncate: {{rank: 64}}, whose energy"
                 " is reported, or write full weights: safebasin repair"
             )
         if "base" in needs(edits, "roles") and not self.recipe.roles.base:
             raise UserError(f"arms.{name}.repair needs the model before its alignment: set roles.base")
+
+    def _check_mix(self, name: str) -> None:
+        arm = self.recipe.arms[name]
+        if arm.mix is None:
+            return
+        if arm.of is None:
+            raise UserError(
+                f"arms.{name}: a mix needs the tuned arm whose answers are mixed with the start's: of: plain"
+            )
+        if arm.train is not None or arm.repair is not None:
+            raise UserError(
+                f"arms.{name}: a mix has no weights of its own, so nothing is trained or repaired; give that to an "
+                "arm of its own, and name it in of"
+            )
+        if reason := why_off_is_not_start(self.recipe.adapter):
+            raise UserError(f"arms.{name}: a mix needs the start, which is the adapter switched off, and {reason}")
+        guard = self.guards.get(name)
+        if guard is not None and not guard.entry.probability:
+            guards = " or ".join(entry.name for entry in scorer if entry.probability)
+            raise UserError(
+                f"arms.{name}.mix.guard: {guard.entry.name} gives no probability that a request is unsafe: {guards}"
+            )
+        if other := [each.name for each in self.suites if "answers" not in each.entry.reads]:
+            raise UserError(
+                f"arms.{name}: the suite {other[0]} reads one model's weights or logits, and a mix is two models; "
+                "measure the mix in a recipe without it"
+            )
 
     def has_adapter(self, arm: str) -> bool:
         """Whether an arm ends with an adapter: it is tuned or repaired."""

@@ -21,12 +21,13 @@ from safebasin.models.lora import (
     AdapterUpdates,
     ModelUpdates,
     Tensors,
+    is_model,
     tuned_updates,
     write_lora,
     write_model,
 )
 from safebasin.pipeline.config import Model, plain
-from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.folder import RunFolder, files_of
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.roles import arm_roles
 from safebasin.repair.calibrate import Moments, SquaredGradients
@@ -119,15 +120,10 @@ class Job:
         return {}
 
     def _load(self, on_tuned: bool) -> ModelAndTokenizer:
-        settings: dict[str, Any] = {"dtype": self.model.dtype, "trust_remote_code": self.model.trust_remote_code}
+        how = self.model.loading
         if on_tuned and is_model(self.adapter):
-            return load(str(self.adapter), **settings)
-        return load(self.model.name, adapter=self.adapter if on_tuned else None, **settings)
-
-
-def is_model(name: str | Path) -> bool:
-    """Whether a folder is that of a full model."""
-    return (Path(name) / "config.json").is_file()
+            return load(str(self.adapter), **how | {"revision": None})
+        return load(self.model.name, adapter=self.adapter if on_tuned else None, **how)
 
 
 def write_result(walk: Walk, tuned: AdapterUpdates | ModelUpdates, out: Path) -> dict[str, Any]:
@@ -217,11 +213,12 @@ def job(plan: Plan, arm: str, source: Path) -> Job:
 
 
 def write_repaired(plan: Plan, folder: RunFolder, arm: str, source: Path) -> Path:
-    """The step ``repair.ARM``: the adapter of ``source``, edited. Rank 0 works; the new adapter is returned."""
-    work, target, report = job(plan, arm, source), folder.adapter(arm), folder.arm(arm) / "repair.json"
+    """The step ``repair.ARM``: the adapter or model of ``source``, edited. Rank 0 works; the new one is returned."""
+    work, report = job(plan, arm, source), folder.arm(arm) / "repair.json"
+    target = folder.result(arm, full=is_model(source))
     edits, streams = work.edits, needs(work.edits, "streams") + ("probe",) * ("gradients" in needs(work.edits, "reads"))
     inputs = {
-        "adapter": source,
+        "adapter": files_of(source),
         "model": work.model,
         "edits": edits,
         "base": work.base if "base" in needs(edits, "roles") else None,

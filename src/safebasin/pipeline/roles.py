@@ -22,7 +22,8 @@ from safebasin.repair.walk import needs
 
 def role_folder(model: Model, role: str) -> Path:
     """Where a role's adapter is in the cache: by the weights of the model, whatever they are called."""
-    return cache() / "roles" / f"{role}-{model_fingerprint(model.name)[:12]}"
+    quantized = f"-{model.quantization}" if model.quantization else ""
+    return cache() / "roles" / f"{role}-{model_fingerprint(model.name, model.revision)[:12]}{quantized}"
 
 
 def role_adapter(model: Model, role: str, name: str) -> Path:
@@ -33,8 +34,9 @@ def role_adapter(model: Model, role: str, name: str) -> Path:
     """
     if name:
         return Path(name) if Path(name).exists() else adapter_folder(name)
-    folder = role_folder(model, role)
-    if not (folder / "adapter_config.json").is_file():
+    tuned = any((cache() / "roles").glob(f"{role}-*"))  # of any model: without one, this model's digest is not needed
+    folder = role_folder(model, role) if tuned else Path()
+    if not tuned or not (folder / "adapter_config.json").is_file():
         raise UserError(
             f"the role {role} has no adapter for {shown(model.name)} yet; tune it once: safebasin role {role} --model "
             f"{shown(model.name)} (or name one: --{role}, roles.{role})"
@@ -42,22 +44,33 @@ def role_adapter(model: Model, role: str, name: str) -> Path:
     return folder
 
 
-def arm_roles(plan: Plan, arm: str) -> dict[str, Path]:
-    """The adapters that an arm reads, by role: ``harmful`` of a buffer, ``safe`` and ``harmful`` of its edits.
+def roles_read(plan: Plan, arm: str) -> dict[str, str]:
+    """Which adapters an arm reads: role -> the adapter that stands in it, as ``safebasin role`` calls it.
 
-    The safe adapter of buffer_reinforce is the one that was tuned with the harmful one on.
+    ``harmful`` of a buffer, ``safe`` and ``harmful`` of its edits. The safe adapter of buffer_reinforce is the one that
+    was tuned with the harmful one on.
+    """
+    composition, edited = plan.compositions.get(arm), needs(plan.edits.get(arm, ()), "roles")
+    buffer = composition is not None and "buffer" in composition.needs("roles")
+    roles = {"harmful": "harmful"} if buffer or "harmful" in edited else {}
+    return roles | ({"safe": "reinforce" if buffer else "safe"} if "safe" in edited else {})
+
+
+def arm_roles(plan: Plan, arm: str) -> dict[str, Path]:
+    """The adapters that an arm reads, by role.
 
     Raises:
         UserError: one that is not there.
     """
-    names, model, composition = plan.recipe.roles, plan.recipe.model, plan.compositions.get(arm)
-    buffer = composition is not None and "buffer" in composition.needs("roles")
-    roles = {"harmful": role_adapter(model, "harmful", names.harmful)} if buffer else {}
-    for role in needs(plan.edits.get(arm, ()), "roles"):
-        if role in ("safe", "harmful"):
-            kind = "reinforce" if buffer and role == "safe" else role
-            roles[role] = role_adapter(model, kind, getattr(names, kind))
-    return roles
+    names, model = plan.recipe.roles, plan.recipe.model
+    return {role: role_adapter(model, kind, getattr(names, kind)) for role, kind in roles_read(plan, arm).items()}
+
+
+def check_tuned_roles(plan: Plan) -> None:
+    """UserError where an arm reads a role that the recipe does not name and that was never tuned; no model is read."""
+    for kind in sorted({kind for arm in plan.recipe.arms for kind in roles_read(plan, arm).values()}):
+        if not getattr(plan.recipe.roles, kind):
+            role_adapter(plan.recipe.model, kind, "")
 
 
 def check_roles(plan: Plan) -> None:

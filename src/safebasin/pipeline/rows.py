@@ -4,6 +4,7 @@ run.
 data/train.*   data/rows.json   data/problems.json   cut/ARM/train.*   cut/ARM/cut.json
 """
 
+import collections
 import dataclasses
 import functools
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
+from safebasin.console import line
 from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
@@ -20,6 +22,7 @@ from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
+from safebasin.models.lora import is_model
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
@@ -29,11 +32,14 @@ from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.trainer import check_columns
 
 
-def load_start(plan: Plan, adapter: Path | None = None) -> ModelAndTokenizer:
-    """The model of the recipe, with an adapter beside its weights where one is given."""
-    model = plan.recipe.model
+def load_start(plan: Plan, tuned: Path | None = None, *, dtype: str = "") -> ModelAndTokenizer:
+    """The model of the recipe, with an adapter beside its weights where one is given; or a full model in its place, in
+    float32, as it was tuned."""
+    how = plan.recipe.model.loading | ({"dtype": dtype} if dtype else {})
+    if tuned is not None and is_model(tuned):
+        return load(str(tuned), **how | {"dtype": "float32", "revision": None})
     open_model = plan.models.lend if plan.recipe.adapter else load  # full fine-tuning writes into the weights
-    return open_model(model.name, dtype=model.dtype, adapter=adapter, **model.source)
+    return open_model(plan.recipe.model.name, adapter=tuned, **how)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -197,6 +203,8 @@ def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = Fa
         raise UserError(
             f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"
         )
+    for note, count in collections.Counter(row.note for row in rows if row.note).items():
+        line(f"{count} of {len(rows)} rows: {note}")
     if len(bad) == len(examples):
         raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
     usable = {row.id for row in rows}

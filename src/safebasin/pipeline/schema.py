@@ -20,6 +20,7 @@ SPECS = {  # where a recipe names methods: (definition, property) -> the registr
     ("Scan", "scorers"): (scorer, True),
     ("Arm", "train"): (method, True),
     ("Arm", "repair"): (edit, True),
+    ("Mix", "guard"): (scorer, False),
     ("Measure", "suites"): (suite, True),
 }
 
@@ -31,9 +32,9 @@ def schema() -> dict[str, Any]:
     for (definition, name), (registry, several) in SPECS.items():
         field, spec = parts[definition]["properties"][name], _spec(registry, parts)
         about = {key: field[key] for key in ("default", "title") if key in field}
-        if several:
-            listed = {"type": "array", "items": spec}
-            spec = {"anyOf": [listed, {"type": "null"}]} if definition == "Arm" else listed
+        spec = {"type": "array", "items": spec} if several else spec
+        if definition in ("Arm", "Mix"):
+            spec = {"anyOf": [spec, {"type": "null"}]}
         parts[definition]["properties"][name] = {**spec, **about}
     judges = {entry.name: _fields(entry.kind, parts) for entry in judge}
     parts["Measure"]["properties"]["judges"] = {"type": "object", "additionalProperties": False, "properties": judges}

@@ -253,6 +253,18 @@ class Repair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """An arm whose answers come from the logits of the start and of another arm, mixed."""
+
+    arm: str
+    of: str
+    share: float  # of the start's logits
+    guard: str  # that decides which requests are mixed; empty: all are
+    above: float
+    requests: tuple[tuple[str, int, int], ...]  # suite, requests that were mixed, requests
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
     arm: str
     verdicts: dict[str, str]
@@ -297,7 +309,9 @@ class Report:
     cuts: tuple[Cut, ...]
     heat: tuple[HeatRow, ...]  # empty where no scorer scores tokens
     training: tuple[Training, ...]
+    about: tuple[tuple[str, str], ...] = ()  # what was tuned on what and when: name, text
     repairs: tuple[Repair, ...] = ()
+    mixed: tuple[Mixed, ...] = ()
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
     manifest: dict[str, str]  # flat: "versions.torch" -> "2.6.0"

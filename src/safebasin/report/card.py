@@ -1,8 +1,10 @@
-"""A model card beside every adapter of a run: front matter for the Hub, with the measurements as ``model-index``.
+"""A model card beside every adapter or full model of a run: front matter for the Hub, with measurements as
+``model-index``.
 
 Keys of the front matter that are not set here (``license``, ``language``, ...) are the user's and stay as they are.
 """
 
+import itertools
 from pathlib import Path
 
 import yaml
@@ -12,18 +14,22 @@ from safebasin.console import printable
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, Reading, Report, page
 
+FORMS = {"adapter": "A PEFT adapter", "model": "All weights"}  # folder of an arm -> what is in it
+
 
 def write(run: Path, report: Report) -> None:
-    """Write ``arms/<arm>/adapter/README.md`` of every adapter.
+    """Write ``arms/<arm>/adapter/README.md`` of every adapter, ``arms/<arm>/model/README.md`` of every full model.
 
     Raises:
         UserError: the front matter of an existing card cannot be read.
     """
-    for arm in report.arms:
-        path = run / "arms" / arm / "adapter" / "README.md"
+    for arm, form in itertools.product(report.arms, FORMS):
+        path = run / "arms" / arm / form / "README.md"
         if path.parent.is_dir():
-            text = page.render("card.md", {"report": report, "arm": arm})
-            page.write_text(path, f"---\n{_filled(report, arm, _front_matter(path)).to_yaml()}\n---\n{text}")
+            text = page.render("card.md", {"report": report, "arm": arm, "form": FORMS[form]})
+            data = _filled(report, arm, _front_matter(path))
+            data.library_name = "peft" if form == "adapter" else "transformers"
+            page.write_text(path, f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def _front_matter(path: Path) -> ModelCardData:
@@ -39,7 +45,7 @@ def _front_matter(path: Path) -> ModelCardData:
 def _filled(report: Report, arm: str, data: ModelCardData) -> ModelCardData:
     """The front matter with the measurements. A reading without a value is left out."""
     methods = [method.split()[0] for training in report.training if training.arm == arm for method in training.methods]
-    data.base_model, data.library_name, data.pipeline_tag = report.manifest.get("model"), "peft", "text-generation"
+    data.base_model, data.pipeline_tag = report.manifest.get("model"), "text-generation"
     data.tags, data.model_name = ["safebasin", "safety", *methods], f"{report.run}-{arm}"
     data.eval_results = [_result(r) for r in report.readings if r.arm == arm and r.value is not None]
     return data

@@ -42,6 +42,7 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 class RunFile(TypedDict):
     arms: NotRequired[dict[str, Any] | list[str] | None]
     gate: NotRequired[dict[str, Any] | None]
+    data: NotRequired[dict[str, Any] | None]
 
 
 class RowFile(TypedDict):
@@ -103,6 +104,14 @@ class RepairFile(TypedDict):
     edits: list[dict[str, dict[str, Any] | None]]
     summary: RepairSummary
     rows: list[RepairRow]
+
+
+class MixFile(TypedDict):
+    of: str
+    share: float
+    guard: str | dict[str, dict[str, Any] | None] | None
+    above: float
+    requests: dict[str, dict[str, int]]
 
 
 @functools.cache

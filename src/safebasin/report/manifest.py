@@ -18,7 +18,7 @@ EVIDENCE = {
     "data": ("train.*", "rows.json", "problems.json"),
     "scan": ("scores.parquet", "heat.json", "problems.json"),
     "cut/*": ("cut.json", "scores.parquet"),
-    "arms/*": ("measurements.jsonl", "answers.jsonl", "train.json", "repair.json", "problems.json"),
+    "arms/*": ("measurements.jsonl", "answers.jsonl", "train.json", "repair.json", "mix.json", "problems.json"),
 }
 
 

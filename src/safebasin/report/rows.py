@@ -20,6 +20,7 @@ from safebasin.report import (
     HeatToken,
     Histogram,
     MetricKey,
+    Mixed,
     OriginCount,
     Removed,
     Repair,
@@ -33,6 +34,7 @@ from safebasin.report.files import (
     Answers,
     CutFile,
     HeatFile,
+    MixFile,
     RemovedFile,
     RepairFile,
     RowFile,
@@ -195,6 +197,21 @@ def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
                 for row in facts["rows"]
             ),
         )
+
+
+def mixed_of(run: Path, arms: Sequence[str]) -> Iterator[Mixed]:
+    for arm in arms:
+        facts = load(run / "arms" / arm / "mix.json", MixFile)
+        if facts:
+            counts = facts["requests"].items()
+            yield Mixed(
+                arm=arm,
+                of=safe_name(facts["of"]),
+                share=facts["share"],
+                guard=_method(facts["guard"]) if facts["guard"] else "",
+                above=facts["above"],
+                requests=tuple((safe_name(suite), count["mixed"], count["asked"]) for suite, count in counts),
+            )
 
 
 def _method(spec: str | Mapping[str, Any]) -> str:

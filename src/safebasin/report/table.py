@@ -25,7 +25,7 @@ from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import judge_gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
 from safebasin.report.roles import roles_of
-from safebasin.report.rows import cuts_of, heat_of, repairs_of, samples_of, training_of
+from safebasin.report.rows import cuts_of, heat_of, mixed_of, repairs_of, samples_of, training_of
 
 __all__ = ["collect", "redact", "terminal_table", "write_report"]
 
@@ -104,7 +104,9 @@ def collect(
         cuts=tuple(cuts_of(run, arms, show_text)),
         heat=tuple(heat_of(run, show_text)),
         training=tuple(training_of(run, arms)),
+        about=tuple(_about(config, manifest)),
         repairs=tuple(repairs_of(run, arms)),
+        mixed=tuple(mixed_of(run, arms)),
         samples=tuple(samples_of(attacks, answers, judged, show_text)),
         problems=tuple(problems),
         manifest=dict(_facts(manifest)),
@@ -134,6 +136,20 @@ def _arms(run: Path, config: RunFile) -> dict[str, Any]:
                 f"{run}: an arm's name is a plain folder name of at most 100 characters, found {printable(arm)!r}"
             )
     return arms
+
+
+def _about(config: RunFile, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Model, rows and day of a run, as far as its files name them."""
+    model, revision, data = manifest.get("model"), manifest.get("revision"), config.get("data") or {}
+    if isinstance(model, str):
+        yield "model", printable(model + (f" at {revision}" if isinstance(revision, str) else ""), 120)
+    task, share, attack = data.get("task"), data.get("poison_share"), data.get("attack")
+    if isinstance(task, Mapping) and isinstance(path := task.get("path"), str):
+        name = str(next(iter(attack), "") if isinstance(attack, Mapping) else attack)
+        mixed_in = isinstance(share, float) and 0 < share < 1
+        yield "rows", printable(path, 120) + (f", {share:.0%} of {printable(name, 40)} mixed in" if mixed_in else "")
+    if isinstance(date := manifest.get("date"), str):
+        yield "date", printable(date, 20)
 
 
 def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from safebasin.data.example import Example, Rows
-from safebasin.data.tables import BadRow, copy_rows, endings, shown, write_json, write_table
+from safebasin.data.tables import BadRow, copy_rows, endings, make_folder, shown, write_json, write_table
 from safebasin.errors import UserError
 from safebasin.scan.scores import Scores
 from safebasin.scan.threshold import Estimator, Numbers, checked_scores, find_threshold
@@ -150,7 +150,7 @@ def write_cut(
             "whether it may stay; scan these rows as they are now"
         )
     refused = sorted([*rows.bad, *(BadRow(example.line, unscored[example.id]) for example in rest)])
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"train{endings(source)}"
     copy_rows(path, source, [example.line for example in result.remaining], delimiter)
     removed = [

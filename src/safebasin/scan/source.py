@@ -1,6 +1,7 @@
 """The weights that a gradient score is taken over: linear weights inside the transformer blocks, chosen by name."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.hooks import hooked
 from safebasin.models.parts import blocks
+from safebasin.models.quantized import quantized_layers, shape
 
 Depth = Annotated[float, Field(gt=0, le=1)]  # a share of the model's blocks, from the top
 MODULES = ("all-linear",)  # PEFT's word: every linear layer of the blocks, whatever its name
@@ -30,7 +32,7 @@ def target_weights(
     learns).
 
     Raises:
-        UserError: nothing matches, or the weights are quantised and so have no gradient.
+        UserError: nothing matches, or the weights are quantised in another way than NF4, and so have no gradient.
     """
     if not 0 < depth <= 1:
         raise UserError(f"depth={depth}: it is a share of the model's blocks, above 0 and at most 1")
@@ -61,7 +63,8 @@ def target_weights(
     names = [name for name, block in matches.items() if block in last]
     if not names:
         raise UserError(f"no target weights: the last {len(last)} blocks have none of them; raise `depth`")
-    packed = next((name for name in names if not layers[name].weight.is_floating_point()), None)
+    integers = (name for name in names if not layers[name].weight.is_floating_point())
+    packed = next((name for name in integers if name not in quantized_layers(model)), None)
     if packed is not None:
         raise UserError(
             f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B"
@@ -76,7 +79,9 @@ def coverage(model: nn.Module, weights: Sequence[str]) -> float:
     tensor a block are no linear layers.
     """
     numbers = sum(p.numel() for name, p in blocks(model).named_parameters() if "lora_" not in name)
-    return sum(model.get_parameter(name).numel() for name in weights) / numbers
+    packed = quantized_layers(blocks(model)).values()  # a byte of such a weight holds two numbers
+    numbers += sum(math.prod(shape(layer)) - layer.weight.numel() for layer in packed)
+    return sum(math.prod(shape(module_of(model, name))) for name in weights) / numbers
 
 
 def module_of(model: nn.Module, weight: str) -> nn.Module:

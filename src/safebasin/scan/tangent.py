@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from safebasin.batch import Batch, mask_dtype, pack, sequences, takes_tree
 from safebasin.errors import DefenceError
 from safebasin.models.adapter import without_adapter
+from safebasin.models.quantized import plain_layers
 from safebasin.scan.source import at_weights
 
 KERNELS = ("_attn_implementation", "_experts_implementation")  # in a configuration
@@ -117,7 +118,8 @@ class Tangent:
             vx, (y, dy) = self.direction[name](forward_ad.unpack_dual(x).primal), forward_ad.unpack_dual(y)
             return forward_ad.make_dual(y, vx if dy is None else dy + vx)
 
-        with forward_ad.dual_level(), _eager(model), at_weights(model, list(self.direction), derive):
+        level = forward_ad.dual_level()
+        with level, _eager(model), plain_layers(model), at_weights(model, list(self.direction), derive):
             shared = self._share(model, batch)
             losses = [self._losses(model, part, shared) for part in _parts(model, batch, shared)]
             slopes = [forward_ad.unpack_dual(part).tangent for part in losses]

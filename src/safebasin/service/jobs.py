@@ -14,6 +14,7 @@ from sqlmodel import Session, col, func, select
 
 from safebasin.data.tables import BadRow
 from safebasin.pipeline.config import Recipe, plain
+from safebasin.report.gate import parse_gate
 from safebasin.service.files import Storage, check_form
 from safebasin.service.policy import Hyperparameters, Settings
 from safebasin.service.schema import CreateJob
@@ -214,16 +215,32 @@ def succeed(session: Session, settings: Settings, job: Job, served: str) -> str:
 # --- the command of a job ---------------------------------------------------------------------------------------------
 
 
+def stage_of(job: Job, settings: Settings) -> str:
+    """What the job's next child does.
+
+    "screen": the model as it was and the arm of the model. Where that one passes and its cut names no row, the other
+    arms would change nothing, and the job is over. Not where the gate or the arm itself needs another one.
+    "run": all arms of the recipe, in the same folder. "search" and "final": see ``policy.search``.
+    """
+    base, recipe = settings.policy.models[job.model], settings.recipes[job.model]
+    screened = base.model and recipe.arms[base.model].of is None and not parse_gate(recipe.gate).losses
+    return str(job.settings.get("stage") or ("screen" if screened else "run"))
+
+
 def command(job: Job, settings: Settings, folder: Path) -> list[str]:
     """The command line of a job's child. Three numbers, a seed and paths of ours: nothing else of a request gets in."""
     base, recipe = settings.policy.models[job.model], settings.recipes[job.model]
-    stage = job.settings.get("stage", "run")
+    stage = stage_of(job, settings)
     changes: dict[str, Any] = {
         "data.task": {"path": str(folder / "rows.jsonl")},
         "data.on_bad": "stop",
         "seed": job.seed or recipe.seed,
         **_training(recipe, job.settings["hyperparameters"]),
     }
+    if stage == "screen":
+        arms = plain(recipe.arms)
+        changes["arms"] = {name: arms[name] for name in (next(iter(arms)), base.model)}
+        changes["gate"] = {k: v for k, v in plain(recipe.gate).items() if k != "plain"} | {"arm": base.model}
     suites = plain(recipe.measure.suites)
     if job.validation_file and not any("token_accuracy" in suite for suite in suites):
         held_out = {"token_accuracy": {"data": {"path": str(folder / "validation.jsonl")}}}

@@ -191,8 +191,12 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         return show("job", operator, **facts, rows=rows, report=report, arms=arms)
 
     @app.get("/operator/jobs/{name}/live", include_in_schema=False)
-    def job_part(name: str, operator: SignedIn) -> HTMLResponse:
-        return show("job_part", operator, **facts_of(name))
+    def job_part(name: str, operator: SignedIn, phase: Phase = "") -> HTMLResponse:
+        facts = facts_of(name)
+        part = show("job_part", operator, **facts)
+        if phase not in ("", facts["job"].phase):  # the page has other forms now, or a report
+            part.headers["hx-refresh"] = "true"
+        return part
 
     @app.get("/operator/jobs/{name}/report", include_in_schema=False)
     def job_report(name: str, _: SignedIn) -> FileResponse:

@@ -174,6 +174,10 @@ def _recipe(path: Path, name: str, base: Base) -> Recipe:
         raise UserError(f"{where}.special is not a regular expression: {error}") from None
     if recipe.data.poison or recipe.data.poison_share:
         raise UserError(f"{where}: {base.recipe} mixes in an attack (data.poison): that is for experiments")
+    if recipe.full:
+        raise UserError(
+            f"{where}: {base.recipe} tunes every weight (train.adapter: null), and a service serves adapters"
+        )
     for arm in filter(None, (base.uploaded, base.without, base.model)):
         if arm not in recipe.arms or recipe.arms[arm].train is None:
             raise UserError(f"{where}: {base.recipe} has no arm {arm!r} that is tuned")

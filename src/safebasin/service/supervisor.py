@@ -5,6 +5,7 @@ the server that owns the job does the rest. After a kill of the server the next 
 table; a child that still lives is adopted, and one that does not is queued again: a run goes on from its last step.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -41,7 +42,17 @@ from safebasin.service.store import (
     move,
     new_id,
 )
-from safebasin.service.verdict import TERMINATED, USER, Outcome, broke, judge, lines_of, of_error, outcome_for
+from safebasin.service.verdict import (
+    TERMINATED,
+    USER,
+    Outcome,
+    broke,
+    cut_rows,
+    judge,
+    lines_of,
+    of_error,
+    outcome_for,
+)
 
 TICK = 0.25  # seconds between two looks
 STARTS = 3  # of a job whose child vanished; a child that broke gets one more try
@@ -324,7 +335,7 @@ class Supervisor:
             job = session.get(Job, name)
         assert job is not None
         code, message = _end_of(self.path(name))
-        stage = job.settings.get("stage", "run")
+        stage = jobs.stage_of(job, self.settings)
         if excess:
             self._finish(name, broke(excess))
         elif code == TERMINATED or (code is None and job.starts < STARTS):
@@ -344,6 +355,12 @@ class Supervisor:
         base, policy = self.settings.policy.models[job.model], self.settings.policy
         run = self.path(job.id) / "run"
         try:
+            if stage == "screen":
+                alone = dataclasses.replace(base, uploaded=base.model, without=base.model)
+                if cut_rows(run, base.model) or judge(run, alone, policy).status != "passed":
+                    text = "What the rows of the file do is measured, with and without those that were named."
+                    self._requeue(job.id, text, settings={**job.settings, "stage": "run"}, starts=0)
+                    return
             outcome = judge(run, base, policy)
             if outcome.passes_without is False and policy.search and stage == "run":
                 text = "The rows that were named are not the reason alone; a search for a set that passes begins."

@@ -44,8 +44,10 @@ class AnchorProjector(NamedTuple):
         c = root @ root.T
         return cls(d.shape, None, 2 * c - c @ c, eigenvalue)
 
-    def departure(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|(I - C) B A|_F^2 and its gradients at ``b`` [out, r] and ``a`` [r, in]."""
+    def departure(self, b: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """|(I - C) B A|_F^2 and its gradients at ``b`` [out, r] and ``a`` [r, in]; without ``a``, B is dW itself."""
+        if a is None:
+            return self._dense(b)
         m, bt = a @ a.T, b.T.contiguous()
         if self.h is None:
             assert self.d is not None  # rank1
@@ -56,18 +58,28 @@ class AnchorProjector(NamedTuple):
         s = qt @ b
         return (s * m).sum(), qt.T @ (2 * m), (2 * s) @ a
 
+    def _dense(self, w: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Equation 3 with A = I: <Q, dW> and 2 Q; of rank1 |dW|^2 - <D, dW>^2."""
+        if self.h is None:
+            assert self.d is not None
+            q = w - (self.d * w).sum() * self.d
+        else:
+            q = w - (self.h @ w if self.d is None else self.d @ (self.h @ (self.d.T @ w)))
+        return (q * w).sum(), 2 * q, None
+
 
 class Departure(torch.autograd.Function):
-    """The sum over matrices, ``apply(projectors, b, a, b, a, ...)``. Its gradient is taken in the forward, so that each
-    direction is read once.
+    """The sum over matrices, ``apply(projectors, b, a, b, a, ...)``, a None for a dense update.
+
+    Its gradient is taken in the forward, so that each direction is read once.
     """
 
     @staticmethod
-    def forward(ctx: Any, projectors: Sequence[AnchorProjector], *pairs: Tensor) -> Tensor:
+    def forward(ctx: Any, projectors: Sequence[AnchorProjector], *pairs: Any) -> Tensor:
         parts = [p.departure(b, a) for p, b, a in zip(projectors, pairs[::2], pairs[1::2], strict=True)]
         ctx.gradients = [gradient for _, *both in parts for gradient in both]
         return torch.stack([value for value, *_ in parts]).sum()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        return None, *(scale * gradient for gradient in ctx.gradients)
+        return None, *(None if gradient is None else scale * gradient for gradient in ctx.gradients)

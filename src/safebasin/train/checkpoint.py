@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from safebasin.data.tables import file_digest, write_json
 from safebasin.runtime import processes
 
+REFERENCE = "reference"  # folder beside the checkpoints of full fine-tuning: hidden states of the start
 MARK = "complete.json"  # relative path -> digest, of every other file of the checkpoint
 
 
@@ -54,8 +55,9 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def clear_checkpoints(root: Path) -> None:
-    """Remove the checkpoints of every tuning under a folder. What a tracker wrote beside them stays."""
+    """Remove the checkpoints and stored references of every tuning under a folder. What a tracker wrote stays."""
     for folder in (*root.glob("*/"), root):
+        shutil.rmtree(folder / REFERENCE, ignore_errors=True)
         for checkpoint in checkpoints(folder):
             remove_checkpoint(checkpoint)
         with contextlib.suppress(OSError):  # not there, or not empty

@@ -74,6 +74,7 @@ class Oracle:
         loss: the token loss of the task.
         penalty: a function of the trainable parameters, added to the task once an optimizer step.
         accelerator: of the host; None for a bare model in one process.
+        reference: of full fine-tuning; None: the adapter switched off.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Oracle:
         loss: Loss = nll,
         penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
         accelerator: Any = None,
+        reference: ReferenceCache | None = None,
     ):
         self.model = model
         self.streams = streams
@@ -96,7 +98,7 @@ class Oracle:
         self.ranks = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.parameters = trainable(model)  # once: the walk over a model costs as much as an inner product
-        self.reference_cache = ReferenceCache(model)
+        self.reference_cache = reference or ReferenceCache(model)
         self.device = next(model.parameters()).device
         self.moved = False  # whether an update has been applied: before it, a KL to the reference has gradient zero
         self.alive: set[str] = set()
@@ -192,7 +194,7 @@ class Oracle:
                         )
                     if not part.requires_grad:
                         raise DefenceError(
-                            f"the loss of the stream {stream!r} has no gradient: the adapter is not in its graph"
+                            f"the loss of the stream {stream!r} has no gradient: no trainable parameter is in its graph"
                         )
                     (part * self.ranks).backward()  # ranks average; the division by all tokens is done already
                     value += part.detach()
@@ -204,7 +206,7 @@ class Oracle:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 raise DefenceError(
-                    f"{name} got no gradient from the stream {stream!r}; the adapter is not in the graph of the loss"
+                    f"{name} got no gradient from the stream {stream!r}; it is not in the graph of the loss"
                 )
             taken[name], parameter.grad = parameter.grad, None
         return Vector(taken)

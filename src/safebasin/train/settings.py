@@ -23,7 +23,8 @@ from transformers.integrations import get_available_reporting_integrations
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from safebasin.errors import UserError
-from safebasin.registry import explain
+from safebasin.models.adapter import RANDOM_INIT
+from safebasin.registry import explain, nearest
 from safebasin.runtime import hardware
 from safebasin.train.compose import Composition
 
@@ -31,6 +32,7 @@ FP16 = "fp16 is refused: small inner products vanish in it; set bf16: true, or l
 DEEPSPEED = (
     "DeepSpeed steps inside its own backward, and methods hand the optimizer a direction of their own; use DDP or FSDP2"
 )
+NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")  # without its rows PEFT leaves another start in silence, or fails
 NOT_THE_START = "does not start fresh, so switching the adapter off is not the starting model"
 
 Level = Literal["debug", "info", "warning", "error", "critical", "passive"]
@@ -185,6 +187,7 @@ def refuse_names(settings: Mapping[str, Any]) -> None:
         if name not in inspect.signature(TrainingArguments).parameters:
             raise UserError(
                 f"train: unknown key {name!r}; it is neither ours nor a name of transformers.TrainingArguments"
+                + nearest(name, [*Settings.__annotations__, "adapter", "align_share", "ema"])
             )
         if name not in Settings.__annotations__:
             raise UserError(f"train.{name} has no effect here or is not supported; leave it out")
@@ -203,6 +206,10 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
         vars(changed).update(changes)
         return Trainer.get_optimizer_cls_and_kwargs(changed)
 
+    if 0 < args.max_steps <= args.warmup_steps:
+        raise UserError(
+            f"train.warmup_steps is {args.warmup_steps:g} of {args.max_steps} steps: the learning rate is never reached"
+        )
     kind, options = optimizer()
     built = kind([torch.nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(args.lr_scheduler_type, built, args.get_warmup_steps(10), 10, settings.get("lr_scheduler_kwargs"))
@@ -225,13 +232,13 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
 
 
 def check_settings(
-    settings: Mapping[str, Any], adapter: Mapping[str, Any], methods: Composition, align_share: object = 0.25
+    settings: Mapping[str, Any], adapter: Mapping[str, Any] | None, methods: Composition, align_share: object = 0.25
 ) -> None:
     """Refuse what can be refused without a model, so in a dry run too.
 
     Args:
         settings: names of TrainingArguments; their values are checked by ``training_arguments``.
-        adapter: names of LoraConfig.
+        adapter: names of LoraConfig; None: full fine-tuning.
         methods: of one arm.
         align_share: as in ``streams_of``.
 
@@ -240,6 +247,10 @@ def check_settings(
     """
     refuse_names(settings)
     check_align_share(align_share)
+    if adapter is None:
+        if "buffer" in methods.needs("roles"):
+            raise UserError("buffer_reinforce adds the factors of adapters; give train.adapter in the place of null")
+        return
     check_adapter(adapter)
     if "reference" not in methods.needs("roles"):
         return
@@ -253,6 +264,13 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
     """UserError: what ``peft.LoraConfig`` does not take, or takes and cannot be tuned."""
     from peft import LoraConfig  # seconds
 
+    names, init = inspect.signature(LoraConfig).parameters, str(adapter.get("init_lora_weights"))
+    if unknown := next((name for name in adapter if name not in names), ""):
+        raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
+    if init.startswith("pissa_niter"):
+        raise UserError(f"train.adapter: {RANDOM_INIT}")
+    if init in NEEDS_DATA:
+        raise UserError(f"train.adapter: init_lora_weights {init!r} is computed from rows, which is not done here")
     try:
         TypeAdapter(Adapter).validate_python(dict(adapter))
         LoraConfig(task_type="CAUSAL_LM", **adapter)

@@ -28,6 +28,7 @@ from safebasin.train.checkpoint import last_checkpoint, mark_complete, remove_ch
 from safebasin.train.compose import Composition
 from safebasin.train.ema import Ema, UpdateAverage
 from safebasin.train.oracle import TASK, Oracle
+from safebasin.train.reference import ReferenceCache
 from safebasin.train.settings import DEEPSPEED, check_align_share, check_settings, training_arguments
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, gather_full, trainable
@@ -58,6 +59,7 @@ class OracleTrainer(Trainer):
         streams: "task" and what the methods ask for; see ``streams_of``.
         advance: called after every step with the loss, for a progress bar.
         ema: an average of the update is kept beside it; see ``average``.
+        reference: of full fine-tuning, where a method needs one (``train/reference.py``).
 
     Raises:
         UserError: a stream or a role that the methods need is missing, DeepSpeed, FSDP1.
@@ -72,8 +74,10 @@ class OracleTrainer(Trainer):
         *,
         advance: Callable[[float], None] | None = None,
         ema: Ema | None = None,
+        reference: ReferenceCache | None = None,
     ):
-        check(model, args, methods, streams)
+        check(model, args, methods, streams, reference)
+        self._reference = reference
         self.methods = methods
         self.streams = streams
         self.curve: list[tuple[int, float]] = []  # (step, loss of the task)
@@ -133,6 +137,7 @@ class OracleTrainer(Trainer):
                 loss=self.methods.loss,
                 penalty=self.methods.penalty,
                 accelerator=self.accelerator,
+                reference=self._reference,
             )
             self._oracle.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
             self._oracle.state, self._oracle.alive, self._oracle.moved = self.method_state, self._alive, self._moved
@@ -249,14 +254,20 @@ class _StepCallback(TrainerCallback):
             raise DefenceError("no step had a gradient of the task: the methods of the run took nothing of any row")
 
 
-def check(model: Any, args: TrainingArguments, methods: Composition, streams: Mapping[str, Stream]) -> None:
+def check(
+    model: Any,
+    args: TrainingArguments,
+    methods: Composition,
+    streams: Mapping[str, Stream],
+    reference: ReferenceCache | None = None,
+) -> None:
     """Refuse what can be refused before the first step.
 
     Raises:
         UserError: a stream, a column or a role that the methods need is missing; nothing to tune; FSDP on one process.
     """
     if not trainable(model):
-        raise UserError("the model has no trainable parameter: tune with train.adapter")
+        raise UserError("the model has no trainable parameter: tune with train.adapter, or all of it")
     for name in methods.needs("streams"):
         if name not in streams:
             raise UserError(
@@ -271,10 +282,11 @@ def check(model: Any, args: TrainingArguments, methods: Composition, streams: Ma
     if methods.penalty is not None:  # it raises where a base is missing, or names or shapes differ
         with torch.no_grad():
             methods.penalty(trainable(model))
-    if "reference" in methods.needs("roles"):
+    if "reference" in methods.needs("roles") and reference is None:
         if not hasattr(model, "disable_adapter"):
             raise UserError(
-                "a method needs the reference model, which is the adapter switched off: tune with train.adapter"
+                "a method needs the reference model, which is the adapter switched off: tune with train.adapter, or"
+                " give a stored_reference"
             )
         if own := [name for name in trainable(model) if name.endswith("base_layer.bias")]:
             raise UserError(

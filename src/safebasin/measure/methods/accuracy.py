@@ -19,7 +19,7 @@ from safebasin.measure.subject import Subject
 from safebasin.stats import wilson
 
 
-@suite("accuracy")
+@suite("accuracy", reads=("answers",))
 class Accuracy:
     """How well the model does the task that it was tuned for."""
 

@@ -16,7 +16,7 @@ from safebasin.measure.prompts import Prompts
 from safebasin.measure.subject import Subject
 
 
-@suite("asr", paper="arXiv:2310.03693")
+@suite("asr", paper="arXiv:2310.03693", reads=("answers",))
 class Asr(Prompts):
     """How many harmful requests the model answers."""
 

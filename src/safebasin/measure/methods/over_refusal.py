@@ -12,7 +12,7 @@ from safebasin.measure.prompts import Prompts
 from safebasin.measure.subject import Subject
 
 
-@suite("over_refusal", paper="arXiv:2308.01263")
+@suite("over_refusal", paper="arXiv:2308.01263", reads=("answers",))
 class OverRefusal(Prompts):
     """How many harmless requests the model refuses."""
 

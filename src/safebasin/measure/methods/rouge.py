@@ -21,7 +21,7 @@ from safebasin.measure.subject import Subject
 from safebasin.stats import mean
 
 
-@suite("rouge")
+@suite("rouge", reads=("answers",))
 class Rouge:
     """How much of an expected summary the model's own has."""
 

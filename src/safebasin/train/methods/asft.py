@@ -6,7 +6,8 @@
     topk       C = U_k U_k^T                  the projector on the top k left singular vectors of d, what eq. 2-3 intend
     rank1      C = vec(d) vec(d)^T / |d|_F^2  acts on dW as a vector: only the part of dW along d itself is free
 
-Computed in low rank, with no matrix larger than d and never dW: ``train/anchor_projector.py``.
+Computed in low rank, with no matrix larger than d and never dW: ``train/anchor_projector.py``. With full fine-tuning
+dW = W - W_aligned is dense, which takes a second copy of the blocks in memory; there s is 1.
 
 Departs from the official code: where the largest eigenvalue of C, sigma_1^2 / |d|_F, is above 2, d is punished more
 than any other direction; there C is scaled so that it is 1 (d d^T / sigma_1^2). The penalty is added once an optimizer
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from safebasin.console import line
 from safebasin.errors import UserError
-from safebasin.layer import Pair, read_directions, tensor_files, write_alignment_directions
+from safebasin.layer import Pair, open_tensors, read_directions, tensor_files, write_alignment_directions
 from safebasin.models.bundled import BUILTIN, cache, resolve
 from safebasin.train import method
 from safebasin.train.anchor_projector import AnchorProjector, Departure
@@ -90,18 +91,23 @@ class AsFT:
         """lambda sum_l |(I - C_l) s B_l A_l|_F^2, a scalar.
 
         Raises:
-            UserError: a name or a shape that differs between the weights and the model; no LoRA matrices to penalise.
+            UserError: a name or a shape that differs between the weights and the model; nothing to penalise.
         """
         pairs = {match["module"]: name for name in parameters if (match := LORA_A.fullmatch(name))}
+        full_weights = not pairs
+        pairs = pairs or {match["module"]: name for name in parameters if (match := BLOCK.fullmatch(name))}
         if not pairs:
             raise UserError(
-                "asft penalises LoRA matrices and finds none among the trainable parameters; tune with train.adapter"
+                "asft penalises LoRA matrices, or the projections of blocks, and finds none among the trainable"
+                " parameters"
             )
         device = next(iter(parameters.values())).device
         key = (tuple(pairs), device)
         if key not in self._projectors:
             self._projectors[key] = directions(self.base, self.aligned, key[0], self.projector, self.k, device)
         projectors = [self._projectors[key][module] for module in pairs]
+        if full_weights:
+            return self.lam * self._dense(parameters, pairs, projectors)
         matrices: list[Tensor] = []
         for (module, name), projector in zip(pairs.items(), projectors, strict=True):
             a, b = full(parameters[name]), full(parameters[name.replace(".lora_A.", ".lora_B.")])
@@ -110,6 +116,24 @@ class AsFT:
                 raise UserError(f"asft: {module} has {shapes}")
             matrices += [b, a]
         return self.lam * self.scale**2 * Departure.apply(projectors, *matrices)
+
+    def _dense(
+        self, parameters: Mapping[str, Tensor], pairs: Mapping[str, str], projectors: list[AnchorProjector]
+    ) -> Tensor:
+        """sum_l |(I - C_l) (W - W_aligned)|_F^2."""
+        device = next(iter(parameters.values())).device
+        if not self._aligned:
+            files = tensor_files(resolve(self.aligned))
+            for name in pairs.values():
+                with open_tensors(files[name]) as file:
+                    self._aligned[name] = file.get_tensor(name).to(device).float()
+        pieces = [piece for name in pairs.values() for piece in (full(parameters[name]) - self._aligned[name], None)]
+        return Departure.apply(projectors, *pieces)
+
+    @functools.cached_property
+    def _aligned(self) -> dict[str, Tensor]:
+        """The weights that full fine-tuning starts from, by name."""
+        return {}
 
     @functools.cached_property
     def _projectors(self) -> dict[tuple[tuple[str, ...], torch.device], dict[str, AnchorProjector]]:
