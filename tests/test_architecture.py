@@ -201,12 +201,12 @@ SERVICE = [path for path in FILES if path.is_relative_to(SRC / "service") or pat
 
 
 def test_the_core_is_small():
-    """At most 8,680 statements at 25 methods, 60 for each further one, 350 for the stage of repair (decision 9)."""
+    """At most 8,780 statements at 25 methods, 60 for each further one, 350 for the stage of repair (decision 9)."""
     folders = [path for path in FILES if path.parent.name in ("methods", "judges")]
     methods = sum(len(re.findall(r"^@\w+\(\"", path.read_text(encoding="utf-8"), re.M)) for path in folders)
     core = [path for path in FILES if path not in SERVICE]
     lines = sum(logical_lines(path.read_text(encoding="utf-8")) for path in core)
-    assert methods >= 25 and lines < 8680 + 350 + 60 * (methods - 25), (lines, methods)
+    assert methods >= 25 and lines < 8780 + 350 + 60 * (methods - 25), (lines, methods)
 
 
 def test_the_service_is_small():

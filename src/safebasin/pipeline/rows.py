@@ -39,7 +39,8 @@ def load_start(plan: Plan, tuned: Path | None = None, *, dtype: str = "") -> Mod
     how = plan.recipe.model.loading | ({"dtype": dtype} if dtype else {})
     if tuned is not None and is_model(tuned):
         return load(str(tuned), **how | {"dtype": "float32", "revision": None})
-    return load(plan.recipe.model.name, adapter=tuned, **how)
+    open_model = plan.models.lend if plan.recipe.adapter else load  # full fine-tuning writes into the weights
+    return open_model(plan.recipe.model.name, adapter=tuned, **how)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -87,7 +88,7 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
-            rows, scores = training_rows(plan, source), read_scores(scores_file)
+            rows, scores = training_rows(plan, source), read_scores(scores_file, tokens=False)
             cut = cut_rows(
                 rows.examples,
                 scores,

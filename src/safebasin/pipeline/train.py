@@ -126,7 +126,7 @@ def _tune(
         loaded.tokenizer.save_pretrained(part)
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
-    facts["numbers"] = trainer.numbers
+    facts |= {"numbers": trainer.numbers, "padded": trainer.padded}
     if start is not None:
         tuned = AdapterUpdates(part, start)
         updates: dict[str, Update] = dict(tuned)
