@@ -25,6 +25,13 @@ Events = Annotated[
     Path | None,
     Parameter(name="--events", help="File to which steps, progress, losses and the verdict are added as JSON lines."),
 ]
+Engine = Annotated[
+    str,
+    Parameter(
+        name="--engine",
+        help="Where scan, measuring and a grid's cells run: here, ray, or as in a recipe: '{ray: {address: auto}}'.",
+    ),
+]
 ShowText = Annotated[bool, Parameter(help="Harmful text in clear.", negative="")]
 
 
@@ -36,6 +43,11 @@ def say(text: str) -> None:
 def cells(table: Table, *texts: str) -> None:
     """A row of a table whose texts are hostile."""
     table.add_row(*(Text(printable(text)) for text in texts))
+
+
+def on_engine(engine: str) -> list[str]:
+    """The change of a recipe that ``--engine`` is; none where it is not given."""
+    return [f"engine={engine}"] if engine else []
 
 
 def refuse_processes() -> None:

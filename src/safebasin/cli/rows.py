@@ -9,7 +9,7 @@ import rich.table
 from cyclopts import Parameter
 from rich.text import Text
 
-from safebasin.cli.options import Dtype, cells, out, say, start_torch
+from safebasin.cli.options import Dtype, Engine, cells, out, say, start_torch
 from safebasin.console import printable
 from safebasin.data.keys import PLAIN, RowForm
 from safebasin.errors import UserError
@@ -86,6 +86,7 @@ def scan_verb(
     template: TemplateArguments = (),
     max_length: int = 1024,
     batch_size: int = 16,
+    engine: Engine = "here",
     skip_bad: Annotated[
         bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")
     ] = False,
@@ -114,6 +115,7 @@ def scan_verb(
         "scan": {"scorers": list(scorers), "batch_size": batch_size},
         "arms": {"start": {}},
         "measure": {},
+        "engine": yaml12.load(engine, "--engine"),
     }
     with Run(validate(Recipe, tree, "scan"), out_) as run:
         path = run.scores

@@ -8,10 +8,12 @@ from cyclopts import Parameter
 
 from safebasin.cli.options import (
     Changes,
+    Engine,
     Events,
     RunFolderOption,
     Sets,
     ShowText,
+    on_engine,
     out,
     refuse_processes,
     say,
@@ -40,6 +42,7 @@ def run_verb(
         ),
     ] = False,
     show_text: ShowText = False,
+    engine: Engine = "",
     json_: Annotated[
         bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
     ] = False,
@@ -63,7 +66,7 @@ def run_verb(
     from safebasin.report.table import terminal_table
     from safebasin.runtime import processes
 
-    changes = [*change, *([f"seed={seed}"] if seed is not None else [])]
+    changes = [*change, *on_engine(engine), *([f"seed={seed}"] if seed is not None else [])]
     config = read_recipe(recipe, changes, parse_sets(set_))
     folder = out_ or _folder(recipe, f"-{seed}" if seed is not None else "")
     if dry_run:
@@ -162,6 +165,7 @@ def bench_verb(
     ] = False,
     out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/GRID.")] = None,
     set_: Sets = (),
+    engine: Engine = "",
 ) -> int:
     """Run a grid of attacks, defences and seeds; rank the defences by their worst attack. Run it again after a kill,
     and it goes on."""
@@ -172,7 +176,7 @@ def bench_verb(
 
     if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
         raise UserError(f"--seeds takes numbers with commas between them, found {seeds!r}")
-    settings, folder = read(grid, parse_sets(set_)), out_ or _folder(grid)
+    settings, folder = read(grid, parse_sets(set_), on_engine(engine)), out_ or _folder(grid)
     attacks = [part.strip() for part in only.split(",") if only]
     numbers = [int(part) for part in seeds.split(",") if seeds]
     if list_:

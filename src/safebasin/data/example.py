@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Rows(NamedTuple):
     bad: list[BadRow]
 
 
+CONTENT_ID = re.compile("[0-9a-f]{16}")  # what ``row_id`` gives
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 
 
@@ -63,6 +65,20 @@ def row_id(row: Mapping[str, Any]) -> str:
     """blake2b over the canonical JSON of the row: 16 hexadecimal digits."""
     text = CANONICAL.encode(row)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def numbered_copies(row_ids: Iterable[str]) -> list[str]:
+    """Ids of all rows of a set in their order, from those of their content: the second copy of a row is ``<id>-2``.
+
+    >>> numbered_copies(["0123456789abcdef", "0123456789abcdef", "mine", "mine"])
+    ['0123456789abcdef', '0123456789abcdef-2', 'mine', 'mine']
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    numbered = []
+    for row in row_ids:
+        seen[row] += 1
+        numbered.append(row if seen[row] == 1 or not CONTENT_ID.fullmatch(row) else f"{row}-{seen[row]}")
+    return numbered
 
 
 def read_examples(

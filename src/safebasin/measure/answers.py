@@ -69,6 +69,20 @@ class AnswerCache:
             self._file.executemany("INSERT OR REPLACE INTO generated VALUES (?, ?)", rows)
         self.misses += len(answers)
 
+    def take_over(self, path: Path) -> None:
+        """Every answer of another cache's file."""
+        other = AnswerCache(path)
+        with other._usable():
+            rows = other._file.execute("SELECT key, tokens FROM generated").fetchall()
+        other.close()
+        with self._usable(), self._file:
+            self._file.executemany(
+                "INSERT OR REPLACE INTO generated VALUES (?, ?)", [(k.decode(), v.decode()) for k, v in rows]
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
 
 def _key(model_digest: bytes, ids: Tokens) -> str:
     return hashlib.blake2b(model_digest + json.dumps(ids).encode(), digest_size=16).hexdigest()

@@ -11,9 +11,11 @@ from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.source import Prompt
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
+from safebasin.measure.engine import Compared, Served, compare
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.judging import HITS, SCORED, DecidesEarly, Judge, Verdict, all_decided, judge_answers
 from safebasin.measure.mix import Conversation, Mixing
+from safebasin.measure.pool import Pool
 from safebasin.models.adapter import merged
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.stats import kappa, wilson
@@ -36,6 +38,9 @@ class Subject:
     cache: AnswerCache | None = None
     mixing: Mixing | None = None  # with the start's logits; None: the model answers alone
     answers: list[AnswerRecord] = dataclasses.field(default_factory=list)
+    server: Served | None = None  # that generates the answers; None: they are generated here
+    pool: Pool | None = None  # that generates the answers into the cache; None: this process does
+    compared: list[Compared] = dataclasses.field(default_factory=list)  # the server's answers with ours
 
     @functools.cached_property
     def merged(self) -> ModelAndTokenizer:
@@ -64,6 +69,12 @@ class Subject:
     ) -> list[Answer]:
         """Answers up to the end of the turn or ``max_new_tokens``; less where all ``judges`` have decided before."""
         turns, early = self.turns(prompts), until_decided([*(judges or {}).values()])
+        begun = any(each[-1]["role"] == "assistant" for each in turns)  # a server would begin a turn of its own
+        if self.server and self.arm in self.server.models and not begun and not self.mixing:
+            return self._served(title, turns, max_new_tokens, judges or {})
+        if self.pool and self.cache and not self.mixing:
+            by_all = {"max_new_tokens": max_new_tokens, **early}
+            self.pool.fill(self.cache, self.loaded.tokenizer, turns, f"{self.arm}: {title}", by_all)
         with progress(f"{self.arm}: {title}", len(turns)) as advance:
             how = {"max_new_tokens": max_new_tokens, "progress": advance, "cache": self.cache, **early}
             return (
@@ -71,6 +82,22 @@ class Subject:
                 if self.mixing
                 else generate(*self.loaded, turns, **how)
             )
+
+    def _served(
+        self, title: str, turns: Sequence[Conversation], max_new_tokens: int, judges: Mapping[str, Judge]
+    ) -> list[Answer]:
+        """The server's answers, of which the first ones are compared with ours before the others are asked for.
+
+        Raises:
+            UserError: it does not answer.
+            DefenceError: its answers are not ours.
+        """
+        assert self.server
+        first, rest = turns[: self.server.check], turns[self.server.check :]
+        own = generate(*self.loaded, first, max_new_tokens=max_new_tokens, cache=self.cache)
+        served = self.server.answer(self.arm, first, max_new_tokens)
+        self.compared.append(compare(self.server, title, own, served, judges, [turn[-1]["content"] for turn in first]))
+        return served + self.server.answer(self.arm, rest, max_new_tokens)
 
     def judge(self, suite: str, name: str) -> Judge:
         """UserError: this run has no judge of that name."""
@@ -131,7 +158,7 @@ def until_decided(judges: Sequence[Judge]) -> dict[str, Any]:
     """Arguments of ``generate`` that end an answer where all judges have decided; none where one cannot tell."""
     if not judges or not all(isinstance(judge, DecidesEarly) for judge in judges):
         return {}
-    return {"decided": lambda answers: all_decided(judges, answers), "decided_by": repr(judges)}
+    return {"decided": functools.partial(all_decided, judges), "decided_by": repr(judges)}
 
 
 def distinct(suite: str, prompts: Sequence[Prompt]) -> list[Prompt]:

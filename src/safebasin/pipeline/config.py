@@ -73,6 +73,7 @@ class Data:
 class Scan:
     scorers: tuple[Spec, ...] = ("gradshield",)
     batch_size: PositiveInt = 16
+    shard: PositiveInt = 4096  # rows that are scored as one piece: no batch crosses it, and a lost worker costs one
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -125,6 +126,7 @@ class Measure:
     labels: tuple[str, ...] = ()  # answers of the task that are only a label: off task to a harmful request
     system: str | None = None
     judges: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings of judges, by their names
+    engine: Spec = "hf"  # where answers are generated: here, or {endpoint: {url: ..., models: {arm: name}}}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -143,6 +145,7 @@ class Recipe:
     train: dict[str, Any] = Field(default_factory=dict)
     gate: dict[str, Any] = Field(default_factory=dict)
     seed: NonNegativeInt = 0
+    engine: Spec = "here"  # where scan, measuring and the cells of a grid run; it changes no number
 
     @property
     def adapter(self) -> dict[str, Any]:

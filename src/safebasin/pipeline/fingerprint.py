@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from safebasin.data.source import Source, open_table
-from safebasin.data.tables import BadRow
+from safebasin.data.source import Source, is_remote, open_table
+from safebasin.data.tables import BadRow, endings
 from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model, plain
 from safebasin.runtime import resolved
+from safebasin.scan.shard import PLAIN, cut_shards, read_shard
 
 PACKAGES = (
     "torch",
@@ -131,7 +133,11 @@ def _content(path: Path) -> str:
 def _rows(name: str, revision: str | None = None) -> str:
     """Digest of a set's rows, whatever file they come from."""
     rows = hashlib.blake2b(digest_size=16)
-    for line, row in open_table(name, revision=revision):
+    by_shard = endings(name) in PLAIN and not is_remote(name)  # a large file is never in memory as a complete table
+    shards = cut_shards(Path(name), 4096) if by_shard else ()
+    for line, row in (
+        itertools.chain.from_iterable(map(read_shard, shards)) if by_shard else open_table(name, revision=revision)
+    ):
         shown = row._asdict() if isinstance(row, BadRow) else row
         rows.update(json.dumps([line, shown], sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
     return rows.hexdigest()

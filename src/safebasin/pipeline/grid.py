@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
@@ -26,11 +26,13 @@ from safebasin.pipeline import yaml12
 from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec, edited, plain, validate
 from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
+from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 from safebasin.report import Gate
 from safebasin.report.cells import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell
 from safebasin.report.files import measurements_of
 from safebasin.report.grid import Published, Rank, write_grid
+from safebasin.spread import Facts, make_engine
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attacker's learning rate, and seed
@@ -105,13 +107,14 @@ class Grid:
         return recipes
 
 
-def read(path: Path, sets: Mapping[str, str] | None = None) -> Grid:
-    """A grid from YAML.
+def read(path: Path, sets: Mapping[str, str] | None = None, changes: Sequence[str] = ()) -> Grid:
+    """A grid from YAML, with changes of its base.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, a name or a value that is refused.
     """
-    return validate(Grid, edited(yaml12.load(yaml12.read(path, "grid"), str(path)), str(path), (), sets), str(path))
+    tree = yaml12.load(yaml12.read(path, "grid"), str(path))
+    return validate(Grid, edited(tree, str(path), [f"base.{change}" for change in changes], sets), str(path))
 
 
 def _key(recipe: Recipe, arm: str) -> str:
@@ -120,7 +123,9 @@ def _key(recipe: Recipe, arm: str) -> str:
     while name and name not in arms:
         arms[name] = recipe.arms[name]
         name = arms[name].of or ""
-    return digest(plain(dataclasses.replace(recipe, arms=arms)))
+    tree: dict[str, Any] = plain(dataclasses.replace(recipe, arms=arms))
+    del tree["engine"]  # it changes no number
+    return digest(tree)
 
 
 def _ended(folder: Path) -> dict[str, dict[str, str]]:
@@ -177,47 +182,78 @@ def _attack_success(cell: Cell) -> float:
     return -1.0 if broken else max((m.value for m in asr if m.value is not None), default=0.0)
 
 
+class RunItem(NamedTuple):
+    """A run folder of the grid, and those of its arms that are to do."""
+
+    name: str
+    recipe: Recipe
+    arms: tuple[str, ...]
+
+
+class CellWorker:
+    """Measures the cells of run folders, and writes down in each how they ended. The judges are built once, of
+    ``recipe``."""
+
+    def __init__(self, recipe: Recipe):
+        self.judges = functools.cache(lambda: build_judges(Plan.of(recipe)))
+
+    def __call__(self, item: RunItem, path: Path) -> Facts:
+        with Run(item.recipe, path, self.judges) as run:
+            try:
+                run.write_rows()
+            except AttackFails as error:
+                _note(run, item.arms, NOT_MADE, str(error))  # a result, not a fault
+            else:
+                for arm in item.arms:
+                    _measure(run, arm)
+        return {"run": item.name}
+
+
+def _note(run: Run, arms: Iterable[str], outcome: str, reason: str = "") -> None:
+    """How cells ended."""
+    entries = {arm: {"digest": _key(run.plan.recipe, arm), "outcome": outcome, "reason": reason} for arm in arms}
+    write_json(run.folder.path / "cells.json", _ended(run.folder.path) | entries)
+
+
+def _measure(run: Run, arm: str) -> None:
+    console.print(f"[bold]{run.folder.path.name}: {arm}[/bold]")
+    outcome, reason = MEASURED, ""
+    try:
+        run.measure(arm)
+    except (UserError, DefenceError) as error:
+        if arm == START:
+            raise
+        outcome, reason = FAILED, str(error) or type(error).__name__
+    _note(run, [arm], outcome, reason)
+
+
 def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Rank]:
     """Do every cell that is not done; the ranking of the whole grid as far as it is measured.
+
+    The run folders of a seed are the items of the recipe's engine; which learning rates the next seed meets depends on
+    those before it.
 
     Raises:
         UserError: the grid is refused, or the model as it was cannot be measured.
         DefenceError: a defence could not run; raised after all the other cells were done.
     """
     recipes, all_recipes = grid.recipes(only, seeds), grid.recipes()
-    judges = functools.cache(lambda: build_judges(runs[0].plan))  # of the model as it was: the same for the whole grid
-    runs = [Run(recipe, folder_of(out, *key), judges) for key, recipe in recipes.items()]
-    ranks: list[Rank] = []
+    runs = [Run(recipe, folder_of(out, *key)) for key, recipe in recipes.items()]  # what is refused is refused at once
+    engine, ranks = make_engine(grid.base.get("engine", "here")), list[Rank]()
+    worker = functools.partial(CellWorker, runs[0].plan.recipe)  # its judges are the same for the grid
 
-    def note(run: Run, arms: Iterable[str], outcome: str, reason: str = "") -> None:
-        """How cells ended."""
-        entries = {arm: {"digest": _key(run.plan.recipe, arm), "outcome": outcome, "reason": reason} for arm in arms}
-        write_json(run.folder.path / "cells.json", _ended(run.folder.path) | entries)
-
-    def measure(run: Run, arm: str) -> None:
-        console.print(f"[bold]{run.folder.path.name}: {arm}[/bold]")
-        outcome, reason = MEASURED, ""
-        try:
-            run.measure(arm)
-        except (UserError, DefenceError) as error:
-            if arm == START:
-                raise
-            outcome, reason = FAILED, str(error) or type(error).__name__
-        note(run, [arm], outcome, reason)
-
-    for run in runs:
-        arms = [cell.defence for cell in cells(recipes, out, all_recipes) if cell.folder == run.folder.path]
-        if not arms:
-            continue
-        with run:
-            try:
-                run.write_rows()
-            except AttackFails as error:
-                note(run, arms, NOT_MADE, str(error))  # a result, not a fault
-            else:
-                for arm in arms:
-                    measure(run, arm)
-        ranks = write_grid(out, list(cells(all_recipes, out)), grid.published, run.plan.gate, grid.plain)
+    for seed in dict.fromkeys(seed for _, _, seed in recipes):
+        todo: dict[Path, list[str]] = {}
+        for cell in cells(recipes, out, all_recipes):
+            if cell.seed == seed:
+                todo.setdefault(cell.folder, []).append(cell.defence)
+        items = [
+            RunItem(folder.name, dataclasses.replace(recipe, engine="here"), tuple(todo[folder]))
+            for key, recipe in recipes.items()
+            if (folder := folder_of(out, *key)) in todo
+        ]
+        for _ in engine.work(items, worker, out.absolute().joinpath):
+            ranks = write_grid(out, list(cells(all_recipes, out)), grid.published, runs[0].plan.gate, grid.plain)
     failed = [cell for cell in cells(recipes, out, all_recipes) if cell.outcome == FAILED]
     if failed:
         first = f"{failed[0].folder.name}, {failed[0].defence}: {failed[0].reason}"

@@ -2,20 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safebasin.data.tables import write_table
+from safebasin.data.tables import write_json, write_table
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.judging import Judge, make_judges, needs_aligned
+from safebasin.measure.pool import AskWorker, Pool
 from safebasin.measure.subject import Subject
 from safebasin.models.adapter import merged
+from safebasin.models.load import ModelAndTokenizer
+from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.folder import RunFolder, files_of
 from safebasin.pipeline.mix import of_arm, write_mix
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import attack_format, load_start
+from safebasin.spread import make_engine
+from safebasin.spread.here import Here
 
 Judges = Mapping[str, Judge]
+ENGINE = "engine.json"  # of an arm whose answers a server gave: how many were compared with ours, and were equal
 
 
 def build_judges(plan: Plan) -> Judges:
@@ -23,6 +30,11 @@ def build_judges(plan: Plan) -> Judges:
     itself."""
     aligned = load_start(plan) if needs_aligned(plan.judges) else None
     return make_judges(plan.judges, aligned, plan.recipe.measure.judges)
+
+
+def open_arm(recipe: Recipe, adapter: Path | None) -> ModelAndTokenizer:
+    """An arm's model, where a worker of a pool is."""
+    return load_start(Plan.of(recipe), adapter)
 
 
 def write_measurements(
@@ -45,7 +57,10 @@ def write_measurements(
         "system": f"\n{system}" if system else None,
         "attack": [plan.attack, attacker("")] if attacker else None,
     }
-    outputs = [folder.measurements(arm), folder.answers(arm)]
+    outputs, server = [folder.measurements(arm), folder.answers(arm)], plan.served_by
+    if server and arm in server.models:
+        inputs["server"] = server
+        outputs.append(folder.arm(arm) / ENGINE)
     if mix := plan.recipe.arms[arm].mix:
         inputs |= {"mix": mix, "guard": plan.guards.get(arm), "anchors": plan.anchors if mix.guard else None}
         outputs.append(folder.arm(arm) / "mix.json")
@@ -56,12 +71,18 @@ def write_measurements(
         loaded, settings = load_start(plan, adapter), plan.recipe.measure
         subject = Subject(loaded, arm, judges(), settings.labels, system, attacker)
         subject.mixing = of_arm(plan, arm, loaded)
-        subject.cache = AnswerCache(folder.answer_cache)
+        subject.cache, subject.server = AnswerCache(folder.answer_cache), server
+        engine = make_engine(plan.recipe.engine)
+        if not isinstance(engine, Here):
+            make = partial(AskWorker, partial(open_arm, plan.recipe, adapter and adapter.absolute()))
+            subject.pool = Pool(engine, folder.arm(arm) / "parts", make)
         if any("start" in suite.entry.roles for suite in plan.suites):
             start = load_start(plan) if adapter else loaded
             subject.start = start._replace(model=merged(start.model))
         measurements = [dataclasses.asdict(each) for suite in plan.suites for each in suite.measure(subject)]
         write_table(folder.answers(arm), [dataclasses.asdict(answer) for answer in subject.answers])
         write_table(folder.measurements(arm), measurements)
+        if "server" in inputs:
+            write_json(folder.arm(arm) / ENGINE, [each._asdict() for each in subject.compared])
         if subject.mixing:
             write_mix(plan, arm, subject.mixing.requests, folder.arm(arm) / "mix.json")

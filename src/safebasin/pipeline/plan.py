@@ -12,6 +12,7 @@ from safebasin.data.source import SetName, Source, check_file, is_remote
 from safebasin.data.tables import KINDS, endings, kind_of, row_file
 from safebasin.errors import UserError
 from safebasin.measure import suite
+from safebasin.measure.engine import Served, make_served
 from safebasin.measure.judging import check_judges
 from safebasin.models.lend import Lender
 from safebasin.models.lora import why_off_is_not_start
@@ -23,6 +24,7 @@ from safebasin.report import Gate
 from safebasin.report.gate import parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
+from safebasin.spread import make_engine
 from safebasin.train.compose import Composition
 from safebasin.train.ema import read_ema
 from safebasin.train.settings import check_settings, training_arguments
@@ -77,6 +79,11 @@ class Plan:
         if unknown := [name for name in self.attacked_scorers if name not in self.scorers]:
             raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
+        make_engine(recipe.engine)
+        if unknown := [arm for arm in (self.served_by.models if self.served_by else ()) if arm not in recipe.arms]:
+            raise UserError(
+                f"measure.engine.endpoint.models: no arm {unknown[0]!r}; there are: {', '.join(recipe.arms)}"
+            )
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
         self._check_form()
@@ -227,6 +234,11 @@ class Plan:
     def arguments(self, arm: str) -> dict[str, Any]:
         """TrainingArguments of an arm, by name."""
         return {**self.recipe.arguments, **self.recipe.arms[arm].settings}
+
+    @property
+    def served_by(self) -> Served | None:
+        """The server that generates answers; None: they are generated here."""
+        return make_served(self.recipe.measure.engine)
 
     @property
     def judges(self) -> tuple[str, ...]:

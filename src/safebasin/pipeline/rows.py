@@ -106,7 +106,8 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
 def scan_inputs(plan: Plan) -> dict[str, Any]:
     """What decides a score, beside the rows."""
     recipe = plan.recipe
-    settings = {"batch_size": recipe.scan.batch_size, "max_length": recipe.data.max_length}
+    scan = recipe.scan
+    settings = {"batch_size": scan.batch_size, "shard": scan.shard, "max_length": recipe.data.max_length}
     return {"model": recipe.model, "scorers": plan.scorers, "anchors": plan.anchors, "settings": settings}
 
 
@@ -182,8 +183,13 @@ def training_examples(plan: Plan, path: Path) -> list[Example]:
 
 def training_rows(plan: Plan, path: Path) -> Rows:
     """The rows of a training file of this run."""
+    return read_examples(path, training_form(plan))
+
+
+def training_form(plan: Plan) -> RowForm:
+    """How the training file of this run is read."""
     form: RowForm = plan.recipe.data.task
-    return read_examples(path, form if plan.keeps_form else RowForm(turns=form.turns))
+    return form if plan.keeps_form else RowForm(turns=form.turns)
 
 
 class EncodedRows(NamedTuple):
@@ -195,14 +201,31 @@ class EncodedRows(NamedTuple):
 
 
 def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short: bool = False) -> EncodedRows:
-    """Rows longer than ``max_length``, or than the context of the model, stop the run, or are left out and listed; with
-    ``cut_short`` they are cut to what fits."""
-    limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
-    tokenizer, context = loaded.tokenizer, getattr(text_config(loaded.model), "max_position_embeddings", None)
+    """Rows longer than ``row_limit`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what
+    fits."""
+    encoded = encode_examples(
+        plan, training_examples(plan, path), loaded.tokenizer, row_limit(plan, loaded.model), cut_short=cut_short
+    )
+    if not encoded.rows:
+        first = encoded.problems[0]
+        raise UserError(f"no row can be used (line {first.line}: {first.reason})")
+    return encoded
+
+
+def row_limit(plan: Plan, model: Any) -> int:
+    """How many tokens a row may have: ``max_length``, or the context of the model if that is less, which is said."""
+    limit, context = plan.recipe.data.max_length, getattr(text_config(model), "max_position_embeddings", None)
     if context and context < limit:
         line(f"data.max_length is {limit}, and the model's context {context}: rows have at most {context} tokens")
-        limit = context
-    examples = training_examples(plan, path)
+        return int(context)
+    return limit
+
+
+def encode_examples(
+    plan: Plan, examples: Sequence[Example], tokenizer: Any, limit: int, *, cut_short: bool = False
+) -> EncodedRows:
+    """``encoded_rows`` of some rows of a file, all of which may be bad."""
+    skip = plan.recipe.data.on_bad == "skip"
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:
         raise UserError(
@@ -210,8 +233,6 @@ def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short
         )
     for note, count in collections.Counter(row.note for row in rows if row.note).items():
         line(f"{count} of {len(rows)} rows: {note}")
-    if len(bad) == len(examples):
-        raise UserError(f"no row can be used (line {bad[0].line}: {bad[0].reason})")
     usable = {row.id for row in rows}
     examples = [example for example in examples if example.id in usable]
     long = {example.line: len(row) for example, row in zip(examples, rows, strict=True) if len(row) > limit}

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from safebasin.console import printable
+from safebasin.data.example import numbered_copies
 from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.tables import cause, read_table, read_text, shown
 from safebasin.errors import UserError
@@ -33,6 +34,7 @@ def number(value: Any) -> float | None:
 
 
 Number = Annotated[float | None, BeforeValidator(number)]
+ScoreColumns = tuple[list[str], list[Number]]
 Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
 # What PyYAML's constructors raise beside its own errors, as for "!!int ''" or "!!timestamp x".
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
@@ -146,16 +148,26 @@ def load_run(path: Path) -> RunFile:
 
 
 def load_scores(path: Path, column: str) -> dict[str, float]:
-    """Row id -> score of one column of a table of scores; rows without a score are left out."""
-    scores: dict[str, float | None] = {}
-    for line, row in read_table(path) if path.is_file() else []:
-        try:
-            scores[_adapter(str).validate_python(row["row_id"])] = number(row.get(column))
-        except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f"{path}, row {line}: a row_id and a number in {printable(column, NAME)} are needed"
-            ) from None
-    return {row_id: score for row_id, score in scores.items() if score is not None}
+    """Row id -> score of one column of a table of scores; rows without a score are left out.
+
+    Raises:
+        UserError: the file cannot be read, or has no such columns of texts and numbers.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        return {}
+    try:
+        table = pyarrow.parquet.ParquetFile(path).read(["row_id", column])
+        columns = _adapter(ScoreColumns).validate_python([table[name].to_pylist() for name in ("row_id", column)])
+    except (pyarrow.ArrowException, OSError, LookupError, ValueError) as error:
+        raise UserError(
+            f"cannot read {shown(path)}: row ids and numbers in {printable(column, NAME)} are needed ({cause(error)})"
+        ) from None
+    numbered = (table.schema.metadata or {}).get(b"safebasin") != b"2"
+    ids = columns[0] if numbered else numbered_copies(columns[0])
+    return {row_id: score for row_id, score in zip(ids, columns[1], strict=True) if score is not None}
 
 
 def measurements_of(run: Path, arm: str) -> list[Measurement] | None:

@@ -105,12 +105,12 @@ def worst_rows(folder: Path, count: int) -> list[Worst]:
     scores = read_scores(folder / "scores.parquet")
     with well_formed(folder / HEAT):
         heat = TypeAdapter(list[HeatRow]).validate_json(read_bytes(folder / HEAT), strict=True)
-    spans = {(row.scorer, row.row_id): row.tokens[slice(*row.span)] for row in heat}
+    spans = {(row.scorer, row.line): row.tokens[slice(*row.span)] for row in heat}
     worst = []
     for name, values in scores.columns.items():
         for i in sorted(range(len(values)), key=lambda i: -values[i])[:count]:
             row, score = scores.row_ids[i], values[i]
-            span = spans.get((name, row), []) if score > 0 else []  # nothing carries a score that is none
+            span = spans.get((name, scores.lines[i]), []) if score > 0 else []  # nothing carries a score that is none
             why, share = "".join(text for text, _ in span), sum(value for _, value in span) / (score or 1.0)
             worst.append(Worst(name, scores.lines[i], score, row, row in scores.cut_short, why, share))
     return worst

@@ -19,7 +19,7 @@ from safebasin.data.example import Example
 from safebasin.data.tables import atomic_write, write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, AnchorScores
+from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, VERSION, AnchorScores, content_id
 
 AnchorSets = Mapping[str, Sequence[TokenizedRow]]
 LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along
@@ -93,6 +93,7 @@ def score_rows(
     batch_size: int,
     journal: "ScanJournal | None" = None,
     progress: Callable[[int, int], None] | None = None,
+    fitted: Mapping[str, Any] | None = None,
 ) -> Scanned:
     """Scores of every row by every scorer, and of the anchor rows by the scorers that use the model.
 
@@ -107,6 +108,7 @@ def score_rows(
         journal: what it holds is not scored again. Where several processes share it, each scores its part of the
             batches, and only the result of rank 0 is complete.
         progress: called after every batch with the number of scored rows and of all rows, anchor rows among both.
+        fitted: of ``fit_scorers``, where several sets are scored by one fit; None: the scorers are fitted here.
 
     Returns:
         For every scorer R numbers, high = harmful, in the scorer's own unit (see its equation); for scorers of tokens
@@ -120,7 +122,7 @@ def score_rows(
         raise UserError("the tokenizer has no padding token; set tokenizer.pad_token (safebasin.load_model does)")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
-    models = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Scorer)}
+    models = _models(scorers)
     labelled = [(label, row) for label in LABELS for row in anchors.get(label, ())]
     own = [name for name in models if labelled and models[name].entry.implements("harmful_anchors")]  # type: ignore[attr-defined]
     labelled += [(name, row) for name in own for row in models[name].harmful_anchors(tokenizer)]  # type: ignore[attr-defined]
@@ -134,7 +136,9 @@ def score_rows(
     if readers and [example.id for example in examples] != [row.id for row in rows]:
         raise UserError(f"scan.{next(iter(readers))} reads text: give `examples`, the same rows in the same order")
     scores = {name: reader.read(examples) for name, reader in readers.items()}
-    values = _model_values(model, tokenizer, everything, models, anchors, batch_size, journal, progress)
+    if fitted is None:
+        fitted = fit_scorers(model, tokenizer, scorers, anchors)
+    values = _model_values(model, tokenizer.pad_token_id, everything, models, fitted, batch_size, journal, progress)
     tokens, by_label, replaced = {}, {}, {(name, "harmful") for name in own}
     for name, column in values.items():
         totals = [_total(models[name], value) for value in column]
@@ -151,6 +155,27 @@ def score_rows(
     return Scanned({name: scores[name] for name in scorers}, tokens, by_label if labelled else {}, short)
 
 
+def _models(scorers: Mapping[str, Scorer | Reader]) -> dict[str, Scorer]:
+    """Those that use the model."""
+    return {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Scorer)}
+
+
+def fit_scorers(
+    model: Any, tokenizer: Any, scorers: Mapping[str, Scorer | Reader], anchors: AnchorSets
+) -> dict[str, Any]:
+    """What each scorer needs of the model, by name; the model is in eval mode meanwhile.
+
+    Raises:
+        UserError: a missing anchor set, or a model that a scorer refuses.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return {name: scorer.fit(model, tokenizer, anchors) for name, scorer in _models(scorers).items()}
+    finally:
+        model.train(was_training)
+
+
 def _total(scorer: Scorer, value: Value) -> float:
     """The score of a row."""
     if not isinstance(value, list):
@@ -161,10 +186,10 @@ def _total(scorer: Scorer, value: Value) -> float:
 
 def _model_values(
     model: Any,
-    tokenizer: Any,
+    pad: int,
     rows: Sequence[TokenizedRow],
     scorers: Mapping[str, Scorer],
-    anchors: AnchorSets,
+    fitted: Mapping[str, Any],
     batch_size: int,
     journal: "ScanJournal | None",
     progress: Callable[[int, int], None] | None,
@@ -191,11 +216,10 @@ def _model_values(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        fitted = {name: scorer.fit(model, tokenizer, anchors) for name, scorer in scorers.items()}
         for indices, shared in groups[ranks.process_index :: ranks.num_processes] if ranks else groups:
             if finished.issuperset(indices):
                 continue
-            batch = collate([rows[i] for i in indices], tokenizer.pad_token_id, shared).to(device)
+            batch = collate([rows[i] for i in indices], pad, shared).to(device)
             scores = {name: scorer.score(model, batch, fitted[name]) for name, scorer in scorers.items()}
             done = BatchScores(indices, {name: _values(score, batch) for name, score in scores.items()})
             enter(done)
@@ -260,23 +284,33 @@ class ScanJournal:
             path.unlink()
 
 
-def write_scores(path: str | Path, examples: Sequence[Example], scanned: Scanned) -> None:
-    """Parquet with the columns row_id, line, cut_short, score_<scorer>, tokens_<scorer> (lists); anchors.json beside
-    it.
+def score_table(examples: Sequence[Example], scanned: Scanned) -> pyarrow.Table:
+    """The columns row_id (of the content: copies have one id), line, cut_short, score_<scorer>, tokens_<scorer>
+    (lists).
 
     Raises:
-        UserError: a column of another length than the rows, or a file that cannot be written.
+        UserError: a column of another length than the rows.
     """
-    path = Path(path)
-    columns: dict[str, Any] = {"row_id": [e.id for e in examples], "line": [e.line for e in examples]}
-    columns[SHORT] = [e.id in scanned.cut_short for e in examples]
+    columns: dict[str, Any] = {"row_id": pyarrow.array([content_id(e.id) for e in examples], pyarrow.string())}
+    columns["line"] = pyarrow.array([e.line for e in examples], pyarrow.int64())
+    columns[SHORT] = pyarrow.array([e.id in scanned.cut_short for e in examples], pyarrow.bool_())
     for name, values in scanned.rows.items():
         if len(values) != len(examples):
             raise UserError(f"{len(values)} scores by {name!r} for {len(examples)} rows")
         columns[SCORE + name] = pyarrow.array(values, type=pyarrow.float64())
     for name, parts in scanned.tokens.items():
         columns[TOKENS + name] = pyarrow.array(parts, type=pyarrow.list_(pyarrow.float32()))
+    return pyarrow.table(columns).replace_schema_metadata(VERSION)
+
+
+def write_scores(path: str | Path, examples: Sequence[Example], scanned: Scanned) -> None:
+    """Parquet with the columns of ``score_table``; anchors.json beside it.
+
+    Raises:
+        UserError: a column of another length than the rows, or a file that cannot be written.
+    """
+    path, table = Path(path), score_table(examples, scanned)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_name(ANCHORS), scanned.anchors)
     with atomic_write(path) as part:
-        pyarrow.parquet.write_table(pyarrow.table(columns), part)
+        pyarrow.parquet.write_table(table, part)
