@@ -1,8 +1,11 @@
 """Chat templates: what one row breaks is a bad row, what every row breaks is one line about the template."""
 
 import pytest
-from aligned import TEMPLATE, word_tokenizer
+from aligned import BAD, GOOD, TEMPLATE, word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from safebasin import places
 from safebasin.data.example import Example
 from safebasin.data.tables import BadRow
 from safebasin.encode import TokenizedRow, encode, encode_all, render, shorten
@@ -96,3 +99,44 @@ def test_a_turn_of_weight_zero_is_not_learned():
     example = Example("r", (USER, BOT | {"weight": 0}, USER, BOT), {}, 1)
     row = encode(word_tokenizer(), example, 64)
     assert isinstance(row, TokenizedRow) and sum(row.answer) == 3
+
+
+texts = st.lists(st.sampled_from((*BAD, *GOOD, "<end>", "Qz0v0w")), max_size=5).map(" ".join)  # a forged turn, a mark
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), max_size=6),
+    st.integers(1, 4),
+    st.sampled_from([TEMPLATE, NO_SYSTEM]),
+    st.booleans(),
+)
+def test_rows_together_are_what_each_is_alone(conversations, together, template, system):
+    """Whatever shares a call of the tokenizer and the rendering of its sentinels; bad rows among them."""
+    tokenizer = tokenizer_with(template)
+    roles = ("user", "assistant")
+    examples = [
+        Example(
+            f"r{i}",
+            (
+                *([SYSTEM] if system and i % 2 else []),
+                *({"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)),
+            ),
+            {},
+            i,
+        )
+        for i, turns in enumerate(conversations, 1)
+    ]
+    slow = []
+    for example in examples:
+        places._rendered.cache_clear()
+        slow.append(encode(tokenizer, example, 24))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safebasin.encode.TOGETHER", together)
+        try:
+            good, bad = encode_all(tokenizer, examples, 24)
+        except UserError as error:  # every one of them by the template
+            assert all(isinstance(row, BadRow) and row.reason in str(error) for row in slow[:1])
+            return
+    assert good == [row for row in slow if isinstance(row, TokenizedRow)]
+    assert bad == [row for row in slow if isinstance(row, BadRow)]

@@ -175,6 +175,26 @@ def test_thoughts_are_learned_unless_the_recipe_says_otherwise():
     assert learned(tokenizer, example) == "two<|im_end|>" == learned(tokenizer, conversation("q", "two"))
 
 
+def test_the_tags_of_a_thought_are_learned_where_the_template_has_no_opening():
+    tokenizer = tokenizer_of(TEMPLATES["system in the last turn"])
+    for thought in ("<think>\nhm\n</think>\n\n", "<think>\n\n</think>\n\n"):
+        assert learned(tokenizer, conversation("q", f"{thought}two")) == f" {thought}two</s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "note"),
+    [
+        ("the prompt opens a thought", "<think>hm</think>two", "leaves thoughts out"),
+        ("no control token", "two", "nothing teaches the model to stop"),
+        ("chatml", "<think>hm</think>two", ""),
+        ("earlier thoughts go", "two", ""),
+    ],
+)
+def test_what_is_not_learned_is_noted(name, text, note):
+    row = encode(tokenizer_of(TEMPLATES[name]), conversation("q", text), 10_000)
+    assert note in row.note and bool(row.note) == bool(note)
+
+
 def test_tools_calls_and_thoughts_are_read_through_the_template_or_refused():
     call = {"type": "function", "function": {"name": "look", "arguments": {"q": "<x>"}}}
     turns = conversation("q", "", tool_calls=[call], reasoning_content="hm").messages
@@ -201,7 +221,7 @@ def test_the_clock_of_a_template_stands_still():
     default = tokenizer_of(clock)
     pin_template(default, {})
     assert template_date(default) == "2026-01-01" and template_date(tokenizer_of(CHATML)) is None
-    for wrong in ({"date": "soon"}, {"a b": 1}):
+    for wrong in ({"date": "soon"}, {"a b": 1}, {"thinkin": True}):
         with pytest.raises(UserError, match=r"model\.template"):
             pin_template(tokenizer_of(clock), wrong)
 

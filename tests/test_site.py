@@ -191,6 +191,19 @@ def test_numbers_of_the_quickstart_are_those_of_its_results():
     assert bars == [percent[f"{quantity}.{arm}"] for arm in arms for quantity in ("asr", "accuracy")]
 
 
+def test_numbers_of_the_repairs_are_those_of_their_results():
+    """The page of repairs: each arm's values, and no arm without."""
+    records = json.loads((ROOT / "benchmarks" / "repair" / "results.json").read_text(encoding="utf-8"))
+    value = {(r["defence"], r["quantity"], r["judge"]): r["value"] for r in records if "judge" in r}
+    text = (DOCS / "results" / "repair.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", text, re.M)
+    assert {arm for arm, _ in rows} == {arm for arm, *_ in value}
+    keys = (("asr", "keyword"), ("asr", "classifier"), ("over_refusal", "keyword"), ("accuracy", ""))
+    for arm, line in rows:
+        shown = [float(cell.split(" %")[0]) / 100 for cell in line.split("|")]
+        assert shown == pytest.approx([value[arm, *key] for key in keys], abs=6e-4), arm
+
+
 def test_the_readme_counts_what_there_is():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     words = ["four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"]

@@ -250,7 +250,7 @@ def mixed_answers(
     *,
     share: float = 0.3,
     guard: str | Mapping[str, Any] | None = None,
-    above: float = 0.5,
+    above: float = 0.9,
     max_new_tokens: int = 96,
 ) -> list[str]:
     """Greedy answers from the logits of a start and its tuned self, mixed (arXiv:2506.00166); two forwards a token.

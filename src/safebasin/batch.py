@@ -25,6 +25,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import without_adapter
 
 ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
+SEQUENCE = 512  # tokens of rows in one sequence, beside what they share: attention costs their square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +96,21 @@ def target_logits(model: Any, batch: Batch) -> Float[Tensor, "n vocabulary"]:
 class Packed:
     """A batch as one sequence. A token that rows begin with alike stands once; each stands behind those before it.
 
-    ``attends``: whether the first token attends to the second; ``predicts``: the place that predicts each answer token,
-    row after row.
+    ``attends``: whether the first token attends to the second, which may be one of a prefix that is in a cache;
+    ``predicts``: the place that predicts each answer token, row after row.
     """
 
     input_ids: Int[Tensor, "1 tokens"]
     position_ids: Int[Tensor, "1 tokens"]
-    attends: Bool[Tensor, "tokens tokens"]
+    attends: Bool[Tensor, "tokens all_tokens"]
     predicts: Int[Tensor, " n"]
     mask_dtype: torch.dtype  # bool, or the type of numbers that are added to attention's scores
 
     @property
     def inputs(self) -> dict[str, Any]:
-        mask = self.attends[None, None]
-        if self.mask_dtype != torch.bool:
-            mask = (~mask).to(self.mask_dtype) * torch.finfo(self.mask_dtype).min
         return {
             "input_ids": self.input_ids,
-            "attention_mask": mask,
+            "attention_mask": tree_mask(self.attends, self.mask_dtype),
             "position_ids": self.position_ids,
             "logits_to_keep": self.predicts,
             "use_cache": False,
@@ -124,16 +122,36 @@ class Packed:
 
 def layout(model: Any, batch: Batch) -> Batch | Packed:
     """The form in which a model runs a batch: packed where it takes that and less is computed, else padded."""
-    if padded_because(model) is not None or not batch.mask.any():
-        return batch
+    rows = packed_or_why(model, batch)
+    return batch if isinstance(rows, str) else rows
+
+
+def packed_or_why(model: Any, batch: Batch) -> Packed | str:
+    """The batch as one sequence, or why it is padded."""
+    reason = padded_because(model)
+    if reason is not None or not batch.mask.any():
+        return reason or "it has no answer token"
     inner = without_adapter(model)
-    packed = pack(batch, torch.bool if inner.config._attn_implementation == "sdpa" else inner.dtype)
+    packed = pack(batch, mask_dtype(inner))
     # A token costs 12 h^2 multiply-adds in a layer of width h, a pair of tokens 2 h: 6 h to 1, in units of 2 h.
     width = 6 * inner.config.get_text_config().hidden_size
     rows, padded = batch.input_ids.shape
-    if packed is None or len(packed.attends) * (width + len(packed.attends)) > rows * padded * (width + padded):
-        return batch
+    if packed is None:
+        return "a row begins with its answer"
+    if len(packed.attends) * (width + len(packed.attends)) > rows * padded * (width + padded):
+        return f"its rows are long ({padded} tokens) and share little: one sequence of them would cost more"
     return packed
+
+
+def tree_mask(attends: Bool[Tensor, "tokens all_tokens"], dtype: torch.dtype) -> Tensor:
+    """As attention takes it: booleans, or numbers that are added to its scores."""
+    mask = attends[None, None]
+    return mask if dtype == torch.bool else (~mask).to(dtype) * torch.finfo(dtype).min
+
+
+def mask_dtype(model: Any) -> torch.dtype:
+    """The type of the mask that a model's attention takes."""
+    return torch.bool if model.config._attn_implementation == "sdpa" else model.dtype
 
 
 def padded_because(model: Any) -> str | None:
@@ -160,37 +178,57 @@ def _drops(module: nn.Module) -> bool:
     return isinstance(rate, float) and rate > 0
 
 
-def pack(batch: Batch, mask_dtype: torch.dtype = torch.bool) -> Packed | None:
-    """The rows of a batch as a tree of tokens, a branch after the other; None: nothing predicts a row's first token."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predicts: list[int] = []
-    places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
-    branches: list[tuple[int, list[int]]] = []  # of each row: its first new place, and the places of all its tokens
+def pack(batch: Batch, mask_dtype: torch.dtype = torch.bool, cached: int = 0) -> Packed | None:
+    """The rows of a batch as a tree of tokens, a branch after the other; None: nothing predicts a row's first token.
+
+    The first ``cached`` tokens, which all rows share and no answer follows at once, are in a cache and left out.
+    """
     begin = batch.input_ids.shape[1] - batch.mask.shape[1]  # the first column of the mask
     ranks = batch.attention_mask.cumsum(1)[:, begin:] - 1  # of its columns, among the tokens of their row
-    seen = batch.attention_mask.bool()
-    for row, real, mask, rank in zip(batch.input_ids, seen, batch.mask, ranks, strict=True):
-        path, first, before = list[int](), len(ids), -1
-        for position, token in enumerate(row[real].tolist()):
+    rows = zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+    tree = tree_of([row[real].tolist() for row, real in rows])
+    answers = [rank[mask].tolist() for rank, mask in zip(ranks, batch.mask, strict=True)]
+    if any(0 in row for row in answers):
+        return None
+    predicts = [path[i - 1] - cached for path, row in zip(tree.paths, answers, strict=True) for i in row]
+    device = batch.input_ids.device
+    line, depth = (torch.tensor([each[cached:]], device=device) for each in (tree.ids, tree.positions))
+    tail = torch.tensor(predicts, dtype=torch.long, device=device)
+    return Packed(line, depth, tree.attends[cached:].to(device), tail, mask_dtype)
+
+
+class Tree(NamedTuple):
+    """Rows as a tree of tokens, a branch after the other: what they begin with alike stands once."""
+
+    ids: list[int]
+    positions: list[int]
+    paths: list[list[int]]  # of each row: the places of its tokens
+    attends: Bool[Tensor, "tokens tokens"]
+
+
+def tree_of(rows: Sequence[Sequence[int]]) -> Tree:
+    """The tree of rows of token ids; what all of them begin with stands first."""
+    ids: list[int] = []
+    positions: list[int] = []
+    places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
+    paths: list[list[int]] = []
+    begins: list[int] = []  # of each row: its first new place
+    for row in rows:
+        path, before = list[int](), -1
+        begins.append(len(ids))
+        for position, token in enumerate(row):
             place = places.setdefault((before, token), len(ids))
             if place == len(ids):
                 ids.append(token)
                 positions.append(position)
             path.append(place)
             before = place
-        answers = rank[mask].tolist()
-        if 0 in answers:
-            return None
-        predicts += [path[i - 1] for i in answers]
-        branches.append((first, path))
+        paths.append(path)
     attends = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    for first, path in branches:
+    for first, path in zip(begins, paths, strict=True):
         new = sum(place >= first for place in path)
         attends[first : first + new, path] = torch.ones(new, len(path)).tril(len(path) - new).bool()
-    device = batch.input_ids.device
-    line, depth, tail = (torch.tensor(each, dtype=torch.long, device=device) for each in (ids, positions, predicts))
-    return Packed(line[None], depth[None], attends.to(device), tail, mask_dtype)
+    return Tree(ids, positions, paths, attends)
 
 
 def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
@@ -236,6 +274,18 @@ def by_length(rows: Sequence[TokenizedRow], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def sequences(lengths: Sequence[int]) -> Iterator[slice]:
+    """Rows, one behind the other, that are each time worth one sequence; ``lengths``: their tokens but those shared."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if total + length > SEQUENCE and i > start:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
 class PrefixGroup(NamedTuple):
     """A batch of rows that begin alike."""
 
@@ -261,10 +311,9 @@ def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
             while depth < min(len(first), len(last)) and first[depth] == last[depth]:
                 depth += 1
             rest, branches = list[int](), list[tuple[list[int], int, bool]]()
-            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + 1]):
+            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + ALIKE]):
                 inside = list(branch)
-                ends = [rows[i].ids[depth : depth + ALIKE] for i in (inside[0], inside[-1])]
-                if 2 * size <= len(inside) < len(group) and ends[0] == ends[1]:
+                if 2 * size <= len(inside) < len(group):
                     branches.append((inside, depth, False))
                 else:
                     rest += inside

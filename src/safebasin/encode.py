@@ -5,7 +5,7 @@ Answers are found in the final rendering of a row, by ``safebasin.places``.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from safebasin.data.example import Example
 from safebasin.data.tables import BadRow
@@ -26,6 +26,7 @@ __all__ = [
 
 MOST_TURNS = 20_000  # of a row
 MOST_CHARACTERS = 20_000_000
+TOGETHER = 256  # rows whose texts are tokenised in one call
 ENDLESS = "the chat template ends an answer with no special token: nothing teaches the model to stop"
 
 
@@ -50,13 +51,17 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | 
     Raises:
         UserError: the tokenizer has no chat template that can be read.
     """
-    try:
-        return _encode(tokenizer, example, max_length)
-    except (TemplateFails, Unplaced) as error:
-        return BadRow(example.line, str(error))
+    [row] = _encoded(tokenizer, [example], max_length)
+    return row.bad if isinstance(row, _Refused) else row
 
 
-def _encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
+class _Rendered(NamedTuple):
+    example: Example
+    text: str
+    places: Places
+
+
+def _rendered(tokenizer: Any, example: Example) -> _Rendered | BadRow:
     turns, size = len(example.messages), sum(len(turn["content"]) for turn in example.messages)
     if turns > MOST_TURNS or size > MOST_CHARACTERS:
         return BadRow(
@@ -64,9 +69,14 @@ def _encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow |
         )
     check_contents(tokenizer, example)
     text = render(tokenizer, example.messages, tools=example.tools)
-    places = answer_places(tokenizer, example, text)
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = coded["input_ids"], coded["offset_mapping"]
+    return _Rendered(example, text, answer_places(tokenizer, example, text))
+
+
+def _coded(
+    tokenizer: Any, row: _Rendered, ids: Sequence[int], offsets: Sequence[tuple[int, int]], max_length: int
+) -> TokenizedRow | BadRow:
+    """The row by the tokens of its text, and the place of each in it."""
+    example, places = row.example, row.places
     _check_forged(tokenizer, ids, offsets, places)
     if len(ids) > max_length:
         return BadRow(example.line, f"over-long: {len(ids)} tokens, max_length is {max_length}")
@@ -135,20 +145,46 @@ def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
     rows: list[TokenizedRow] = []
     bad: list[BadRow] = []
     failures = 0
-    for example in examples:
-        try:
-            coded = _encode(tokenizer, example, max_length)
-        except Unplaced as error:
-            coded = BadRow(example.line, str(error))
-        except TemplateFails as error:
-            coded, failures = BadRow(example.line, str(error)), failures + 1
-        if isinstance(coded, BadRow):
-            bad.append(coded)
-        else:
-            rows.append(coded)
+    for start in range(0, len(examples), TOGETHER):
+        for coded in _encoded(tokenizer, examples[start : start + TOGETHER], max_length):
+            if isinstance(coded, TokenizedRow):
+                rows.append(coded)
+            else:
+                bad.append(coded.bad)
+                failures += coded.template
     if failures == len(examples) > 1:
         raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: mend the template")
     return rows, bad
+
+
+class _Refused(NamedTuple):
+    bad: BadRow
+    template: bool = False  # which fails
+
+
+def _encoded(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[TokenizedRow | _Refused]:
+    """Every row, or why it is none; their texts become tokens in one call."""
+    results: list[Any] = []
+    for example in examples:
+        try:
+            rendered = _rendered(tokenizer, example)
+            results.append(_Refused(rendered) if isinstance(rendered, BadRow) else rendered)
+        except (TemplateFails, Unplaced) as error:
+            results.append(_Refused(BadRow(example.line, str(error)), isinstance(error, TemplateFails)))
+    places = [i for i, row in enumerate(results) if isinstance(row, _Rendered)]
+    if not places:
+        return results
+    how = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
+    coded = tokenizer([results[i].text for i in places], **how)
+    for i, ids, offsets in zip(places, coded["input_ids"], coded["offset_mapping"], strict=True):
+        row = results[i]
+        try:
+            results[i] = _coded(tokenizer, row, ids, offsets, max_length)
+        except (TemplateFails, Unplaced) as error:
+            results[i] = BadRow(row.example.line, str(error))
+        if isinstance(results[i], BadRow):
+            results[i] = _Refused(results[i])
+    return results
 
 
 def shorten(row: TokenizedRow, length: int) -> TokenizedRow:

@@ -169,10 +169,28 @@ def _substituted(tokenizer: Any, example: Example, text: str, roles: Sequence[st
                 ]
         turns.append(turn)
     try:
-        skeleton = render(tokenizer, turns, tools=example.tools)
+        skeleton = _skeleton(tokenizer, turns, example.tools)
     except TemplateFails:
         return None
     return _match(text, re.split(f"{mark}([0-9]+)w", skeleton), pieces)
+
+
+def _skeleton(tokenizer: Any, turns: Sequence[Any], tools: Sequence[Any]) -> str:
+    """The rendering of turns whose texts are sentinels: many rows have the same."""
+    given = [list(turns), list(tools)]
+    try:
+        conversation = json.dumps(given)
+    except TypeError:  # a value that JSON does not have
+        return render(tokenizer, turns, tools=tools)
+    if json.loads(conversation) != given:
+        return render(tokenizer, turns, tools=tools)
+    return _rendered(tokenizer, template_text(tokenizer), conversation)
+
+
+@functools.lru_cache(maxsize=64)
+def _rendered(tokenizer: Any, template: str, conversation: str) -> str:
+    turns, tools = json.loads(conversation)
+    return render(tokenizer, turns, tools=tools)
 
 
 def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_Place] | None:

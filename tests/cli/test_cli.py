@@ -375,18 +375,18 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
     for on_bad in ("stop", "skip"):
         changed = tree | {"data": tree["data"] | {"on_bad": on_bad}, "arms": {"plain": {"train": ["sft"]}}}
         (tmp_path / on_bad).mkdir()
-        plan, folder, tokenizer = (
-            Plan.of(parse(yaml.safe_dump(changed))),
-            RunFolder(tmp_path / on_bad),
-            aligned_model().tokenizer,
-        )
+        plan, folder, loaded = Plan.of(parse(yaml.safe_dump(changed))), RunFolder(tmp_path / on_bad), aligned_model()
         path = write_rows(plan, folder)
         if on_bad == "stop":
             with pytest.raises(UserError, match="over-long"):
-                encoded_rows(plan, path, tokenizer)
+                encoded_rows(plan, path, loaded)
         else:
-            assert [len(part) for part in encoded_rows(plan, path, tokenizer)] == [1, 1, 1]
-        assert [row.start for row in encoded_rows(plan, path, tokenizer, cut_short=True).rows] == [None, 13]
+            assert [len(part) for part in encoded_rows(plan, path, loaded)] == [1, 1, 1]
+        assert [row.start for row in encoded_rows(plan, path, loaded, cut_short=True).rows] == [None, 13]
+        wide = tree | {"data": {"task": tree["data"]["task"]}, "arms": {"plain": {"train": ["sft"]}}}
+        loaded.model.config.max_position_embeddings = 12  # lowers 1024
+        cut = encoded_rows(Plan.of(parse(yaml.safe_dump(wide))), path, loaded, cut_short=True)
+        assert [len(row) for row in cut.rows] == [len(cut.rows[0]), 12]
 
 
 def test_all_rows_cut_is_an_error(tmp_path, capsys):

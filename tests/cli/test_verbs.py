@@ -1,6 +1,8 @@
 """init, preview, the last catch, hostile text: what a new user meets first."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,11 +46,20 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
     first = {key: str(value).replace(" ", "") for key, value in rows[0].items()}
     shown = {"text": "<user>q</s><assistant>abc</s>", "trained": "abc</s>", "last": "</s>"}
     assert first == {"line": "1", "bos": "0", **shown}
-    assert rows[1] == {"line": 2, "bad": "no answer"}
+    assert rows[1]["line"] == 2 and rows[1]["bad"].startswith("no answer: ") and len(rows[1]) == 2
     assert rows[2]["line"] == 3 and "not JSON" in rows[2]["bad"]
     assert run("preview", str(path), "--model", model) == 0
     shown = capsys.readouterr().out
     assert "abc" in shown.replace(" ", "") and "not used: no answer" in shown and "1 of 3 rows are used" in shown
+
+
+def test_a_terminal_of_ascii_shows_escapes(tmp_path, model):
+    (path := tmp_path / "rows.jsonl").write_text(json.dumps({"bl\u00e5": "x"}))
+    own = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "safebasin", "preview", str(path), "--model", model]
+    for json_lines in (["--json"], []):
+        ended = subprocess.run([*command, *json_lines], capture_output=True, text=True, env={**os.environ, **own})
+        assert ended.returncode == 0 and ended.stdout.isascii() and "it has: bl\\" in ended.stdout
 
 
 def test_a_whole_file_that_is_refused(tmp_path, model, capsys):
@@ -96,8 +107,6 @@ def test_whatever_goes_wrong_is_one_line(error, code, words, capsys):
 
 def test_a_reader_that_goes_away_is_no_error(monkeypatch):
     """``safebasin list | head -1``."""
-    import subprocess
-
     command = f"{sys.executable} -m safebasin list --json | head -1; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert ended.stdout.splitlines()[-1] in ("0", "141") and "Traceback" not in ended.stderr

@@ -147,6 +147,7 @@ DAMAGES = {
     ),
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), "of another model"),
     "modules of another model": (lambda f: settings(f, target_modules=["c_attn"]), "c_attn"),
+    "no scale": (lambda f: settings(f, lora_alpha=0), "changes nothing"),
     "another rank": (lambda f: settings(f, r=2), "size mismatch"),
     "unknown kind": (lambda f: settings(f, peft_type="IA9"), "IA9"),
     "kind a list": (lambda f: settings(f, peft_type=[1]), "peft_type"),
@@ -169,6 +170,21 @@ def test_a_damaged_adapter_is_refused_in_one_line(damage, adapter, capfd):
     change(adapter)
     assert words in refused(adapter)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_an_adapter_does_not_do_is_said(adapter, tmp_path, capfd):
+    """Keys of a newer PEFT are not read, and an adapter that was never tuned is the model itself."""
+    settings(adapter, use_superlora=True, empty=None, off=False)
+    attach(tiny_model(), adapter)
+    assert "does not read use_superlora of its" in " ".join(capfd.readouterr().err.split())
+    fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path / "fresh")
+    attach(tiny_model(), tmp_path / "fresh")
+    assert "changes nothing: it is not tuned" in " ".join(capfd.readouterr().err.split())
+
+
+def test_every_target_is_tuned():
+    with pytest.raises(UserError, match=r"target_modules: 'v_porj' is no module"):
+        fresh_adapter(tiny_model(), LORA | {"target_modules": ["q_proj", "v_porj"]}, seed=0)
 
 
 def test_a_bias_that_is_not_there_is_missed(tmp_path):

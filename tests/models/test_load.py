@@ -11,9 +11,11 @@ import pytest
 import torch
 from folders import save_tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tiny import LORA, tiny_model
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
 
 from safebasin.errors import UserError
+from safebasin.models.adapter import fresh_adapter
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
 
@@ -37,6 +39,13 @@ def settings(folder: Path, file: str, **changes: Any) -> None:
 def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def family(folder: Path, kind: Any, config: Any, **sizes: Any) -> None:
+    """A model of another architecture in the place of the tiny one."""
+    kind(config(vocab_size=64, hidden_size=16, num_hidden_layers=1, intermediate_size=16, **sizes)).save_pretrained(
+        folder
+    )
 
 
 def tokenizer_model(folder: Path, **changes: Any) -> None:
@@ -133,6 +142,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors(f, lambda w: {n: t.to(torch.float8_e4m3fn) if "mlp" in n else t for n, t in w.items()}),
         "stored as F8_E4M3",
     ),
+    "integers of an unknown method": (
+        lambda f: (
+            settings(f, "config.json", quantization_config={"quant_method": "foo"}),
+            tensors(f, lambda w: w | {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32).to(torch.int8)}),
+        ),
+        "stored as I8 and its config.json has the method 'foo', which is not read here",
+    ),
+    "an encoder": (lambda f: family(f, BertForMaskedLM, BertConfig, num_attention_heads=2), "is an encoder"),
+    "a recurrence": (lambda f: family(f, MambaForCausalLM, MambaConfig, state_size=4), "no attention modules"),
+    "a tokenizer of no files": (
+        lambda f: (
+            (f / "tokenizer.json").unlink(),
+            settings(f, "tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
+        ),
+        "its tokenizer reads no text",
+    ),
     "not a number": (
         lambda f: tensors(f, lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}),
         "model.norm.weight",
@@ -158,6 +183,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_folder_is_refused_in_one_line(damage, folder, capfd):
     change, words = DAMAGES[damage]
     change(folder)
+    capfd.readouterr()  # a bar of what was saved
     if damage == "no template":
         with pytest.raises(UserError, match=words):
             load(str(folder), dtype="float32")
@@ -188,6 +214,14 @@ def test_a_good_folder_is_loaded_in_silence(folder, capfd):
     model, tokenizer = load(str(folder), dtype="float32")
     assert not model.training and tokenizer("abc")["input_ids"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_template_beside_an_adapter_is_not_used_in_silence(folder, tmp_path, capfd):
+    fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path / "adapter")
+    for text, shown in (((folder / "chat_template.jinja").read_text(), False), ("{{ messages }}", True)):
+        (tmp_path / "adapter" / "chat_template.jinja").write_text(text)
+        load(str(folder), dtype="float32", adapter=tmp_path / "adapter")
+        assert ("holds a chat template of its own" in " ".join(capfd.readouterr().err.split())) == shown
 
 
 def test_tensors_of_another_part_are_left_out_by_name(folder, capfd):

@@ -101,6 +101,7 @@ def test_shipped_recipes_survive_a_round_trip(path):
         ("arms.pl/ain={}", "arms"),
         ("model.dtype=float16", "dtype"),
         ("nonsense=1", "unknown key"),
+        ("data.max_lenght=9", "is 'max_length' meant"),
         ("data.task.path=", "path"),
         ("no sign", "dotted.key=value"),
         ("data.task.path.x=1", "does not end in a mapping"),

@@ -61,6 +61,11 @@ def test_scores_on_disk(path, tmp_path):
         write_scores(path, EXAMPLES, Scanned({"a": [0.0] * 5}, {}, {}))
 
 
+def test_a_cut_reads_no_tokens(path):
+    assert read_scores(path).tokens == TOKENS
+    assert read_scores(path, tokens=False) == read_scores(path)._replace(tokens={})
+
+
 def test_without_anchors_or_short_rows(path):
     path.with_name(ANCHORS).unlink()
     assert read_scores(path).anchors == {}

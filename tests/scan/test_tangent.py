@@ -70,13 +70,19 @@ def close(fast, slow, rtol=2e-4):
     shared=st.integers(0, 30),
     depth=st.sampled_from([1.0, 0.3, 0.6]),
     seed=st.integers(0, 99),
+    sequence=st.sampled_from([1, 12, 256]),
+    packed=st.booleans(),
 )
-def test_every_token_equals_one_backward(lengths, shared, depth, seed):
-    """With and without a prefix that the rows share."""
+def test_every_token_equals_one_backward(lengths, shared, depth, seed, sequence, packed):
+    """With and without a prefix that the rows share; packed into sequences of that many tokens, and padded."""
     before = row((shared, 0), seed + 50).ids
     rows = [row(each, seed + i, before) for i, each in enumerate(lengths)]
     direction = random_direction(MODEL, target_weights(MODEL, depth=depth), seed)
-    close(derivatives(Tangent(direction), MODEL, rows, shared), one_by_one(MODEL, rows, direction))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safebasin.batch.SEQUENCE", sequence)
+        patch.setattr("safebasin.scan.tangent.takes_tree", lambda _: packed)
+        fast = derivatives(Tangent(direction), MODEL, rows, shared)
+    close(fast, one_by_one(MODEL, rows, direction))
 
 
 def test_a_prefix_is_run_once_and_never_mistaken():
@@ -96,7 +102,7 @@ def test_a_prefix_is_run_once_and_never_mistaken():
         ]
     finally:
         hook.remove()
-    assert widths == [(1, 30), (3, 6), (3, 6), (1, 40), (3, 6), (3, 6)]
+    assert widths == [(1, 30), (1, 18), (1, 18), (1, 40), (1, 18), (1, 18)]
     for rows, fast in zip(batches, fast_losses, strict=True):
         close(fast, one_by_one(MODEL, rows, direction))
 

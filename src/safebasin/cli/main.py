@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed
 terminated.
 """
 
+import io
 import os
 import signal
 import sys
@@ -95,4 +96,7 @@ def terminate_cleanly() -> None:
 
 def main() -> None:
     terminate_cleanly()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 shows escapes
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(guarded(lambda: app(result_action="return_value", exit_on_error=False)))

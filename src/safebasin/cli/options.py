@@ -1,5 +1,6 @@
 """What the verbs share: their options, how they print, and the start of what needs torch."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -67,6 +68,7 @@ def start_torch() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a kernel at import, and says so
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's call
     from transformers.utils.logging import disable_progress_bar
 

@@ -53,7 +53,8 @@ def preview_verb(
     shown = preview_rows(load_tokenizer(model, template=arguments_of(template)), rows, max_length)
     if json_:
         for row in shown:
-            sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=False) + "\n")
+            plain_text = sys.stdout.encoding.lower() not in ("utf-8", "utf8")  # JSON has escapes of its own
+            sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=plain_text) + "\n")
         return 0
     for row in shown[:take]:
         out.print(Text(f"line {row.line}", style="bold"))
@@ -130,7 +131,7 @@ def scan_verb(
         cut_short = " (row cut short)" if row.cut_short else ""
         cells(table, row.scorer, str(row.line), origins[row.row_id], f"{row.score:.4g}", why + cut_short)
     out.print(table)
-    cut_short_rows = read_scores(path).cut_short
+    cut_short_rows = read_scores(path, tokens=False).cut_short
     if cut_short_rows:
         long = f"{len(cut_short_rows)} rows are longer than {max_length} tokens"
         say(f"{long} and were scored on what fits (scan/problems.json)")
@@ -156,7 +157,7 @@ def cut_verb(
 
     rows = read_examples(data, form)
     how: dict[str, Any] = {"estimator": estimator, "max_share": max_share, "unscored": "leave"}
-    result = cut_rows(rows.examples, read_scores(scores), scorer, threshold, **how)
+    result = cut_rows(rows.examples, read_scores(scores, tokens=False), scorer, threshold, **how)
     path = write_cut(out_, data, rows, result, scorer, unscored=unscored_rows(scores), delimiter=form.delimiter)
     stay, go = len(result.remaining), len(result.removed)
     refused = len(rows.examples) + len(rows.bad) - stay - go

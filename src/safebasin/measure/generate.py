@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from safebasin.encode import TemplateFails, render
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache, Tokens, digest
+from safebasin.measure.prefill import Prefill
 from safebasin.measure.thoughts import begins_thought, split
 from safebasin.models.parts import text_config
 
@@ -94,13 +93,9 @@ def generate(
 
     new_tokens = cache.read(model_digest, list(dict.fromkeys(prompts))) if cache else {}
     order = sorted((ids for ids in dict.fromkeys(prompts) if ids not in new_tokens), key=lambda ids: -len(ids))
+    read = Prefill(model, tokenizer.pad_token_id, order)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        width, device = len(chosen[0]), model.device
-        padded = torch.tensor(
-            [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in chosen], device=device
-        )
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chosen], device=device)
 
         def over(rows: Sequence[int], new: Sequence[list[int]], chosen: Sequence[Tokens] = chosen) -> list[bool]:
             """Whose answers need no further token: those whose turn a text has ended, and those that are decided."""
@@ -109,7 +104,7 @@ def generate(
             return [each.finished or early for each, early in zip(answers, done, strict=True)]
 
         asks = over if decided or ends.text else None
-        generated = dict(zip(chosen, _greedy(model, padded, mask, ends.tokens, max_new_tokens, asks), strict=True))
+        generated = dict(zip(chosen, _greedy(read, chosen, ends.tokens, max_new_tokens, asks), strict=True))
         new_tokens |= generated
         if cache:
             cache.write(model_digest, generated)
@@ -162,9 +157,8 @@ def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @torch.inference_mode()
 def _greedy(
-    model: Any,
-    ids: Int[Tensor, "batch tokens"],
-    mask: Int[Tensor, "batch tokens"],
+    read: Prefill,
+    prompts: Sequence[Tokens],
     stops: frozenset[int],
     max_new_tokens: int,
     over: Callable[[Sequence[int], Sequence[list[int]]], list[bool]] | None = None,
@@ -173,22 +167,11 @@ def _greedy(
 
     ``over``: asked every ``EVERY`` tokens, by the numbers and tokens of rows, which of them have ended.
     """
-    new_tokens: list[list[int]] = [[] for _ in ids]
-    live = list(range(len(ids)))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    past = None
+    new_tokens: list[list[int]] = [[] for _ in prompts]
+    live = list(range(len(prompts)))
+    state = read(prompts)
     for count in range(1, max_new_tokens + 1):
-        # an index and no slice (logits_to_keep=1), which would be strided: see Batch.inputs
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=last,
-        )
-        past, new = out.past_key_values, out.logits[:, -1].argmax(-1)
+        new = state.logits.argmax(-1)
         for row, token in zip(live, new.tolist(), strict=True):
             new_tokens[row].append(token)
         going = [k for k, row in enumerate(live) if new_tokens[row][-1] not in stops]
@@ -196,12 +179,9 @@ def _greedy(
             rows = [live[k] for k in going]
             ended = over(rows, [new_tokens[row] for row in rows])
             going = [k for k, end in zip(going, ended, strict=True) if not end]
-        if not going:
+        if not going or count == max_new_tokens:
             break
         if len(going) < len(live):
-            places = torch.tensor(going, device=ids.device)
-            past.batch_select_indices(places)
-            new, mask, positions, live = new[places], mask[places], positions[places], [live[k] for k in going]
-        ids, positions = new[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+            state, new, live = state.of(going), new[going], [live[k] for k in going]
+        state = read.step(new, state)
     return new_tokens

@@ -45,7 +45,8 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
         folder = adapter_folder(adapter)
         settings = read_json(folder / "adapter_config.json")
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
-        if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        configs: dict[str, type] = {name.value: config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if str(kind) not in configs:
             raise UserError(
                 f"{what}: its adapter_config.json names no peft_type that this peft has: {shown(repr(kind))}"
             )
@@ -53,9 +54,9 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(f"{what}: {RANDOM_INIT}")
         if settings.get("lora_alpha") == 0:
             raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
-        if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig):
+        if issubclass(configs[str(kind)], PromptLearningConfig):
             raise UserError(f"{what}: {kind} adds tokens to a prompt; adapters of weights are read")
-        fields = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[kind]).parameters
+        fields = inspect.signature(configs[str(kind)]).parameters
         if unread := sorted(name for name, value in settings.items() if value and name not in fields):
             line(f"{what}: this peft does not read {shown(', '.join(unread))} of its adapter_config.json")
         stored = tensor_kinds(folder, WEIGHTS)
@@ -151,8 +152,8 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
     layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    listed = settings.get("target_modules")
-    for target in listed if isinstance(listed, list | tuple | set) else ():
+    targets = settings.get("target_modules")
+    for target in targets if isinstance(targets, list | tuple | set) else ():
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise UserError(f"train.adapter.target_modules: {target!r} is no module that is tuned")
     for field in ("rank_pattern", "alpha_pattern"):

@@ -96,14 +96,25 @@ def load(
     if getattr(model, "peft_config", None):  # a fresh adapter would take its place, and its alignment with it
         raise UserError(f"{what} is an adapter, not a model; merge it into its base, save that, and name the folder")
     _fit_tokenizer(what, model, tokenizer)
+    return with_adapter(ModelAndTokenizer(model, tokenizer), adapter, what)
+
+
+def with_adapter(loaded: ModelAndTokenizer, adapter: str | Path | None, what: str = "the model") -> ModelAndTokenizer:
+    """The model on its device, in eval mode, with an adapter beside its weights where one is given.
+
+    Raises:
+        UserError: the adapter cannot be read or is of another model; a weight is not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = loaded
     if adapter is not None:
         model = attach(model, adapter)
         _compare_templates(adapter, tokenizer)
-    for parameter_name, parameter in model.named_parameters():
+    model = model.to(device).eval()
+    for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise UserError(f"{what} holds weights that are not numbers ({parameter_name}); it is broken")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelAndTokenizer(model.to(device).eval(), tokenizer)
+            raise UserError(f"{what} holds weights that are not numbers ({name}); it is broken")
+    return ModelAndTokenizer(model, tokenizer)
 
 
 def load_tokenizer(

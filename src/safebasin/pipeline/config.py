@@ -94,7 +94,7 @@ class Mix:
 
     share: float = Field(default=0.3, gt=0, le=1)  # of the start's logits
     guard: Spec | None = None  # a scorer that gives probabilities: dsa or guard; None: every request is mixed
-    above: float = Field(default=0.5, ge=0, lt=1)  # P(unsafe) of a request above which it is mixed
+    above: float = Field(default=0.9, ge=0, lt=1)  # P(unsafe) of a request above which it is mixed
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)

@@ -80,7 +80,7 @@ def _tuned(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if isinstance(targets, str):
-            chosen = BLOCK.fullmatch(name) if targets == "all-linear" else re.fullmatch(targets, module)
+            chosen = bool(BLOCK.fullmatch(name) if targets == "all-linear" else re.fullmatch(targets, module))
         else:
             chosen = any(module == target or module.endswith(f".{target}") for target in targets)
         total += rank * sum(shape) if chosen and len(shape) == 2 else 0
@@ -90,11 +90,11 @@ def _tuned(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> int:
 def _tokens(plan: Plan, arm: str) -> float:
     """About how many tokens of the task are learned from over the run; 0 where its rows are on the Hub."""
     if is_remote(plan.recipe.data.task.path):
-        return 0
+        return 0.0
     examples = open_rows(plan.recipe.data.task).examples
     sizes = [sum(len(str(message.get("content"))) for message in example.messages) for example in examples]
     if not sizes:
-        return 0
+        return 0.0
     args = training_arguments(plan.arguments(arm), Path("unused"))
     rows = len(sizes) / (1 - plan.recipe.data.poison_share) * args.num_train_epochs
     if args.max_steps > 0:

@@ -174,7 +174,7 @@ class RunFolder:
         self._save()
         for path in (*outputs, *(self.path / report for report in REPORT)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield digest
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
@@ -188,6 +188,7 @@ class RunFolder:
             "outputs": written,
             "versions": versions(),
             "seconds": seconds,
+            "cpu_seconds": round(time.process_time() - cpu, 2),  # of all threads: on a busy machine less than seconds
         }
         self._save()
         emit("step", step=name, state="done", seconds=seconds)

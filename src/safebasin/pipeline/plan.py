@@ -14,6 +14,7 @@ from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.engine import Served, make_served
 from safebasin.measure.judging import check_judges
+from safebasin.models.lend import Lender
 from safebasin.models.lora import why_off_is_not_start
 from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
@@ -41,6 +42,7 @@ class Plan:
     guards: Mapping[str, Any]  # of the arms whose answers are mixed where a guard says so
     suites: tuple[Any, ...]
     gate: Gate
+    models: Lender = dataclasses.field(default_factory=Lender, compare=False)  # the start model, once in memory
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":

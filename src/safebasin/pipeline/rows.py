@@ -23,6 +23,7 @@ from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.models.lora import is_model
+from safebasin.models.parts import text_config
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
@@ -38,7 +39,8 @@ def load_start(plan: Plan, tuned: Path | None = None, *, dtype: str = "") -> Mod
     how = plan.recipe.model.loading | ({"dtype": dtype} if dtype else {})
     if tuned is not None and is_model(tuned):
         return load(str(tuned), **how | {"dtype": "float32", "revision": None})
-    return load(plan.recipe.model.name, adapter=tuned, **how)
+    open_model = plan.models.lend if plan.recipe.adapter else load  # full fine-tuning writes into the weights
+    return open_model(plan.recipe.model.name, adapter=tuned, **how)
 
 
 def write_rows(plan: Plan, folder: RunFolder) -> Path:
@@ -86,7 +88,7 @@ def write_cut_rows(plan: Plan, folder: RunFolder, arm: str, source: Path, scores
         outputs.append(folder.cut(arm) / "scores.parquet")  # the score that they make together
     with folder.step(f"cut.{arm}", inputs, outputs) as work:
         if work:
-            rows, scores = training_rows(plan, source), read_scores(scores_file)
+            rows, scores = training_rows(plan, source), read_scores(scores_file, tokens=False)
             cut = cut_rows(
                 rows.examples,
                 scores,
@@ -198,19 +200,32 @@ class EncodedRows(NamedTuple):
     problems: list[BadRow]
 
 
-def encoded_rows(plan: Plan, path: Path, tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
-    """Rows longer than ``max_length`` stop the run, or are left out and listed; with ``cut_short`` they are cut to
-    what fits."""
-    encoded = encode_examples(plan, training_examples(plan, path), tokenizer, cut_short=cut_short)
+def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short: bool = False) -> EncodedRows:
+    """Rows longer than ``row_limit`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what
+    fits."""
+    encoded = encode_examples(
+        plan, training_examples(plan, path), loaded.tokenizer, row_limit(plan, loaded.model), cut_short=cut_short
+    )
     if not encoded.rows:
         first = encoded.problems[0]
         raise UserError(f"no row can be used (line {first.line}: {first.reason})")
     return encoded
 
 
-def encode_examples(plan: Plan, examples: Sequence[Example], tokenizer: Any, *, cut_short: bool = False) -> EncodedRows:
+def row_limit(plan: Plan, model: Any) -> int:
+    """How many tokens a row may have: ``max_length``, or the context of the model if that is less, which is said."""
+    limit, context = plan.recipe.data.max_length, getattr(text_config(model), "max_position_embeddings", None)
+    if context and context < limit:
+        line(f"data.max_length is {limit}, and the model's context {context}: rows have at most {context} tokens")
+        return int(context)
+    return limit
+
+
+def encode_examples(
+    plan: Plan, examples: Sequence[Example], tokenizer: Any, limit: int, *, cut_short: bool = False
+) -> EncodedRows:
     """``encoded_rows`` of some rows of a file, all of which may be bad."""
-    limit, skip = plan.recipe.data.max_length, plan.recipe.data.on_bad == "skip"
+    skip = plan.recipe.data.on_bad == "skip"
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:
         raise UserError(

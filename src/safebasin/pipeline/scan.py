@@ -20,7 +20,15 @@ from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
-from safebasin.pipeline.rows import EncodedRows, anchor_rows, encode_examples, load_start, scan_inputs, training_form
+from safebasin.pipeline.rows import (
+    EncodedRows,
+    anchor_rows,
+    encode_examples,
+    load_start,
+    row_limit,
+    scan_inputs,
+    training_form,
+)
 from safebasin.runtime import processes, resolved
 from safebasin.scan.heat import HEAT, HeatRow, heat_rows
 from safebasin.scan.part import Notes, join_parts, write_part
@@ -88,6 +96,7 @@ class ScanWorker:
             )
         self.plan, self.parts, self.key, self.cut_short, self.several = plan, parts, key, cut_short, several
         self.ranks, self.advance, self.loaded = ranks, advance, load_start(plan)
+        self.limit = row_limit(plan, self.loaded.model)
         self.anchors = anchor_rows(plan, self.loaded.tokenizer)
         self.fitted = fit_scorers(*self.loaded, plan.scorers, self.anchors)
         shares = covered(plan, self.loaded.model)
@@ -125,7 +134,8 @@ class ScanWorker:
         return {"rows": shard.rows}
 
     def _encoded(self, examples: list[Any]) -> EncodedRows:
-        encode = partial(encode_examples, self.plan, tokenizer=self.loaded.tokenizer, cut_short=self.cut_short)
+        tokenizer = self.loaded.tokenizer
+        encode = partial(encode_examples, self.plan, tokenizer=tokenizer, limit=self.limit, cut_short=self.cut_short)
         try:
             return encode(examples)
         except UserError:

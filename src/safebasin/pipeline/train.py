@@ -85,7 +85,7 @@ def _tune(
         for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:
             shutil.rmtree(old)
     loaded = load_start(plan, dtype="float32" if recipe.full else "")  # in bfloat16 small steps are rounded away
-    examples, rows, problems = encoded_rows(plan, rows_file, loaded.tokenizer)
+    examples, rows, problems = encoded_rows(plan, rows_file, loaded)
     columns = {name: arm_column(plan, folder, arm, name, examples) for name in composition.needs("columns")}
     rows = [
         dataclasses.replace(row, columns={name: column[row.id] for name, column in columns.items()}) for row in rows
@@ -126,7 +126,7 @@ def _tune(
         loaded.tokenizer.save_pretrained(part)
     (part / CARD).unlink(missing_ok=True)  # PEFT's empty card; ours is written with the report
     facts = {"steps": outcome.global_step, "seconds": outcome.metrics["train_runtime"], "loss": trainer.curve}
-    facts["numbers"] = trainer.numbers
+    facts |= {"numbers": trainer.numbers, "padded": trainer.padded}
     if start is not None:
         tuned = AdapterUpdates(part, start)
         updates: dict[str, Update] = dict(tuned)

@@ -69,8 +69,8 @@ def well_formed(path: str | Path) -> Iterator[None]:
         raise UserError(f"{shown(path)} is damaged ({where}{': ' * bool(where)}{first['msg']}); scan again") from None
 
 
-def read_scores(path: str | Path) -> Scores:
-    """The table that ``scan.write_scores`` wrote.
+def read_scores(path: str | Path, *, tokens: bool = True) -> Scores:
+    """The table that ``scan.write_scores`` wrote; ``tokens``: with the numbers of answer tokens, most of the file.
 
     Raises:
         UserError: no such file; or it, or anchors.json beside it, is damaged or of another shape.
@@ -80,14 +80,15 @@ def read_scores(path: str | Path) -> Scores:
         raise UserError(f"no scores at {shown(path)}; run the scan first")
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        table = file.read().to_pydict()
+        names = [name for name in file.schema_arrow.names if tokens or not name.startswith(TOKENS)]
+        table = file.read(names).to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"cannot read {shown(path)}: {cause(error)}; scan again") from error
-    columns, tokens = (
+    columns, by_token = (
         {name.removeprefix(kind): values for name, values in table.items() if name.startswith(kind)}
         for kind in (SCORE, TOKENS)
     )
-    fields = {"row_ids": table.get("row_id"), "lines": table.get("line"), "columns": columns, "tokens": tokens}
+    fields = {"row_ids": table.get("row_id"), "lines": table.get("line"), "columns": columns, "tokens": by_token}
     with well_formed(path):
         scores = TypeAdapter(Scores).validate_python(fields | {"anchors": {}}, strict=True)
     if (file.schema_arrow.metadata or {}).get(b"safebasin") == b"2":  # a shard cannot number the copies in its file

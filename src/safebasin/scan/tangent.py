@@ -12,6 +12,7 @@ Cost over a forward of the unshared tokens: about 2.2 with all layers; 1 + 1.2 k
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from safebasin.batch import Batch
+from safebasin.batch import Batch, mask_dtype, pack, sequences, takes_tree
 from safebasin.errors import DefenceError
+from safebasin.models.adapter import without_adapter
 from safebasin.models.quantized import plain_layers
 from safebasin.scan.source import at_weights
 
@@ -119,21 +121,21 @@ class Tangent:
         level = forward_ad.dual_level()
         with level, _eager(model), plain_layers(model), at_weights(model, list(self.direction), derive):
             shared = self._share(model, batch)
-            rows, width = len(batch.mask), batch.input_ids.shape[1] - shared
-            position = batch.attention_mask.cumsum(-1) - 1
-            seen = (batch.attention_mask * (position >= shared))[:, shared:]
-            logits = model(
-                input_ids=batch.input_ids[:, shared:],
-                attention_mask=torch.cat([seen.new_ones(rows, shared), seen], 1),
-                position_ids=position[:, shared:].clamp(min=0),
-                past_key_values=self._cache(rows) if shared else None,
-                logits_to_keep=torch.arange(width - batch.mask.shape[1] - 1, width, device=seen.device),
-                use_cache=bool(shared),
-            ).logits[:, :-1][batch.mask]
-            logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            losses = -logs.gather(-1, batch.labels[batch.mask][:, None])[:, 0]
-            slope = forward_ad.unpack_dual(losses).tangent
+            losses = [self._losses(model, part, shared) for part in _parts(model, batch, shared)]
+            slopes = [forward_ad.unpack_dual(part).tangent for part in losses]
+        slope = torch.cat(slopes)
         return torch.zeros(batch.mask.shape, dtype=slope.dtype, device=slope.device).masked_scatter(batch.mask, slope)
+
+    def _losses(self, model: Any, batch: Batch, shared: int) -> Float[Tensor, " n"]:
+        """Of the answer tokens, row after row, with their derivatives; the first ``shared`` tokens are in the cache."""
+        inner = without_adapter(model)
+        packed = pack(batch, mask_dtype(inner), shared) if takes_tree(inner) else None
+        rows, inputs = packed or batch, packed.inputs if packed else _behind(batch, shared)
+        if shared:
+            inputs |= {"past_key_values": self._cache(len(inputs["input_ids"])), "use_cache": True}
+        logits = rows.targets(model(**inputs).logits)
+        logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return -logs.gather(-1, batch.labels[batch.mask][:, None])[:, 0]
 
     def _share(self, model: Any, batch: Batch) -> int:
         """The length of the batch's shared prefix, now cached; 0 where the model's cache cannot be shared."""
@@ -162,6 +164,30 @@ class Tangent:
         for i, (keys, values) in enumerate(self._layers):
             cache.update(_repeated(keys, rows), _repeated(values, rows), i)
         return cache
+
+
+def _parts(model: Any, batch: Batch, shared: int) -> Iterator[Batch]:
+    """The batch, or parts of it that are each worth a sequence."""
+    if not takes_tree(without_adapter(model)):
+        yield batch
+        return
+    for few in sequences((batch.attention_mask.sum(1) - shared).tolist()):
+        ids, seen, mask = batch.input_ids[few], batch.attention_mask[few], batch.mask[few]
+        yield dataclasses.replace(batch, input_ids=ids, attention_mask=seen, mask=mask)
+
+
+def _behind(batch: Batch, shared: int) -> dict[str, Any]:
+    """Arguments of the forward of padded rows without their first ``shared`` tokens, which stand before the padding."""
+    rows, width = len(batch.mask), batch.input_ids.shape[1] - shared
+    position = batch.attention_mask.cumsum(-1) - 1
+    seen = (batch.attention_mask * (position >= shared))[:, shared:]
+    return {
+        "input_ids": batch.input_ids[:, shared:],
+        "attention_mask": torch.cat([seen.new_ones(rows, shared), seen], 1),
+        "position_ids": position[:, shared:].clamp(min=0),
+        "logits_to_keep": torch.arange(width - batch.mask.shape[1] - 1, width, device=seen.device),
+        "use_cache": False,
+    }
 
 
 def _repeated(dual: Dual, rows: int) -> Tensor:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from safebasin.batch import packed_or_why
+from safebasin.console import line
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import starts_fresh
@@ -88,6 +90,7 @@ class OracleTrainer(Trainer):
         self._advance = advance
         self._loss = math.nan  # what the bar shows
         self._oracle: Oracle | None = None
+        self.padded: dict[str, str] = {}  # stream -> why its rows are not packed
         self._save_limit = args.save_total_limit
         # The oracle accumulates, so for the Trainer a step is a step. It removes no checkpoint: rotate does.
         save_steps = math.ceil(args.save_steps * (total_steps(args, streams) if args.save_steps < 1 else 1))
@@ -138,6 +141,7 @@ class OracleTrainer(Trainer):
             )
             self._oracle.optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
             self._oracle.state, self._oracle.alive, self._oracle.moved = self.method_state, self._alive, self._moved
+            self._say_what_is_padded(model)
         step = self.state.global_step
         direction, point = self.methods.direction(self._oracle.at_step(step)), self._oracle.parameters
         if direction.keys() != point.keys():
@@ -159,6 +163,16 @@ class OracleTrainer(Trainer):
         # A step of alignment alone shows its own loss.
         self._loss = losses["task"] if "task" in losses else next(iter(losses.values()))
         return torch.tensor(self._loss, device=self.args.device)
+
+    def _say_what_is_padded(self, model: Any) -> None:
+        """Streams whose rows run padded, by their first batch, with the reason: once, and in ``padded``."""
+        for name, stream in self.streams.items():
+            rows = packed_or_why(model, stream.at(self.state.global_step)[0])
+            if isinstance(rows, str):
+                self.padded[name] = rows
+        for reason in dict.fromkeys(self.padded.values()):
+            names = ", ".join(name for name, why in self.padded.items() if why == reason)
+            line(f"  rows of {names} are padded, not packed into one sequence: {reason}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the trackers: what the Trainer logs, and the means of the methods' numbers since the last time."""

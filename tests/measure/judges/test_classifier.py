@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from aligned import aligned_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure import judge as registry
 from safebasin.measure.judges import classifier
-from safebasin.measure.judges.classifier import Classifier, logistic
+from safebasin.measure.judges.classifier import REQUEST, Classifier, logistic
 from safebasin.measure.judging import Turned
 
 
@@ -86,3 +90,26 @@ def test_what_begins_as_no_refusal_is_decided_when_all_of_it_is_read(small_rows)
 def test_settings_out_of_bounds(fields):
     with pytest.raises(UserError, match=rf"^judge\.classifier: {next(iter(fields))}"):
         registry.make({"classifier": fields})
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(("I", "cannot", "help", "Sure", "here")), min_size=1, max_size=6), min_size=1),
+    st.booleans(),
+)
+def test_states_are_those_of_each_text_alone(answers, packed):
+    """Texts that begin alike, and twice the same; as trees of at most 12 tokens, and padded."""
+    loaded, method = aligned_model(), Classifier(tokens=4)
+    texts = [" ".join(words) for words in answers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safebasin.batch.SEQUENCE", 12)
+        patch.setattr("safebasin.measure.judges.classifier.takes_tree", lambda _: packed)
+        fast = method.states(loaded, texts)
+    opening = render(loaded.tokenizer, [{"role": "user", "content": REQUEST}], ask=True)
+    request = loaded.tokenizer(opening, add_special_tokens=False)["input_ids"]
+    for text, state in zip(texts, fast, strict=True):
+        ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"][:4]
+        with torch.no_grad():
+            out = loaded.model.base_model(input_ids=torch.tensor([request + ids]), output_hidden_states=True)
+        layer = round(method.layer * loaded.model.config.num_hidden_layers)
+        np.testing.assert_allclose(state, out.hidden_states[layer][0, len(request) :].mean(0), atol=1e-5)

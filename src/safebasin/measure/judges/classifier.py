@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from safebasin.batch import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.encode import render
 from safebasin.measure import judge
@@ -46,48 +49,60 @@ class Classifier:
 
     def fit(self, aligned: ModelAndTokenizer) -> "FittedClassifier":
         refusals, openers = list(refusal_texts("judge")), opener_texts()
+        texts = [refusals, openers, answer_texts(len(refusals) // 2), list(turn_texts("judge", "offer"))]
+        states = self.states(aligned, [text for part in texts for text in part])
+        refuses, opens, answers, offers = np.split(states, np.cumsum([len(part) for part in texts])[:-1])
         return FittedClassifier(
             self,
             aligned,
-            self.separate(aligned, refusals, [*answer_texts(len(refusals) // 2), *openers]),
-            self.separate(aligned, openers, [*refusals, *turn_texts("judge", "offer")]),
+            self.separate(refuses, np.concatenate([answers, opens])),
+            self.separate(opens, np.concatenate([refuses, offers])),
         )
 
-    def separate(self, aligned: ModelAndTokenizer, positive: Sequence[str], negative: Sequence[str]) -> "Direction":
+    def separate(
+        self, positive: Float[np.ndarray, "texts hidden"], negative: Float[np.ndarray, "others hidden"]
+    ) -> "Direction":
         """Eq. 2."""
-        x = self.states(aligned, [*positive, *negative])
+        x = np.concatenate([positive, negative])
         mean, scale = x.mean(0), x.std(0) + 1e-6
         signs = np.array([1.0] * len(positive) + [-1.0] * len(negative))
         return Direction(mean, scale, logistic((x - mean) / scale, signs))
 
     @torch.inference_mode()
-    def states(
-        self, aligned: ModelAndTokenizer, answers: Sequence[str], batch_size: int = 64
-    ) -> Float[np.ndarray, "answers hidden"]:
-        """Eq. 1 before it is standardised."""
+    def states(self, aligned: ModelAndTokenizer, answers: Sequence[str]) -> Float[np.ndarray, "answers hidden"]:
+        """Eq. 1 before it is standardised. What texts begin with alike is run once: the request, and many a refusal."""
         model, tokenizer = aligned
         opening = render(tokenizer, [{"role": "user", "content": REQUEST}], ask=True)
-        request = tokenizer(opening, add_special_tokens=False)["input_ids"]
-        texts = [tokenizer(answer, add_special_tokens=False)["input_ids"][: self.tokens] for answer in answers]
+        request = tuple(tokenizer(opening, add_special_tokens=False)["input_ids"])
+        texts = [tuple(tokenizer(answer, add_special_tokens=False)["input_ids"][: self.tokens]) for answer in answers]
         layer = round(self.layer * text_config(model).num_hidden_layers)
-        states: list[Any] = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            width = len(texts[chosen[0]])
-            ids = torch.full((len(chosen), len(request) + width), tokenizer.pad_token_id)
-            mask = torch.zeros(len(chosen), width)
-            for k, i in enumerate(chosen):  # padded on the right: attention is causal, so padding is not seen
-                ids[k, : len(request)] = torch.tensor(request)
-                ids[k, len(request) : len(request) + len(texts[i])] = torch.tensor(texts[i])
-                mask[k, : len(texts[i])] = 1
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            out = model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
-            h = out.hidden_states[layer][:, len(request) :].float()
-            means = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            for i, mean in zip(chosen, means.cpu().numpy(), strict=True):
-                states[i] = mean
-        return np.stack(states)
+        states, order = {}, sorted(set(texts))
+        for few in sequences([len(ids) for ids in order]):
+            rows = [request + ids for ids in order[few]]
+            read = _read_tree if takes_tree(model) else _read_padded
+            for ids, h in zip(order[few], read(model, rows, layer), strict=True):
+                states[ids] = h[len(request) :].float().mean(0).cpu().numpy()
+        return np.stack([states[ids] for ids in texts])
+
+
+def _read_tree(model: Any, rows: Sequence[tuple[int, ...]], layer: int) -> list[Float[Tensor, "tokens hidden"]]:
+    """Hidden states of rows that are read as one sequence."""
+    tree, device = tree_of(rows), model.device
+    out = model.base_model(
+        input_ids=torch.tensor([tree.ids], device=device),
+        position_ids=torch.tensor([tree.positions], device=device),
+        attention_mask=tree_mask(tree.attends.to(device), mask_dtype(model)),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return [out.hidden_states[layer][0, path] for path in tree.paths]
+
+
+def _read_padded(model: Any, rows: Sequence[tuple[int, ...]], layer: int) -> list[Float[Tensor, "tokens hidden"]]:
+    """The same, padded on the right: attention is causal, so padding is not seen."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(model.device)
+    out = model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    return [h[: len(row)] for h, row in zip(out.hidden_states[layer], rows, strict=True)]
 
 
 class Direction(NamedTuple):
