@@ -52,7 +52,7 @@ def read_rows(
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}, {"prompt": "Name a bird."}])
     >>> [example.answer for example in rows.examples], rows.bad[0].reason
-    (['Apple.'], 'no answer')
+    (['Apple.'], 'no answer: ...')
     """
     if isinstance(source, str | Path):
         from safebasin.data.source import Source, open_rows

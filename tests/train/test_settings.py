@@ -192,7 +192,6 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "cycles"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps has no effect"),
-        ({"max_steps": 4, "warmup_steps": 4}, "the learning rate is never reached"),
         ({"learning_rat": 1e-4}, "is 'learning_rate' meant"),
         ({"batch_size": 4}, "is 'per_device_train_batch_size' meant"),
         ({"optim": "lomo"}, "optim"),

@@ -44,8 +44,8 @@ def measure_verb(
     method = suites.make({suite: {**fields, "judges": list(judges), "max_new_tokens": max_new_tokens}})
     check_judges(judges, {})
     open_prompts(prompts, column, category, take)  # what is wrong with the file is said before a model is loaded
-    make_folder(out_)
     loaded = load(model, dtype=dtype, adapter=adapter)
+    make_folder(out_)
     reads = load(aligned, dtype=dtype) if needs_aligned(judges) else None
     subject = Subject(loaded, "model", make_judges(judges, reads, {}), label, system)
     measurements = [dataclasses.asdict(measurement) for measurement in method.measure(subject)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from safebasin.data.source import is_remote, open_rows
 from safebasin.layer import open_tensors, tensor_files
@@ -60,8 +61,12 @@ def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
     folder: Any = Path(name)
     if name.startswith("builtin:"):
         folder = next(cache().glob(f"{name.removeprefix('builtin:')}-????????????"), folder)
-    elif not folder.is_dir() and isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-        folder = Path(cached).parent
+    elif not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:  # no name of the Hub
+            return None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
     if not any(folder.glob("*.safetensors")):
         return None
     shapes: dict[str, tuple[int, ...]] = {}

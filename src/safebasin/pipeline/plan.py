@@ -87,8 +87,11 @@ class Plan:
         training_arguments(recipe.arguments, Path("unused"))
         read_ema(recipe.train.get("ema"))
         self._check_form()
-        if recipe.train.get("max_steps", -1) > 0 and "num_train_epochs" in recipe.train:
+        steps, warmup = recipe.train.get("max_steps", -1), recipe.train.get("warmup_steps", 0)
+        if steps > 0 and "num_train_epochs" in recipe.train:
             line("train.num_train_epochs has no effect beside train.max_steps")
+        if 0 < steps <= warmup:
+            line(f"train.warmup_steps is {warmup:g} of {steps} steps: the learning rate is never reached")
         for name, composition in self.compositions.items():
             adapter = None if recipe.full else recipe.adapter
             check_settings(self.arguments(name), adapter, composition, recipe.align_share)

@@ -206,10 +206,6 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
         vars(changed).update(changes)
         return Trainer.get_optimizer_cls_and_kwargs(changed)
 
-    if 0 < args.max_steps <= args.warmup_steps:
-        raise UserError(
-            f"train.warmup_steps is {args.warmup_steps:g} of {args.max_steps} steps: the learning rate is never reached"
-        )
     kind, options = optimizer()
     built = kind([torch.nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(args.lr_scheduler_type, built, args.get_warmup_steps(10), 10, settings.get("lr_scheduler_kwargs"))
