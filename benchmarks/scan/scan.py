@@ -119,10 +119,14 @@ def pools(data: Path, count: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def encoded(loaded: ModelAndTokenizer, rows: Sequence[dict[str, Any]], name: str) -> list[TokenizedRow]:
+def encoded(
+    loaded: ModelAndTokenizer, rows: Sequence[dict[str, Any]], name: str, max_length: int = recipe.MAX_LENGTH
+) -> list[TokenizedRow]:
     """Tokens of the rows, whose ids are ``name-0``, ``name-1`` and so on."""
-    examples = read_examples(list(enumerate(rows, 1))).examples
-    return recipe.encoded(loaded.tokenizer, [dataclasses.replace(e, id=f"{name}-{i}") for i, e in enumerate(examples)])
+    examples = [
+        dataclasses.replace(e, id=f"{name}-{i}") for i, e in enumerate(read_examples(list(enumerate(rows, 1))).examples)
+    ]
+    return recipe.encoded(loaded.tokenizer, examples, max_length)
 
 
 def auroc(harmless: np.ndarray, harmful: np.ndarray) -> float:

@@ -8,6 +8,7 @@ each request the dressing whose tokens' scores sum nearest to zero, so that the 
 """
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ def scored(model: str, data: Path, honest: int, count: int, length: int, seed: i
     rows = [
         shorten(row, length)
         for kind, raw in pools(data, honest, count, seed).items()
-        for row in encoded(loaded, raw, kind)
+        for row in encoded(loaded, raw, kind, sys.maxsize)
     ]
     scanned = score_rows(*loaded, rows, {name: scorer.make(name)}, anchors, batch_size=8)
     ids = [row.id for row in rows]
