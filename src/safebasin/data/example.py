@@ -67,14 +67,24 @@ def row_id(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def numbered_copies(row_ids: Iterable[str]) -> list[str]:
+def content_id(row_id: str) -> str:
+    """The id without the number of a copy.
+
+    >>> content_id("0123456789abcdef-2")
+    '0123456789abcdef'
+    """
+    return re.sub(r"(?<=^[0-9a-f]{16})-\d+$", "", row_id)
+
+
+def numbered_copies(row_ids: Iterable[str], seen: collections.Counter[str] | None = None) -> list[str]:
     """Ids of all rows of a set in their order, from those of their content: the second copy of a row is ``<id>-2``.
+
+    ``seen``: of the rows before these; it is counted on.
 
     >>> numbered_copies(["0123456789abcdef", "0123456789abcdef", "mine", "mine"])
     ['0123456789abcdef', '0123456789abcdef-2', 'mine', 'mine']
     """
-    seen: collections.Counter[str] = collections.Counter()
-    numbered = []
+    seen, numbered = collections.Counter() if seen is None else seen, []
     for row in row_ids:
         seen[row] += 1
         numbered.append(row if seen[row] == 1 or not CONTENT_ID.fullmatch(row) else f"{row}-{seen[row]}")

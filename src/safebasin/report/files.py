@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from safebasin.console import printable
-from safebasin.data.example import numbered_copies
 from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.tables import cause, read_table, read_text, shown
 from safebasin.errors import UserError
@@ -165,9 +164,7 @@ def load_scores(path: Path, column: str) -> dict[str, float]:
         raise UserError(
             f"cannot read {shown(path)}: row ids and numbers in {printable(column, NAME)} are needed ({cause(error)})"
         ) from None
-    numbered = (table.schema.metadata or {}).get(b"safebasin") != b"2"
-    ids = columns[0] if numbered else numbered_copies(columns[0])
-    return {row_id: score for row_id, score in zip(ids, columns[1], strict=True) if score is not None}
+    return {row_id: score for row_id, score in zip(*columns, strict=True) if score is not None}
 
 
 def measurements_of(run: Path, arm: str) -> list[Measurement] | None:

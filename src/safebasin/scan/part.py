@@ -4,6 +4,7 @@ What else a shard says stands in its part's metadata: the rows that could not be
 and in that of the first shard the scores of the anchor rows.
 """
 
+import collections
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
-from safebasin.data.example import Example
+from safebasin.data.example import Example, content_id, numbered_copies
 from safebasin.data.tables import BadRow, atomic_write, cause, shown
 from safebasin.errors import UserError
 from safebasin.scan.heat import SHOWN, HeatRow
 from safebasin.scan.scan import Scanned, score_table
-from safebasin.scan.scores import VERSION, AnchorScores, content_id
+from safebasin.scan.scores import AnchorScores
 
 
 class Notes(NamedTuple):
@@ -33,33 +34,36 @@ NOTES = TypeAdapter(Notes)
 
 def write_part(path: Path, examples: Sequence[Example], scanned: Scanned, notes: Notes) -> None:
     """UserError: it cannot be written."""
-    notes = notes._replace(heat=[row._replace(row_id=content_id(row.row_id)) for row in notes.heat])
-    table = score_table(examples, scanned).replace_schema_metadata({**VERSION, "notes": NOTES.dump_json(notes)})
+    table = score_table(examples, scanned).replace_schema_metadata({"notes": NOTES.dump_json(notes)})
     with atomic_write(path) as part:
         pyarrow.parquet.write_table(table, part)
 
 
 def join_parts(paths: Iterable[Path], target: Path) -> Notes:
-    """Write ``target`` from parts in their order, one of them in memory at a time.
+    """Write ``target`` from parts in their order, one of them in memory at a time. Copies of a row, which a shard
+    numbers by itself, are numbered over all of them.
 
     Raises:
         UserError: a part is damaged; it is removed, so that the next start makes it again. Or no row has a score.
     """
-    every, highest = Notes([], [], {}), dict[str, list[HeatRow]]()
+    every, highest, seen = Notes([], [], {}), dict[str, list[HeatRow]](), collections.Counter[str]()
     writer: Any = None
     with atomic_write(target) as joined:
         try:
             for path in paths:
                 table, notes = _read(path)
+                ids = table["row_id"].to_pylist()
+                numbered = dict(zip(ids, numbered_copies(map(content_id, ids), seen), strict=True))
                 every.problems.extend(notes.problems)
                 every.anchors.update(notes.anchors)
                 for row in notes.heat:
-                    highest.setdefault(row.scorer, []).append(row)
+                    highest.setdefault(row.scorer, []).append(row._replace(row_id=numbered[row.row_id]))
                 for rows in highest.values():
                     rows.sort(key=lambda row: -row.score)
                     del rows[SHOWN:]
                 if len(table):  # of a shard without usable rows nobody knows the columns
-                    table = table.replace_schema_metadata(VERSION)
+                    column = pyarrow.array([numbered[row] for row in ids], pyarrow.string())
+                    table = table.set_column(0, "row_id", column).replace_schema_metadata(None)
                     writer = writer or pyarrow.parquet.ParquetWriter(joined, table.schema)
                     writer.write_table(table)
         finally:

@@ -19,7 +19,7 @@ from safebasin.data.example import Example
 from safebasin.data.tables import atomic_write, write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, VERSION, AnchorScores, content_id
+from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, AnchorScores
 
 AnchorSets = Mapping[str, Sequence[TokenizedRow]]
 LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along
@@ -285,13 +285,12 @@ class ScanJournal:
 
 
 def score_table(examples: Sequence[Example], scanned: Scanned) -> pyarrow.Table:
-    """The columns row_id (of the content: copies have one id), line, cut_short, score_<scorer>, tokens_<scorer>
-    (lists).
+    """The columns row_id, line, cut_short, score_<scorer>, tokens_<scorer> (lists).
 
     Raises:
         UserError: a column of another length than the rows.
     """
-    columns: dict[str, Any] = {"row_id": pyarrow.array([content_id(e.id) for e in examples], pyarrow.string())}
+    columns: dict[str, Any] = {"row_id": pyarrow.array([e.id for e in examples], pyarrow.string())}
     columns["line"] = pyarrow.array([e.line for e in examples], pyarrow.int64())
     columns[SHORT] = pyarrow.array([e.id in scanned.cut_short for e in examples], pyarrow.bool_())
     for name, values in scanned.rows.items():
@@ -300,7 +299,7 @@ def score_table(examples: Sequence[Example], scanned: Scanned) -> pyarrow.Table:
         columns[SCORE + name] = pyarrow.array(values, type=pyarrow.float64())
     for name, parts in scanned.tokens.items():
         columns[TOKENS + name] = pyarrow.array(parts, type=pyarrow.list_(pyarrow.float32()))
-    return pyarrow.table(columns).replace_schema_metadata(VERSION)
+    return pyarrow.table(columns)
 
 
 def write_scores(path: str | Path, examples: Sequence[Example], scanned: Scanned) -> None:

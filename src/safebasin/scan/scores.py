@@ -1,7 +1,6 @@
 """Scores as they lie on disk, read without torch: scores.parquet, and anchors.json beside it."""
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
-from safebasin.data.example import Example, numbered_copies
+from safebasin.data.example import Example
 from safebasin.data.tables import cause, read_bytes, read_json, shown
 from safebasin.errors import UserError
 
@@ -18,7 +17,6 @@ SCORE = "score_"  # what the names of columns begin with
 TOKENS = "tokens_"
 SHORT = "cut_short"
 ANCHORS = "anchors.json"
-VERSION = {"safebasin": "2"}  # metadata of a table whose ids are those of the content; without it, copies are numbered
 AnchorScores = dict[str, dict[str, list[float]]]  # scorer -> "harmful" and "safe" -> scores of the anchor rows
 
 
@@ -47,15 +45,6 @@ class Scores(NamedTuple):
                 f"row {missing.id} (line {missing.line}) has no score; the data changed since the scan: scan again"
             )
         return [by_id[example.id] for example in examples]
-
-
-def content_id(row_id: str) -> str:
-    """The id without the number of a copy.
-
-    >>> content_id("0123456789abcdef-2")
-    '0123456789abcdef'
-    """
-    return re.sub(r"(?<=^[0-9a-f]{16})-\d+$", "", row_id)
 
 
 @contextlib.contextmanager
@@ -91,8 +80,6 @@ def read_scores(path: str | Path, *, tokens: bool = True) -> Scores:
     fields = {"row_ids": table.get("row_id"), "lines": table.get("line"), "columns": columns, "tokens": by_token}
     with well_formed(path):
         scores = TypeAdapter(Scores).validate_python(fields | {"anchors": {}}, strict=True)
-    if (file.schema_arrow.metadata or {}).get(b"safebasin") == b"2":  # a shard cannot number the copies in its file
-        scores = scores._replace(row_ids=numbered_copies(scores.row_ids))
     if anchors.is_file():
         with well_formed(anchors):
             scores = scores._replace(anchors=TypeAdapter(AnchorScores).validate_json(read_bytes(anchors), strict=True))
