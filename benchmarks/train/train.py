@@ -57,7 +57,7 @@ from safebasin.batch import Batch, pack
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import load
-from safebasin.runtime import keep_memory
+from safebasin.runtime import keep_memory, resolved
 from safebasin.train.compose import Composition
 from safebasin.train.reference import CachedBatch, ReferenceCache, reference_logits
 from safebasin.train.settings import training_arguments
@@ -124,14 +124,15 @@ class Setting(NamedTuple):
     streams: Mapping[str, Stream]
 
 
-def setting(name: str, accumulation: int = 1) -> Setting:
+def setting(name: str, accumulation: int = 1, dtype: str = "auto") -> Setting:
     """The quickstart's adapter, arguments and kinds of rows on a model; the column ``star`` is random."""
-    loaded = load(name)
+    loaded = load(name, dtype=dtype)
     mixed, _ = recipe.training_rows(loaded.tokenizer, *ROWS)
     draw = np.random.default_rng(0)
     task = [dataclasses.replace(row, columns={"star": draw.random(sum(row.answer)).tolist()}) for row in mixed]
     align = recipe.rows(loaded.tokenizer, recipe.TREE["data"]["align"])
-    args = training_arguments(recipe.ARGUMENTS | {"gradient_accumulation_steps": accumulation}, ROOT / "runs")
+    settings = {"gradient_accumulation_steps": accumulation, "bf16": resolved(dtype) == "bfloat16"}
+    args = training_arguments(recipe.ARGUMENTS | settings, ROOT / "runs")
     streams = streams_of({"task": task, "align": align}, args, loaded.tokenizer.pad_token_id)
     return Setting(fresh_adapter(loaded.model, recipe.ADAPTER, 0), args, streams)
 
