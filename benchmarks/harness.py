@@ -33,7 +33,7 @@ from cyclopts import Parameter
 from scipy import stats
 from transformers.utils import logging
 
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.errors import UserError
 from safebasin.runtime import keep_memory
 from safebasin.stats import mean

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 from aligned import BAD, GOOD, aligned_model
 
-from safebasin.data.tables import file_digest, write_table
+from safebasin.data.files import file_digest
+from safebasin.data.tables import write_table
 
 JOURNAL = Path("scan") / "parts" / "000000.jsonl"
 KEY = 33  # bytes of the journal's first line, which holds the key and no row

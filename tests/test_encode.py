@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from safebasin import places
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.encode import TokenizedRow, encode, encode_all, render, shorten
 from safebasin.errors import UserError
 

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.encode import TokenizedRow, encode
 from safebasin.errors import UserError
 from safebasin.template import pin_template, render, template_date

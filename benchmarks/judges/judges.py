@@ -22,7 +22,8 @@ from benchmarks.guard.dsa import COMPLIED, REFUSED, read
 from benchmarks.harness import Bench, experiment, run_cli
 from benchmarks.scan.scan import auroc
 from safebasin.data.builtin import rows_of, turn_texts
-from safebasin.data.tables import read_table, write_json, write_table
+from safebasin.data.files import write_json
+from safebasin.data.tables import read_table, write_table
 from safebasin.measure.judging import HITS, Verdict, judge_answers, make_judges
 from safebasin.models.load import load
 from safebasin.stats import kappa, wilson

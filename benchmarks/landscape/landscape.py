@@ -29,8 +29,8 @@ from cyclopts import Parameter
 
 from benchmarks import recipe
 from benchmarks.harness import ROOT, Bench, experiment
+from safebasin.data.files import file_digest
 from safebasin.data.records import Measurement
-from safebasin.data.tables import file_digest
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.answers import AnswerCache

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from benchmarks.harness import ROOT, Bench, experiment
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.files import write_json
+from safebasin.data.tables import write_table
 from safebasin.errors import UserError
 
 PARTS = Path("scan") / "parts"
@@ -145,7 +146,7 @@ def report_folder(run: Path, rows: int) -> Path:
     import numpy as np
 
     from safebasin.data.example import read_examples
-    from safebasin.data.tables import file_digest
+    from safebasin.data.files import file_digest
     from safebasin.scan.scan import Scanned, write_scores
 
     chance = np.random.default_rng(0)

@@ -18,7 +18,7 @@ import numpy as np
 from cyclopts import Parameter
 
 from benchmarks.harness import ROOT, Bench, experiment
-from safebasin.data.tables import atomic_write
+from safebasin.data.files import atomic_write
 from safebasin.stats import Interval, mean, two_level, two_level_counts, two_level_difference, wilson
 
 SPREADS = {"none": (0.0, 1.5, 0.0), "some": (0.3, 1.5, 0.5), "much": (0.7, 1.5, 0.5), "hard prompts": (0.3, 4.0, 0.5)}

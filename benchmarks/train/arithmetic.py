@@ -35,11 +35,11 @@ def arithmetic(
     bench.timing("bfloat16.step_ratio", ratios(step, *DTYPES))
 
     test = open_examples(Source(path="builtin:support-test", take=take))
-    asked = [[{"role": "user", "content": example.prompt}] for example in test]
+    conversations = [[{"role": "user", "content": example.prompt}] for example in test]
     plain = {dtype: load(recipe.MODEL, dtype=dtype) for dtype in DTYPES}
 
     def answers(dtype: str) -> float:
-        return seconds(lambda: generate(plain[dtype].model, plain[dtype].tokenizer, asked, max_new_tokens=24))
+        return seconds(lambda: generate(plain[dtype].model, plain[dtype].tokenizer, conversations, max_new_tokens=24))
 
     written = take_turns({dtype: lambda dtype=dtype: answers(dtype) for dtype in DTYPES}, steps)
     bench.timing("bfloat16.answers_ratio", ratios(written, *DTYPES))

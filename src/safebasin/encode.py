@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
 from safebasin.places import Places, Unplaced, answer_places, check_contents, control_tokens
 from safebasin.template import TemplateFails, check_template, generation_marks, render, template_digest

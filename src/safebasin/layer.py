@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from safebasin.data.tables import atomic_write, cause, regular_file, shown
+from safebasin.data.files import atomic_write, cause, regular_file, shown
 from safebasin.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors names the kinds of plain weights

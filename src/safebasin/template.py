@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from safebasin.console import printable
+from safebasin.data.files import cause
 from safebasin.data.keys import THOUGHTS
-from safebasin.data.tables import cause
 from safebasin.errors import UserError
 
 DATE = "2026-01-01"  # that a template with a clock reads, where the recipe names no other

@@ -16,20 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safebasin.data.example import read_examples, row_id
+from safebasin.data.files import atomic_write, cause, shown, write_json
+from safebasin.data.json_rows import BadRow, flaw, read_json
 from safebasin.data.keys import RowForm
-from safebasin.data.tables import (
-    BadRow,
-    atomic_write,
-    cause,
-    copy_rows,
-    endings,
-    flaw,
-    read_json,
-    read_table,
-    shown,
-    write_json,
-    write_table,
-)
+from safebasin.data.tables import copy_rows, endings, read_table, write_table
 from safebasin.errors import UserError
 
 GOOD = {"prompt": "q", "completion": "a"}

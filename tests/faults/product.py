@@ -21,7 +21,8 @@ import yaml
 from aligned import BAD, GOOD, aligned_model
 
 from safebasin.cli.main import app, guarded, terminate_cleanly
-from safebasin.data.tables import file_digest, write_table
+from safebasin.data.files import file_digest
+from safebasin.data.tables import write_table
 from safebasin.pipeline import run as _  # noqa: F401
 from safebasin.report import figure as _figure  # noqa: F401
 

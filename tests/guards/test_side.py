@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from safebasin.batch import Batch, collate
 from safebasin.data.builtin import OPENERS, rows_of, turn_texts
 from safebasin.data.example import read_examples
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.guards.side import (

@@ -12,8 +12,9 @@ from folders import run, save_tiny
 
 import safebasin.pipeline.grid
 from safebasin.attack import attack as attacks
+from safebasin.data.files import write_json
 from safebasin.data.records import Measurement
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.tables import write_table
 from safebasin.errors import AttackFails, DefenceError, UserError
 from safebasin.pipeline import train as pipeline_train
 from safebasin.pipeline.folder import RunFolder

@@ -7,7 +7,8 @@ import types
 import pytest
 
 from safebasin.data.example import Example
-from safebasin.data.tables import file_digest, write_json, write_table
+from safebasin.data.files import file_digest, write_json
+from safebasin.data.tables import write_table
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline import search as module
 from safebasin.pipeline.config import parse

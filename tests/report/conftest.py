@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from safebasin.data.example import row_id
-from safebasin.data.tables import file_digest
+from safebasin.data.files import file_digest
 from safebasin.report import figure
 
 HARM = "how to assemble the forbidden widget at home"  # stands for harmful text; must not reach a report unasked

@@ -12,7 +12,7 @@ from aligned import GOOD, example
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.errors import UserError
 from safebasin.scan.heat import HEAT, worst_rows
 from safebasin.scan.scan import Scanned, write_scores

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from aligned import aligned_model, refusals
 from runs import prepare, start
 
-from safebasin.data.tables import file_digest
+from safebasin.data.files import file_digest
 from safebasin.errors import DefenceError
 from safebasin.scan import scorer
 from safebasin.scan.scan import ScanJournal, score_rows

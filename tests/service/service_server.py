@@ -22,7 +22,7 @@ import uvicorn
 import yaml
 from report import conftest as report_runs
 
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.report.table import collect
 from safebasin.service.app import create_app
 from safebasin.service.executor import Child

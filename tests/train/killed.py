@@ -24,7 +24,7 @@ from away import adapted
 from tiny import PAD, random_rows
 from transformers import Trainer, TrainerState
 
-from safebasin.data.tables import file_digest
+from safebasin.data.files import file_digest
 from safebasin.train import checkpoint, trainer
 from safebasin.train.compose import Composition
 from safebasin.train.trainer import OracleTrainer, last_checkpoint, streams_of, training_arguments

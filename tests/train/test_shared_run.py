@@ -13,7 +13,8 @@ from aligned import BAD, GOOD
 from runs import prepare
 
 from safebasin.cli.main import app, guarded
-from safebasin.data.tables import file_digest, write_table
+from safebasin.data.files import file_digest
+from safebasin.data.tables import write_table
 from safebasin.pipeline.config import read
 from safebasin.pipeline.run import Run
 

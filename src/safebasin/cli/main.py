@@ -17,7 +17,7 @@ from typing import Any
 import cyclopts
 
 from safebasin.console import printable
-from safebasin.data.tables import masked
+from safebasin.data.files import masked
 from safebasin.errors import DefenceError, UserError
 from safebasin.events import close_log
 

@@ -33,8 +33,9 @@ def measure_verb(
     """Ask a model your own prompts and judge its answers."""
     refuse_processes()
     start_torch()
+    from safebasin.data.files import make_folder
     from safebasin.data.source import open_prompts
-    from safebasin.data.tables import make_folder, write_table
+    from safebasin.data.tables import write_table
     from safebasin.measure import suite as suites
     from safebasin.measure.judging import check_judges, make_judges, needs_aligned
     from safebasin.measure.subject import Subject

@@ -30,8 +30,8 @@ def repair_verb(
     """
     refuse_processes()
     start_torch()
+    from safebasin.data.files import write_json
     from safebasin.data.source import Source
-    from safebasin.data.tables import write_json
     from safebasin.pipeline import yaml12
     from safebasin.pipeline.config import Model, validate
     from safebasin.pipeline.repair import CALIBRATION, Job, words

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safebasin.console import printable
+from safebasin.data.json_rows import flaw
 from safebasin.data.keys import (
     ADDED,
     ANSWERS,
@@ -23,7 +24,6 @@ from safebasin.data.keys import (
     filled,
     harmless,
 )
-from safebasin.data.tables import flaw
 
 ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once more
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"

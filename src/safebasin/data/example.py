@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safebasin.data.chat import to_conversation
+from safebasin.data.files import shown
+from safebasin.data.json_rows import BadRow, flaw
 from safebasin.data.keys import PLAIN, RowForm
-from safebasin.data.tables import BadRow, flaw, read_table, shown
+from safebasin.data.tables import read_table
 from safebasin.errors import UserError
 
 

@@ -16,19 +16,10 @@ from safebasin.console import printable
 from safebasin.data.builtin import rows_of
 from safebasin.data.chat import columns, fill, lacking
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.files import cause, shown
+from safebasin.data.json_rows import BadRow, checked
 from safebasin.data.keys import RowForm
-from safebasin.data.tables import (
-    KINDS,
-    BadRow,
-    cause,
-    checked,
-    draw,
-    kind_of,
-    read_table,
-    row_file,
-    shown,
-    without_nothing,
-)
+from safebasin.data.tables import KINDS, draw, kind_of, read_table, row_file, without_nothing
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id

@@ -1,4 +1,4 @@
-"""Tables in files: JSONL, JSON, CSV and Parquet, read with line numbers and written as a complete file or not at all.
+"""Tables in files: JSONL, JSON, CSV and Parquet, read with line numbers and written again.
 
 A file that cannot be read is a ``UserError`` with its path. What is wrong inside one row is a ``BadRow``, which can be
 left out.
@@ -7,112 +7,21 @@ left out.
 import contextlib
 import csv
 import gzip
-import hashlib
 import io
 import json
-import math
-import os
 import random
-import re
-import stat
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safebasin.console import printable
+from safebasin.data.files import atomic_write, cause, read_bytes, read_text, regular_file, shown
+from safebasin.data.json_rows import JSON, BadRow, checked, json_line, read_json
 from safebasin.errors import UserError
-
-
-class BadRow(NamedTuple):
-    line: int
-    reason: str
-
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # and PACKED of all but the last
 PACKED = (".gz", ".zst")
-DEEPEST = 100  # levels of objects and lists in a row: Python's own readers and writers give up at a few hundred
 MISSING = ("nan", "NaN")  # in a field of a CSV file: pandas writes so where nothing stood
-DIGITS = 4300  # of an integer: Python converts no longer ones
-SECRET = re.compile(
-    r"(:/+)[^/\s]+(?=@)"  # user:password of a URL (Path makes one slash of two)
-    r"|\b((?:[\w-]*(?:token|secret|password|passwd|signature|credential)|\w+[-_]?key|sig|auth)=)[^&;#/\s]+"
-    r"|((?<=[?&])key=|\bBearer )[^&;#\s]+"
-    r"|\b(hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}",
-    re.I,
-)
-
-
-def masked(text: str) -> str:
-    """A text without the secrets of its URLs.
-
-    >>> masked("https://me:pass@host/rows.jsonl?token=abc")
-    'https://***@host/rows.jsonl?token=***'
-    """
-    return SECRET.sub(lambda match: f"{next(filter(None, match.groups()))}***", text)
-
-
-def shown(name: str | Path) -> str:
-    """A path or the name of a set or a model, as messages show it: one line without secrets."""
-    return printable(masked(str(name)))
-
-
-def cause(error: BaseException) -> str:
-    """The first line of an error's message, for a message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = getattr(error, "strerror", None) or " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1])
-    named = not text or isinstance(error, LookupError | AttributeError | TypeError)  # their texts need the kind
-    return printable(masked(f"{type(error).__name__}: {text}".removesuffix(": ") if named else text), 200)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def regular_file(path: str | Path) -> Path:
-    """The path of a file that is there.
-
-    Raises:
-        UserError: it is missing, a folder, a pipe, or cannot be looked at.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no such file: {shown(path)}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{shown(path)} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; name a file")
-    return Path(path)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .gz or .zst.
-
-    Raises:
-        UserError: the file cannot be read, or is no complete file of its kind.
-    """
-    path = regular_file(path)
-    try:
-        raw = path.read_bytes()
-        if path.suffix.lower() == ".zst":
-            import pyarrow
-
-            return pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), "zstd").read()
-        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file in UTF-8, without a byte order mark.
-
-    Raises:
-        UserError: see ``read_bytes``; or the file is not UTF-8.
-    """
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shown(path)} is not UTF-8 text (byte {error.start}); convert it first") from None
 
 
 def endings(path: str | Path) -> str:
@@ -183,125 +92,6 @@ def _is_list(text: str) -> bool:
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
         return any(isinstance(row, Mapping) for row in JSON.decode(text))
     return False
-
-
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is not JSON.
-    """
-    try:
-        return JSON.decode(read_text(path))
-    except json.JSONDecodeError as error:
-        lines = "; JSON lines belong in a .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{shown(path)}, line {error.lineno}: not JSON: {error.msg}{lines}") from None
-    except RecursionError:
-        raise UserError(f"{shown(path)}: not JSON that can be read: it is nested too deep") from None
-
-
-class _Repeated(dict[str, Any]):
-    """A JSON object that has a key twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    return row if len(row) == len(pairs) else _Repeated(row)
-
-
-def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) <= DIGITS else math.inf
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # marks what ``flaw`` is to find in a row
-
-
-class _Suspect(Exception):
-    """A JSON value has what may be a flaw."""
-
-
-def _plain_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise _Suspect
-    return row
-
-
-def _plain_float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise _Suspect
-    return value
-
-
-def _plain_integer(digits: str) -> int:
-    if len(digits) > DIGITS:
-        raise _Suspect
-    return int(digits)
-
-
-def _suspect(constant: str) -> None:
-    raise _Suspect
-
-
-PLAIN = json.JSONDecoder(
-    object_pairs_hook=_plain_object, parse_float=_plain_float, parse_int=_plain_integer, parse_constant=_suspect
-)
-
-
-def json_line(number: int, line: str) -> Any:
-    """A row of JSON. A line that needs no closer look is not walked through."""
-    try:
-        if line.count("{") + line.count("[") < DEEPEST and "\\ud" not in line and "\\uD" not in line:
-            with contextlib.suppress(_Suspect):
-                return PLAIN.decode(line)
-        return checked(number, JSON.decode(line), finite=True)
-    except json.JSONDecodeError as error:
-        return BadRow(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
-    except RecursionError:
-        return BadRow(number, f"nested more than {DEEPEST} levels deep")
-
-
-def checked(number: int, row: Any, *, finite: bool = False) -> Any:
-    """The row, or a ``BadRow`` with its flaw."""
-    reason = flaw(row, finite=finite)
-    return BadRow(number, reason) if reason else row
-
-
-def flaw(row: Any, *, finite: bool = False) -> str:
-    """Why no file of ours can hold a row, or nothing. ``finite``: NaN and infinities are flaws too: JSON has none."""
-    level = [row]
-    for _ in range(DEEPEST):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, str):
-                if not value.isascii() and (reason := _surrogate(value)):
-                    return reason
-            elif isinstance(value, Mapping):
-                if isinstance(value, _Repeated):
-                    return "not JSON: an object has a key twice"
-                unnamed = next((key for key in value if not isinstance(key, str)), "")
-                if unnamed != "":
-                    return f"the names of columns must be text, found {type(unnamed).__name__}"
-                inner += value
-                inner += value.values()
-            elif isinstance(value, list | tuple):
-                inner += value
-            elif isinstance(value, int) and value.bit_length() > 3 * DIGITS:
-                return f"an integer of about {int(value.bit_length() * math.log10(2))} digits"
-            elif finite and isinstance(value, float) and not math.isfinite(value):
-                return f"not JSON: a number is not finite or has more than {DIGITS} digits"
-        if not inner:
-            return ""
-        level = inner
-    return f"nested more than {DEEPEST} levels deep"
-
-
-def _surrogate(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"a lone surrogate (U+{ord(text[error.start]):04X}) that no encoding holds"
-    return ""
 
 
 def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple[int, str, Any]]]:
@@ -412,46 +202,6 @@ def _without_nothing(value: Any) -> Any:
     return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def make_folder(path: str | Path) -> Path:
-    """The path of a folder, which is made where it is not there.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {shown(path)}: {cause(error)}") from error
-    return Path(path)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` at the end: a reader never sees half a file.
-
-    After an error it is removed and ``path`` is as it was. Each process has its own, so several may write one file.
-
-    Raises:
-        UserError: it cannot be written.
-
-    >>> with atomic_write("notes.txt") as part:
-    ...     part.write_text("done")
-    """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {shown(path)}: {cause(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
 def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None = None) -> None:
     """Write rows in the format that the name asks for. ``like``: a table whose column types a Parquet file keeps.
 
@@ -556,18 +306,6 @@ def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], li
                     f"cannot write {shown(path)}: column {printable(name, 60)!r}: {cause(error)}"
                 ) from error
     pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(schema.metadata), part)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON."""
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-
-
-def file_digest(path: Path) -> str:
-    """blake2b of a file's bytes: 32 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def draw(rows: Sequence[Any], take: int | None, seed: int) -> list[Any]:

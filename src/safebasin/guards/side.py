@@ -28,7 +28,7 @@ from torch.nn import functional
 from safebasin.batch import Batch, by_length, collate
 from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.example import Example, read_examples
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.models.adapter import reference, unwrapped

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from safebasin.data.tables import cause, shown
+from safebasin.data.files import cause, shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_settings
 from safebasin.models.quantized import dense_weight, quantized_layers

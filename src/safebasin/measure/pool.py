@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safebasin.console import progress
-from safebasin.data.tables import atomic_write
+from safebasin.data.files import atomic_write
 from safebasin.encode import render
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import generate

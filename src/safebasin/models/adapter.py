@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from safebasin.console import line
-from safebasin.data.tables import cause, read_json, shown
+from safebasin.data.files import cause, shown
+from safebasin.data.json_rows import read_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading

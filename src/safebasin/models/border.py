@@ -12,7 +12,7 @@ from huggingface_hub.utils import logging as hub
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from safebasin.data.tables import cause
+from safebasin.data.files import cause
 from safebasin.errors import DefenceError, UserError
 
 # What transformers, peft and torch raise at a configuration, tokenizer or tensor that is damaged or does not fit.

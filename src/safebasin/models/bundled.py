@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safebasin.data.tables import file_digest, shown
+from safebasin.data.files import file_digest, shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 

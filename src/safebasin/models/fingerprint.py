@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from safebasin.data.tables import file_digest, read_json, shown, write_json
+from safebasin.data.files import file_digest, shown, write_json
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.models.border import loading
 from safebasin.models.bundled import cache, resolve

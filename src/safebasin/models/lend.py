@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from safebasin.data.tables import shown
+from safebasin.data.files import shown
 from safebasin.models.load import ModelAndTokenizer, load, with_adapter
 from safebasin.runtime import processes
 

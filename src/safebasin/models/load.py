@@ -15,7 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 
 from safebasin.console import line
-from safebasin.data.tables import read_json, read_text, shown
+from safebasin.data.files import read_text, shown
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.layer import FLOATS, tensor_files, tensor_kinds
 from safebasin.models.adapter import attach

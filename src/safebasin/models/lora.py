@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safebasin.data.tables import read_json, shown, write_json
+from safebasin.data.files import shown, write_json
+from safebasin.data.json_rows import read_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import Update, open_tensors, tensor_files
 from safebasin.models.adapter import adapter_folder

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from safebasin.data.tables import file_digest, read_json, write_json
+from safebasin.data.files import file_digest, write_json
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 from safebasin.models.fingerprint import model_fingerprint

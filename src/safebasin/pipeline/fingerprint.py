@@ -19,8 +19,9 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from safebasin.data.json_rows import BadRow
 from safebasin.data.source import Source, is_remote, open_table
-from safebasin.data.tables import BadRow, endings
+from safebasin.data.tables import endings
 from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model, plain
 from safebasin.runtime import resolved

@@ -21,7 +21,7 @@ import filelock
 from accelerate.utils import broadcast_object_list
 
 from safebasin.console import console
-from safebasin.data.tables import atomic_write, file_digest, make_folder, write_json
+from safebasin.data.files import atomic_write, file_digest, make_folder, write_json
 from safebasin.errors import UserError
 from safebasin.events import emit
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions

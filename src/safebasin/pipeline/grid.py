@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from safebasin.console import console
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.errors import AttackFails, DefenceError, UserError
 from safebasin.pipeline import yaml12
 from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec, edited, plain, validate

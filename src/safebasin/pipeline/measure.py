@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safebasin.data.tables import write_json, write_table
+from safebasin.data.files import write_json
+from safebasin.data.tables import write_table
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.judging import Judge, make_judges, needs_aligned
 from safebasin.measure.pool import AskWorker, Pool

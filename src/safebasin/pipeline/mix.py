@@ -13,7 +13,7 @@ import torch
 
 from safebasin.batch import by_length, collate
 from safebasin.data.example import Example
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.encode import TokenizedRow, encode_all
 from safebasin.errors import UserError
 from safebasin.measure.mix import Conversation, Mixing

@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 from safebasin.data.example import Rows
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.encode import encode
 
 

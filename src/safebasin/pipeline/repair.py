@@ -11,8 +11,8 @@ from typing import Any
 
 from safebasin.batch import by_length, collate
 from safebasin.console import console
+from safebasin.data.files import shown, write_json
 from safebasin.data.source import Source, check_file, open_examples
-from safebasin.data.tables import shown, write_json
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.layer import Pair

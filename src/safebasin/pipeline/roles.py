@@ -9,7 +9,7 @@ A harmful adapter is never copied into a run: a run names it by its digest.
 
 from pathlib import Path
 
-from safebasin.data.tables import shown
+from safebasin.data.files import shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_folder
 from safebasin.models.bundled import cache

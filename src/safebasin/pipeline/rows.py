@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 from safebasin.attack.craft import Row, Score, attack_messages, poisoned_rows
 from safebasin.console import line
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.files import write_json
+from safebasin.data.json_rows import BadRow
 from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
-from safebasin.data.tables import BadRow, copy_rows, write_json, write_table
+from safebasin.data.tables import copy_rows, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 
 from safebasin.console import line, progress
 from safebasin.data.example import read_examples
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.errors import UserError
 from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline.config import Cut, Recipe, plain
 from safebasin.pipeline.rows import training_examples

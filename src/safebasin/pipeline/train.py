@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from safebasin.console import progress
 from safebasin.data.example import Example
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.events import emit
 from safebasin.layer import Update
 from safebasin.models.adapter import all_weights, every_weight, fresh_adapter

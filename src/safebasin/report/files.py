@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from safebasin.console import printable
+from safebasin.data.files import cause, read_text, shown
 from safebasin.data.records import AnswerRecord, Measurement
-from safebasin.data.tables import cause, read_table, read_text, shown
+from safebasin.data.tables import read_table
 from safebasin.errors import UserError
 from safebasin.report import Problem
 from safebasin.report.manifest import load_json

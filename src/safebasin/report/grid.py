@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from safebasin.console import printable
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.report import Gate, page
 from safebasin.report.cells import (
     FAILED,

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.tables import file_digest, flaw, read_json
+from safebasin.data.files import file_digest
+from safebasin.data.json_rows import flaw, read_json
 from safebasin.errors import UserError
 
 # "steps": name -> {"digest", "inputs", "outputs", "versions", "seconds"}; and "model", "seed", "versions", "machine".

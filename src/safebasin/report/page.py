@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from safebasin.console import printable
-from safebasin.data.tables import atomic_write
+from safebasin.data.files import atomic_write
 from safebasin.report import QUANTITIES, Report, figure, words
 
 HERE = Path(__file__).parent

@@ -9,7 +9,8 @@ import rich.table
 from rich.text import Text
 
 from safebasin.console import printable
-from safebasin.data.tables import BadRow, write_json
+from safebasin.data.files import write_json
+from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, SCHEMA, Gate, Problem, Report, Verdict, words
 from safebasin.report.compare import (

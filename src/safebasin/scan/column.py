@@ -17,7 +17,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from safebasin.console import printable
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow, read_table, shown
+from safebasin.data.files import shown
+from safebasin.data.json_rows import BadRow
+from safebasin.data.tables import read_table
 from safebasin.errors import UserError
 from safebasin.scan.cut import cut_rows
 from safebasin.scan.scores import Scores

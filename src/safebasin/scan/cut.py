@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from safebasin.data.example import Example, Rows
-from safebasin.data.tables import BadRow, copy_rows, endings, make_folder, shown, write_json, write_table
+from safebasin.data.files import make_folder, shown, write_json
+from safebasin.data.json_rows import BadRow
+from safebasin.data.tables import copy_rows, endings, write_table
 from safebasin.errors import UserError
 from safebasin.scan.scores import Scores
 from safebasin.scan.threshold import Estimator, Numbers, checked_scores, find_threshold

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from safebasin.data.example import Example
-from safebasin.data.tables import read_bytes
+from safebasin.data.files import read_bytes
 from safebasin.encode import TokenizedRow, render
 from safebasin.scan.scan import Scanned
 from safebasin.scan.scores import read_scores, well_formed

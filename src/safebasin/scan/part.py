@@ -14,7 +14,8 @@ import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
 from safebasin.data.example import Example, content_id, numbered_copies
-from safebasin.data.tables import BadRow, atomic_write, cause, shown
+from safebasin.data.files import atomic_write, cause, shown
+from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
 from safebasin.scan.heat import SHOWN, HeatRow
 from safebasin.scan.scan import Scanned, score_table

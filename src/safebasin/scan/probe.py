@@ -13,7 +13,7 @@ from torch.nn import functional
 from safebasin.batch import Batch, answer_logits, collate
 from safebasin.data.builtin import rows_of
 from safebasin.data.example import Example, read_examples
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.encode import TokenizedRow, encode, encode_all
 from safebasin.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safebasin.batch import Batch, by_prefix, collate
 from safebasin.data.example import Example
-from safebasin.data.tables import atomic_write, write_json
+from safebasin.data.files import atomic_write, write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, AnchorScores

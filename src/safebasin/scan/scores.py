@@ -10,7 +10,8 @@ import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
 from safebasin.data.example import Example
-from safebasin.data.tables import cause, read_bytes, read_json, shown
+from safebasin.data.files import cause, read_bytes, shown
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 
 SCORE = "score_"  # what the names of columns begin with

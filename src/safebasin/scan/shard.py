@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safebasin.data.tables import endings, json_line, read_table, regular_file, shown
+from safebasin.data.files import regular_file, shown
+from safebasin.data.json_rows import json_line
+from safebasin.data.tables import endings, read_table
 from safebasin.errors import UserError
 
 LARGEST = 16 << 20  # bytes of a shard of more than one row

@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 
 from safebasin.data.example import read_examples
-from safebasin.data.tables import BadRow, json_line
+from safebasin.data.json_rows import BadRow, json_line
 from safebasin.errors import UserError
 from safebasin.service.policy import Limits
 

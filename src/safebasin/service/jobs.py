@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import update
 from sqlmodel import Session, col, func, select
 
-from safebasin.data.tables import BadRow
+from safebasin.data.json_rows import BadRow
 from safebasin.pipeline.config import Recipe, plain
 from safebasin.report.gate import parse_gate
 from safebasin.service.files import Storage, check_form

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from safebasin.console import printable
-from safebasin.data.tables import read_json
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.report import QUANTITIES, Gate, Report, Verdict
 from safebasin.report.files import CutFile, load

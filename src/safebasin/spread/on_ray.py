@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from pydantic.dataclasses import dataclass
 
 from safebasin.console import line, printable
-from safebasin.data.tables import cause
+from safebasin.data.files import cause
 from safebasin.errors import UserError
 from safebasin.spread import Facts, Worker
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from safebasin.data.tables import cause, read_json, shown, write_json
+from safebasin.data.files import cause, shown, write_json
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.spread import Item
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from safebasin.data.tables import file_digest, write_json
+from safebasin.data.files import file_digest, write_json
 from safebasin.runtime import processes
 
 REFERENCE = "reference"  # folder beside the checkpoints of full fine-tuning: hidden states of the start

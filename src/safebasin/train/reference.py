@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from safebasin.batch import Batch, Packed, by_length, collate, layout
 from safebasin.console import progress
-from safebasin.data.tables import write_json
+from safebasin.data.files import write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.models.adapter import reference, unwrapped

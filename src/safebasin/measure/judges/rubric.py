@@ -21,7 +21,7 @@ from typing import Annotated
 from pydantic import Field, JsonValue, PositiveInt
 
 from safebasin.console import line
-from safebasin.data.tables import cause, shown, write_json
+from safebasin.data.files import cause, shown, write_json
 from safebasin.errors import UserError
 from safebasin.measure import judge
 from safebasin.measure.endpoint import Endpoint, RequestRefused, Settings
