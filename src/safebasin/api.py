@@ -103,7 +103,8 @@ def scan_rows(
         rows: as ``read_rows`` gives them.
         model: the aligned model, by name or loaded.
         scorers: as in a recipe: ``"gradshield"`` or ``{"gradshield": {"depth": 1.0}}``.
-        max_length: tokens; a longer row is scored on what fits, and its id is in ``cut_short``.
+        max_length: tokens, at most the context of the model; a longer row is scored on what fits; its id is in
+            ``cut_short``.
         batch_size: rows a forward pass.
 
     Raises:
@@ -116,6 +117,7 @@ def scan_rows(
     1
     """
     from safebasin.encode import shorten
+    from safebasin.models.parts import context_length
     from safebasin.registry import split_spec
     from safebasin.scan import scorer
     from safebasin.scan.scan import score_rows
@@ -125,7 +127,8 @@ def scan_rows(
     loaded = load_model(model) if isinstance(model, str) else model
     anchors = _anchors(loaded.tokenizer)
     methods = {split_spec(spec, "scan")[0]: scorer.make(spec) for spec in scorers}
-    tokenized = [shorten(row, max_length) for row in _encoded(loaded.tokenizer, examples)]
+    length = min(max_length, context_length(loaded.model))
+    tokenized = [shorten(row, length) for row in _encoded(loaded.tokenizer, examples)]
     scanned = score_rows(*loaded, tokenized, methods, anchors, examples=examples, batch_size=batch_size)
     ids, lines = [example.id for example in examples], [example.line for example in examples]
     return Scores(ids, lines, scanned.rows, scanned.tokens, scanned.anchors, scanned.cut_short)

@@ -33,7 +33,7 @@ from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.models.adapter import reference, unwrapped
 from safebasin.models.hooks import captured
-from safebasin.models.parts import blocks, text_config
+from safebasin.models.parts import blocks, context_length, text_config
 from safebasin.registry import explain
 
 SHIPPED = Path(__file__).parent / "smollm2-aligned"  # of builtin:smollm2-aligned, from scripts/guard
@@ -231,7 +231,7 @@ def fit_side_guard(
         raise UserError(
             f"guard: rows need the column 'unsafe', true in some, false in others; found {sorted(map(str, labels))[:5]}"
         )
-    coded, bad = encode_all(tokenizer, rows, text_config(model).max_position_embeddings)
+    coded, bad = encode_all(tokenizer, rows, context_length(model))
     if bad:
         raise UserError(
             f"guard: line {bad[0].line}: {bad[0].reason} ({len(bad)} such rows of {len(rows)}); leave it out"

@@ -17,7 +17,7 @@ from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache, Tokens, digest
 from safebasin.measure.prefill import Prefill
 from safebasin.measure.thoughts import begins_thought, split
-from safebasin.models.parts import text_config
+from safebasin.models.parts import context_length
 
 EVERY = 8  # tokens after which it is asked whether an answer is decided
 Decided = Callable[[Sequence[str]], Sequence[bool]]  # of which answers, as far as they go, nothing more is needed
@@ -44,9 +44,9 @@ def prompt_ids(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens:
         UserError: a prompt and an answer of ``max_new_tokens`` do not fit into the context of the model.
     """
     prompts: list[Tokens] = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    context = getattr(text_config(model), "max_position_embeddings", None)
+    context = context_length(model)
     for i, ids in enumerate(prompts):
-        if context and len(ids) + max_new_tokens > context:
+        if len(ids) + max_new_tokens > context:
             raise UserError(
                 f"prompt number {i + 1} has {len(ids)} tokens; its answer does not fit into the context of {context}"
             )

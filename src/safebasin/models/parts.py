@@ -1,5 +1,6 @@
 """The parts of a language model by what they are, whatever the architecture calls them."""
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,11 @@ from safebasin.errors import UserError
 def text_config(model: Any) -> Any:
     """The configuration of the language model: inside a multimodal one, that of its text part."""
     return model.config.get_text_config()
+
+
+def context_length(model: Any) -> int:
+    """How many tokens a model can hold; ``sys.maxsize`` where its positions have no end (BLOOM's have none)."""
+    return getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
 
 
 def language_model(model: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from safebasin.errors import UserError
 from safebasin.measure.mix import Conversation, Mixing
 from safebasin.models.adapter import switched_off
 from safebasin.models.load import ModelAndTokenizer
-from safebasin.models.parts import text_config
+from safebasin.models.parts import context_length
 from safebasin.pipeline.config import Mix
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import anchor_rows
@@ -51,7 +51,7 @@ def request_guard(
 
     def unsafe(conversations: Sequence[Conversation]) -> list[bool]:
         examples = [Example(str(i), _opened(turns), {}, i) for i, turns in enumerate(conversations, 1)]
-        rows, bad = encode_all(tokenizer, examples, text_config(model).max_position_embeddings)
+        rows, bad = encode_all(tokenizer, examples, context_length(model))
         if bad:
             raise UserError(f"mix: the guard cannot read request {bad[0].line}: {bad[0].reason}")
         flags = [False] * len(rows)

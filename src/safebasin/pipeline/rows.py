@@ -25,7 +25,7 @@ from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.models.lora import is_model
-from safebasin.models.parts import text_config
+from safebasin.models.parts import context_length
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file
@@ -216,11 +216,10 @@ def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short
 
 def row_limit(plan: Plan, model: Any) -> int:
     """How many tokens a row may have: ``max_length``, or the context of the model if that is less, which is said."""
-    limit, context = plan.recipe.data.max_length, getattr(text_config(model), "max_position_embeddings", None)
-    if context and context < limit:
+    limit, context = plan.recipe.data.max_length, context_length(model)
+    if context < limit:
         line(f"data.max_length is {limit}, and the model's context {context}: rows have at most {context} tokens")
-        return int(context)
-    return limit
+    return min(limit, context)
 
 
 def encode_examples(

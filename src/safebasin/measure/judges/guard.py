@@ -21,6 +21,7 @@ from safebasin.measure import judge
 from safebasin.measure.judging import Turned
 from safebasin.measure.phrases import covered, plain, refusal, suffixes
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.parts import context_length
 
 BEGINNING = 16  # tokens of a later sentence that are read
 
@@ -45,7 +46,7 @@ class FittedGuard(NamedTuple):
             for i, (prompt, texts) in enumerate(zip(prompts, parts, strict=True))
             for k, text in enumerate(texts)
         ]
-        rows, _ = encode_all(tokenizer, examples, model.config.max_position_embeddings)
+        rows, _ = encode_all(tokenizer, examples, context_length(model))
         unsafe: dict[str, float] = {}
         for chosen in by_length(rows, batch_size):
             batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id).to(model.device)
