@@ -209,7 +209,7 @@ def test_floors_by_hand():
     floors = {name: work.floor(way, task, align, chosen["sft"]) for name, way in chosen.items()}
     assert floors.pop("padded") == 1
     expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5}
-    expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5}
+    expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5, "safegrad_every4": 1 + (2 * 2200 + 350) / 4 / 8800}
     expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800)
     expected |= dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
     expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
@@ -264,7 +264,7 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
     words += ["--keep", str(tmp_path / "keep"), "--out", str(out)]
     harness.main(words)
     records = results(out)
-    others = bench.methods("", "").keys() - {"sft", "padded"}
+    others = bench.methods("", "").keys() - {"sft", "padded", "safegrad_every4"}  # which takes eight steps
     ratios = {f"{name}.{kind}_ratio" for name in others for kind in ("step", "packed")}
     assert set(records) == {"sft.seconds", "padded.seconds", "packed.step_ratio"} | ratios
     for record in records.values():
@@ -282,6 +282,18 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
         for what, record in records.items()
         if what in ("sft.seconds", "padded.seconds", "packed.step_ratio") or what.startswith("spard.")
     ]
+
+
+def test_four_steps_on_end_are_one_value():
+    """Five steps of 4, 1, 1, 1, 4 seconds beside 1, 2, 2, 2, 1: the four are 7 / 7, and the fifth begins another four.
+
+    A median over single steps would be 0.5, and would never see the one in four that is dear.
+    """
+    values = {"every": [4, 1, 1, 1, 4], "sft": [1, 2, 2, 2, 1]}
+    assert harness.ratios({name: bench.in_cycles(column, 4) for name, column in values.items()}, "every", "sft") == [1]
+    assert bench.in_cycles(values["sft"], 1) == values["sft"]
+    with pytest.raises(UserError, match="two cycles: set --steps to 8"):
+        harness.main(["train", "--steps", "7", "--repetitions", "0", "--only", "safegrad_every4"])
 
 
 @pytest.mark.slow
