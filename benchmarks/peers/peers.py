@@ -47,7 +47,7 @@ from safebasin.errors import UserError
 from safebasin.layer import Pair
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import load
-from safebasin.models.lora import AdapterUpdates, ModelShapes, write_lora
+from safebasin.models.lora import AdapterUpdates, Tensors, write_lora
 from safebasin.repair import edit
 from safebasin.repair.walk import Roles, Walk
 from safebasin.train.anchor_projector import AnchorProjector, Departure
@@ -212,9 +212,10 @@ def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
     Raises:
         UserError: the two adapters differ, so that their seconds cannot be compared.
     """
-    for name, model in (("base", BASE), ("aligned", recipe.MODEL)):
-        load(model, dtype="float32").model.save_pretrained(folder / name)
-    model = fresh_adapter(load(str(folder / "aligned"), dtype="float32").model, recipe.ADAPTER, 0)
+    ends = {"base": load(BASE, dtype="float32").model, "aligned": load(recipe.MODEL, dtype="float32").model}
+    for name, end in ends.items():
+        end.save_pretrained(folder / name)
+    model = fresh_adapter(ends.pop("aligned"), recipe.ADAPTER, 0)
     torch.manual_seed(0)
     for name, p in trainable(model).items():
         if ".lora_B." in name:
@@ -227,7 +228,7 @@ def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
         num_proj_layers=10,
         devices="cpu",
     )
-    tuned = AdapterUpdates(folder / "tuned", ModelShapes(model.get_base_model()))
+    tuned = AdapterUpdates(folder / "tuned", Tensors(folder / "aligned"))
     results: dict[str, Any] = {}
 
     def official() -> None:
