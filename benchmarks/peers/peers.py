@@ -32,6 +32,7 @@ import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 from cyclopts import Parameter
@@ -222,6 +223,11 @@ def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
             torch.nn.init.normal_(p.data, std=0.01)
     model.save_pretrained(folder / "tuned")
     theirs = imported("safe_lora.model", checkout)
+    read = theirs.AutoModelForCausalLM.from_pretrained  # the keyword of 4.x is none of transformers 5
+
+    def from_pretrained(*args: Any, load_in_8bit: bool, **settings: Any) -> Any:
+        return read(*args, **settings)
+
     config = importlib.import_module("safe_lora.config").SafeLoRAConfig(
         base_model_path=str(folder / "base"),
         aligned_model_path=str(folder / "aligned"),
@@ -232,7 +238,8 @@ def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
     results: dict[str, Any] = {}
 
     def official() -> None:
-        results["theirs"] = theirs.SafeLoRA(copied.pop(), config).model
+        with mock.patch.object(theirs.AutoModelForCausalLM, "from_pretrained", from_pretrained):
+            theirs.SafeLoRA(copied.pop(), config)
 
     def ours() -> None:
         base = Pair(folder / "base", folder / "aligned", tuned.modules)
