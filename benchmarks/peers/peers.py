@@ -14,6 +14,7 @@ what is a formula in a script and no function is written from the formula, as th
     safetune.star_dss         a step of its STARDSSTrainer, its reference a second model / ours
     safetune.star_dss.first   the same / ours where the reference of the rows is not cached yet
     safelora                  IBM's SafeLoRA on an adapter, ten modules, folders given / our edit `safe_lora`, the same
+    safelora.4096             the same on one block of the shapes of 7B, all seven modules
     asft.official.4096        |(I - d d^T / |d|) B A|_F^2 and its gradient for one matrix of 4096 x 4096, with I, B A
                               and the product formed as PKU-YuanGroup/AsFT forms them, d d^T / |d| given / ours
     guard.prefixes            a guard's call for every prefix of an answer / all in one pass, a policy of 300 tokens
@@ -36,7 +37,7 @@ from unittest import mock
 
 import torch
 from cyclopts import Parameter
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from benchmarks import recipe
 from benchmarks.guard.guard import WAYS, inputs, policy_of
@@ -59,7 +60,7 @@ STEPS = {"hf.plain": "sft", "trl.plain": "sft", "safetune.safegrad": "safegrad"}
 STEPS |= {"safetune.safegrad.first": "safegrad_first", "safetune.asft": "asft"}
 STEPS |= {"safetune.star_dss": "star_dss", "safetune.star_dss.first": "star_dss_first"}
 OTHERS = ("safelora", "asft.official", "guard.prefixes")
-GOALS = dict.fromkeys((*STEPS, *OTHERS), ">= 1.5") | {"asft.official.4096": ">= 20"}
+GOALS = dict.fromkeys((*STEPS, *OTHERS), ">= 1.5") | {"asft.official.4096": ">= 20", "safelora.4096": ">= 1.5"}
 BASE = "builtin:smollm2"  # the weights before the alignment
 RANK = 8
 POLICY = 300  # tokens
@@ -207,13 +208,25 @@ def penalties(size: int) -> dict[str, Callable[[], float]]:
     return {"theirs": lambda: seconds(lambda: gradient(official)), "ours": lambda: seconds(lambda: gradient(low_rank))}
 
 
-def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
-    """Seconds of IBM's SafeLoRA and of ours on the quickstart's adapter, its B random; both read float32 folders.
+def block(size: int) -> dict[str, Any]:
+    """A model of one block before and after an alignment, both random: at 4096 of the shapes of 7B."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": size, "intermediate_size": size * 11008 // 4096, "num_attention_heads": size // 32}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **settings))
+    aligned = copy.deepcopy(base)
+    for p in aligned.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    return {"base": base, "aligned": aligned}
+
+
+def repairs(checkout: Path, folder: Path, ends: dict[str, Any]) -> dict[str, Callable[[], float]]:
+    """Seconds of IBM's SafeLoRA and of ours on an adapter of the quickstart's kind, its B random.
+
+    ``ends``: the models ``base`` and ``aligned`` in float32; both read them from folders.
 
     Raises:
-        UserError: the two adapters differ, so that their seconds cannot be compared.
+        UserError: the two results differ.
     """
-    ends = {"base": load(BASE, dtype="float32").model, "aligned": load(recipe.MODEL, dtype="float32").model}
     for name, end in ends.items():
         end.save_pretrained(folder / name)
     model = fresh_adapter(ends.pop("aligned"), recipe.ADAPTER, 0)
@@ -235,23 +248,30 @@ def repairs(checkout: Path, folder: Path) -> dict[str, Callable[[], float]]:
         devices="cpu",
     )
     tuned = AdapterUpdates(folder / "tuned", Tensors(folder / "aligned"))
-    results: dict[str, Any] = {}
 
-    def official() -> None:
+    def official(given: Any) -> Any:
         with mock.patch.object(theirs.AutoModelForCausalLM, "from_pretrained", from_pretrained):
-            theirs.SafeLoRA(copied.pop(), config)
+            return theirs.SafeLoRA(given, config).model
 
     def ours() -> None:
         base = Pair(folder / "base", folder / "aligned", tuned.modules)
         walk = Walk([edit.make({"safe_lora": {"tau": None, "lowest": 10}})], Roles(tuned=tuned, base=base))
-        results["ours"] = {module: walk.result(module)[0] for module in tuned.modules}
-        write_lora(folder / "out", tuned.config, results["ours"])
+        write_lora(folder / "out", tuned.config, {module: walk.result(module)[0] for module in tuned.modules})
 
-    copied: list[Any] = []
+    def copied() -> Any:
+        return copy.deepcopy(model)  # theirs changes the model that it is given
+
+    ours()
+    factors, own = trainable(official(copied())), AdapterUpdates(folder / "out", tuned.start)
+    for module in tuned.modules:
+        b, a = (factors[f"base_model.model.{module}.lora_{side}.default.weight"].detach() for side in "BA")
+        scale, product = recipe.ADAPTER["lora_alpha"] / recipe.ADAPTER["r"], own[module].b @ own[module].a
+        if not (product - scale * b @ a).norm() <= 1e-3 * product.norm():
+            raise UserError(f"the two repairs of {module} differ, so their seconds cannot be compared")
 
     def timed() -> float:
-        copied.append(copy.deepcopy(model))  # it changes the model that it is given
-        return seconds(official)
+        given = copied()
+        return seconds(lambda: official(given))
 
     return {"theirs": timed, "ours": lambda: seconds(ours)}
 
@@ -278,7 +298,7 @@ def peers(
     safetune: Annotated[Path | None, Parameter(help="FOLDER: checkout of Lexsi-Labs/SafeTune")] = None,
     safelora: Annotated[Path | None, Parameter(help="FOLDER: checkout of IBM/SafeLoRA")] = None,
     steps: Annotated[int, Parameter(help="of each, side by side; two or more")] = 6,
-    size: Annotated[int, Parameter(help="of the matrix of asft.official")] = 4096,
+    size: Annotated[int, Parameter(help="of the matrices of asft.official and of safelora's block")] = 4096,
     answer_tokens: Annotated[int, Parameter(help="of the guard's rows")] = 64,
 ) -> None:
     """What do the steps, penalties, repairs and guards of HF, TRL, SafeTune, AsFT and Safe LoRA cost beside ours?"""
@@ -297,8 +317,10 @@ def peers(
         values = take_turns(prefixes(2, answer_tokens), steps)
         bench.timing("guard.prefixes", ratios(values, "theirs", "ours"), policy=POLICY, answer_tokens=answer_tokens)
     if "safelora" in chosen and safelora is not None:
-        with tempfile.TemporaryDirectory() as place:
-            values = take_turns(repairs(safelora, Path(place)), steps)
-        bench.timing("safelora", ratios(values, "theirs", "ours"), model=recipe.MODEL)
+        models = {"base": load(BASE, dtype="float32").model, "aligned": load(recipe.MODEL, dtype="float32").model}
+        for what, ends, turns in (("safelora", models, steps), (f"safelora.{size}", block(size), 2)):
+            with tempfile.TemporaryDirectory() as place:
+                values = take_turns(repairs(safelora, Path(place), ends), turns, warm_up=0)
+            bench.timing(what, ratios(values, "theirs", "ours"))
     if timed := {name: available[name] for name in available if name in chosen}:
         steps_beside(bench, timed, shared, steps)
