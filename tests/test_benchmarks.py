@@ -17,6 +17,7 @@ from tiny import tiny_model
 from benchmarks import harness
 from benchmarks.grid.grid import grid_of
 from benchmarks.harness import Bench
+from benchmarks.peers import peers
 from benchmarks.repair import repair
 from benchmarks.train import train as bench
 from safebasin.batch import Batch
@@ -209,7 +210,7 @@ def test_floors_by_hand():
     floors = {name: work.floor(way, task, align, chosen["sft"]) for name, way in chosen.items()}
     assert floors.pop("padded") == 1
     expected = {"sft": 1, "lisa": 1, "safegrad_sft": 1.5, "spard": 1.5, "safe_instr": 1.5}
-    expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5}
+    expected |= {"safegrad_first": 1.75, "star_dss_first": 1.5, "safegrad_every4": 1 + (2 * 2200 + 350) / 4 / 8800}
     expected |= dict.fromkeys(("safegrad", "metric_safegrad"), 1.5 + 350 / 8800)
     expected |= dict.fromkeys(("star_dss", "constrained_sft"), 1 + 200 / 8800)
     expected |= {"asft": 1 + 640 / 8800, "composition": 1.5 + 1190 / 8800, "composition_first": 2.25 + 640 / 8800}
@@ -264,7 +265,7 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
     words += ["--keep", str(tmp_path / "keep"), "--out", str(out)]
     harness.main(words)
     records = results(out)
-    others = bench.methods("", "").keys() - {"sft", "padded"}
+    others = bench.methods("", "").keys() - {"sft", "padded", "safegrad_every4"}  # which takes eight steps
     ratios = {f"{name}.{kind}_ratio" for name in others for kind in ("step", "packed")}
     assert set(records) == {"sft.seconds", "padded.seconds", "packed.step_ratio"} | ratios
     for record in records.values():
@@ -282,6 +283,50 @@ def test_records_of_three_steps(folders, tmp_path, capsys):
         for what, record in records.items()
         if what in ("sft.seconds", "padded.seconds", "packed.step_ratio") or what.startswith("spard.")
     ]
+
+
+def test_four_steps_on_end_are_one_value():
+    """Five steps of 4, 1, 1, 1, 4 seconds beside 1, 2, 2, 2, 1: the four are 7 / 7, and the fifth begins another four.
+
+    A median over single steps would be 0.5, and would never see the one in four that is dear.
+    """
+    values = {"every": [4, 1, 1, 1, 4], "sft": [1, 2, 2, 2, 1]}
+    assert harness.ratios({name: bench.in_cycles(column, 4) for name, column in values.items()}, "every", "sft") == [1]
+    assert bench.in_cycles(values["sft"], 1) == values["sft"]
+    with pytest.raises(UserError, match="two cycles: set --steps to 8"):
+        harness.main(["train", "--steps", "7", "--repetitions", "0", "--only", "safegrad_every4"])
+
+
+# --- peers --------------------------------------------------------------------------------------------------
+
+
+def test_a_module_of_a_checkout_is_imported_without_what_its_packages_import(tmp_path, monkeypatch):
+    """A package whose ``__init__`` needs what is not installed; the module imports a neighbour by its full name."""
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    (tmp_path / "inner").mkdir()
+    for package in (tmp_path, tmp_path / "inner"):
+        (package / "__init__.py").write_text("import nothing_of_this_name")
+    (tmp_path / "inner" / "step.py").write_text("from peer_of_a_test.inner.size import SIZE\ntwice = 2 * SIZE\n")
+    (tmp_path / "inner" / "size.py").write_text("SIZE = 3\n")
+    assert peers.imported("peer_of_a_test.inner.step", tmp_path).twice == 6
+    with pytest.raises(UserError, match="give a checkout"):
+        peers.imported("peer_of_a_test.inner.step", tmp_path / "none")
+
+
+def test_rows_as_a_peer_has_them():
+    """Two rows of four tokens; the answers are the last two of the first and the last of the second."""
+    ids = torch.tensor([[5, 6, 7, 8], [0, 6, 7, 9]])
+    mask, star = torch.tensor([[True, True], [False, True]]), torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+    batch = Batch(ids, (ids > 0).long(), mask, {"star": star})
+    assert peers.padded(batch)["labels"].tolist() == [[-100, -100, 7, 8], [-100, -100, -100, 9]]
+    assert peers.padded(batch, weights=True)["safety_weights"].tolist() == [[1, 1, 0.5, 0.25], [1, 1, 0, 1]]
+
+
+def test_a_peer_without_its_folder_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(peers, "setting", lambda _: None)
+    monkeypatch.setattr(peers, "trainers", lambda *_: {"hf.plain": None})
+    with pytest.raises(UserError, match=r"trl\.plain: without its folder"):
+        harness.main(["peers", "--quick", "--only", "trl.plain"])
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def measure(
 ) -> None:
     """Records of one model at policies of so many tokens."""
     errors: list[float] = []
-    shared = {length: (list(guard.policy) * (1 + length // len(guard.policy)))[:length] for length in policies}
+    shared = {length: policy_of(guard, length) for length in policies}
     for length, policy in shared.items():  # not timed: memory, errors, and the first touch of everything
         scores = {}
         for way, call in WAYS.items():
@@ -132,6 +132,24 @@ def measure(
     bench.record("one_pass.max_error", max(errors), n=prefixes, unit="probability")
 
 
+def inputs(model: str, dtype: str, rows: int, answer_tokens: int) -> tuple[Any, Guard, Rows]:
+    """A guard's network, its reader, and rows to score."""
+    network, tokenizer = load(model, dtype=dtype)
+    if not takes_tree(network):
+        raise UserError(f"{model} takes no tree of a mask, so there is no one pass to measure")
+    reader = read_guard(tokenizer, POLICY, ("No", "Yes"))
+    texts = rows_of("builtin:ordinary-test")
+    ids = text_ids(tokenizer, "\n\n".join(row["completion"] for row in texts))
+    answers = [(ids[i * answer_tokens :] + ids)[:answer_tokens] for i in range(rows)]
+    contexts = [[*text_ids(tokenizer, row["prompt"]), *reader.between] for row in texts[:rows]]
+    return network, reader, list(zip(contexts, answers, strict=True))
+
+
+def policy_of(guard: Guard, length: int) -> list[int]:
+    """A policy of so many tokens."""
+    return (list(guard.policy) * (1 + length // len(guard.policy)))[:length]
+
+
 @experiment(
     "guard",
     replaces=("what",),
@@ -149,14 +167,6 @@ def guard(
     repetitions: int = 6,
 ) -> None:
     """All prefixes of an answer in one pass, against a call for each: how much faster, how equal?"""
-    network, tokenizer = load(model, dtype=dtype)
-    if not takes_tree(network):
-        raise UserError(f"{model} takes no tree of a mask, so there is no one pass to measure")
-    reader = read_guard(tokenizer, POLICY, ("No", "Yes"))
-    texts = rows_of("builtin:ordinary-test")
-    ids = text_ids(tokenizer, "\n\n".join(row["completion"] for row in texts))
-    answers = [(ids[i * answer_tokens :] + ids)[:answer_tokens] for i in range(rows)]
-    contexts = [[*text_ids(tokenizer, row["prompt"]), *reader.between] for row in texts[:rows]]
+    network, reader, pairs = inputs(model, dtype, rows, answer_tokens)
     bench.facts |= {"model": model, "dtype": dtype, "rows": rows, "suffix": len(reader.suffix)}
-    pairs = list(zip(contexts, answers, strict=True))
     measure(bench, network, reader, pairs, every=every, repetitions=repetitions)

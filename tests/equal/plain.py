@@ -26,14 +26,18 @@ EPS = 1e-4
 
 # Methods whose phases are longer than the four steps here; all others run at their defaults.
 SHORT = {"lisa": {"align_steps": 1, "task_steps": 2}, "alignguard": {"samples": 2}}
+# Options that carry something from step to step, in a case of their own: "method option". Of four steps the third
+# reuses what the second computed, also where a run is resumed between them.
+OPTIONS = {"safegrad every": {"every": 3, "average": 0.5}}
+NAMES = [*(entry.name for entry in method), *OPTIONS]
 
 
-def composed(name: str, folders: dict[str, str]) -> Composition:
+def composed(case: str, folders: dict[str, str]) -> Composition:
     """A method as in a run; one with the fields ``base`` and ``aligned`` gets the folders of two tiny models."""
+    name = case.split()[0]
     fields = {field.name for field in dataclasses.fields(method[name].kind)}
-    return Composition.of(
-        [{name: SHORT.get(name, {}) | {key: folder for key, folder in folders.items() if key in fields}}]
-    )
+    settings = SHORT.get(name, {}) | OPTIONS.get(case, {})
+    return Composition.of([{name: settings | {key: folder for key, folder in folders.items() if key in fields}}])
 
 
 def rows_of(methods: Composition) -> dict[str, list]:

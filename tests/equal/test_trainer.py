@@ -20,7 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 from away import adapted, assert_same
-from plain import STEPS, WholeBatches, composed, loop
+from plain import NAMES, STEPS, WholeBatches, composed, loop
 from tiny import LORA, PAD, tiny_model
 from worker import MODES, hosted, tune
 
@@ -34,7 +34,6 @@ from safebasin.vector import Vector, trainable
 
 pytestmark = pytest.mark.slow
 
-NAMES = [entry.name for entry in method]
 SAME = 1e-5  # float32: other orders of summing, seen through a few steps of AdamW
 # bfloat16 holds 2^-8 = 0.004 of a number, and a gradient is some ten products deep: 0.01 of the update, 0.045 for
 # booster, whose direction is five times a difference of two gradients. Two splits of one step differ by 0.033 under it,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from plain import BATCH, CLIP, EPS, LR, STEPS, composed, rows_of
+from plain import BATCH, CLIP, EPS, LR, NAMES, STEPS, composed, rows_of
 from tiny import LORA, PAD, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -23,7 +23,6 @@ from transformers import Trainer
 
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
-from safebasin.train import method
 from safebasin.train.compose import Composition
 from safebasin.train.trainer import OracleTrainer, streams_of, training_arguments
 from safebasin.vector import Vector, trainable
@@ -113,11 +112,11 @@ if __name__ == "__main__":
     shard_on_cpu()
     gc.freeze()  # the Trainer collects garbage at every start
     for mode, settings in MODES.items():
-        for entry in method:
-            key = f"{mode}/{entry.name}"
+        for name in NAMES:
+            key = f"{mode}/{name}"
             try:
                 run = functools.partial(
-                    tune, composed(entry.name, folders), folder / key, micro=2, accumulation=2, **settings
+                    tune, composed(name, folders), folder / key, micro=2, accumulation=2, **settings
                 )
                 resume = None
                 if "resumed" in mode:
@@ -127,7 +126,7 @@ if __name__ == "__main__":
             except Exception as error:  # reported by method, so that one does not hide the others
                 errors[key] = f"{type(error).__name__}: {error}"
                 continue
-            tuned_by_name |= {f"{key}/{name}": p for name, p in tuned.items()}
+            tuned_by_name |= {f"{key}/{parameter}": p for parameter, p in tuned.items()}
     errors["norms"] = [sharded((2,), Shard(0)).norm(), sharded((2, 1), Replicate(), Shard(0)).norm()]
     safetensors.torch.save_file(tuned_by_name, folder / f"tuned{rank}.safetensors")
     (folder / f"errors{rank}.json").write_text(json.dumps(errors))

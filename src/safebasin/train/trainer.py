@@ -218,12 +218,12 @@ class OracleTrainer(Trainer):
         self.curve, self._alive = [(step, loss) for step, loss in facts["curve"]], set(facts["alive"])
         self._moved = facts["moved"]
         self.numbers = {name: [(step, x) for step, x in pairs] for name, pairs in facts["numbers"].items()}
-        point = trainable(self.model)
-        for full_name, tensor in tensors.items():
-            key, _, name = full_name.partition(":")
-            like, tensor = point[name], tensor.to(point[name].device)
-            part = distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
-            self.method_state.setdefault(key, Vector())[name] = part
+        for key in dict.fromkeys(name.partition(":")[0] for name in tensors):
+            vector = self.method_state[key] = Vector()
+            for name, like in trainable(self.model).items():  # in their order: it is that of summing, down to the bits
+                part = tensors[f"{key}:{name}"].to(like.device)
+                mesh = (like.device_mesh, like.placements) if isinstance(like, DTensor) else ()
+                vector[name] = distribute_tensor(part, *mesh) if mesh else part
         if self.average is not None:
             self.average.vector = self.method_state.get("ema", Vector())
 

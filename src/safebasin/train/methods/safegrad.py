@@ -4,6 +4,14 @@
     g    = g_u' + rho g_a                                                       (eq. 5)
     L_align = KL(reference || model) on alignment rows                          (eq. 6)
 
+Two options make alignment cheaper than the paper has it; with either, g_a is no longer the exact gradient of the step:
+
+    every: k      g_a is taken once in k steps and reused between them: at up to k - 1 steps it is of an earlier point
+                  and of earlier alignment rows, and only one in k batches of alignment rows is seen
+    average: b    g_a is a moving average, b g_a + (1 - b) times the new one: of several batches of rows and of points
+
+A g_a that has no direction (a KL at the start) is never reused nor averaged. g_u is exact at every step.
+
 Departs from the official code: KL over answer tokens only and divided by them (the code sums over the prompt and the
 padding and divides by the answer tokens); surgery once an optimizer step, on the gradient of the whole step; the
 reference is the adapter switched off, not a second model. At the first step g_a of the KL is zero but for rounding, and
@@ -11,9 +19,9 @@ the task gradient passes untouched.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from safebasin.train import method
 from safebasin.train.loss import kl_from_reference, nll
@@ -35,11 +43,26 @@ class SafeGrad:
 
     rho: NonNegativeFloat = 1.0  # weight of alignment (eq. 5)
     align: Literal["kl", "sft"] = "kl"  # L_align: KL to the reference, or likelihood of the alignment rows' answers
+    every: PositiveInt = 1  # k: steps to a new g_a; the paper takes one at every step
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0  # b: share of the older ones in g_a; none in the paper
 
     def direction(self, grad: Grad) -> Vector:
         u = grad.task()
-        a = grad(kl_from_reference if self.align == "kl" else nll, "align")
+        a = self.alignment(grad)
         projected, size = surgery(u, a), u.norm()
         grad.numbers["safegrad.ratio"] = a.norm() / size if size else math.nan  # |g_a| / |g_u|
         grad.numbers["safegrad.conflict"] = float(projected is not u)  # its mean is the share of conflicting steps
         return projected + self.rho * a
+
+    def alignment(self, grad: Grad) -> Vector:
+        """g_a of this step. What is reused or averaged is in the state of the run, and so in its checkpoints."""
+        last = grad.state.get("safegrad.align")
+        last = last if last is not None and last @ last > FLOOR else None
+        if last is not None and grad.step % self.every:
+            return last
+        a = grad(kl_from_reference if self.align == "kl" else nll, "align")
+        if self.average and last is not None:
+            a = self.average * last + (1 - self.average) * a
+        if self.average or self.every > 1:
+            grad.state["safegrad.align"] = a
+        return a
