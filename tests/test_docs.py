@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def page(tmp_path_factory):
     write_converted(folder / "mine_trl", as_messages(examples, "trl"), "trl")
     write_converted(folder / "mine_weighted", tokens._replace(rows=weighted), "tokens")
     names: dict = {}
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory' argument")  # the page's own arguments, on a CPU
         patch.setenv("CI", "1")  # TRL sends no telemetry then
         patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
         for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):

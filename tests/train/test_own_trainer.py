@@ -1,11 +1,10 @@
 """The weighted Trainer of docs/own_trainer.md is STAR-DSS without its pull, and the defended one takes columns."""
 
-import types
-
 import pytest
 import torch
+from aligned import word_tokenizer
 from test_docs import page  # noqa: F401 - a fixture
-from tiny import LORA, PAD, random_rows, tiny_model
+from tiny import LORA, random_rows, tiny_model
 from transformers import Trainer
 
 from safebasin.models.adapter import fresh_adapter
@@ -34,7 +33,7 @@ def trained(kind, folder, accumulation=1):
     }
     args = training_arguments(settings | {"learning_rate": 0.01, "adam_epsilon": 1e-4, "seed": 0}, folder)
     model = fresh_adapter(tiny_model(), LORA, seed=0)
-    collator = WeightedCollator(types.SimpleNamespace(pad_token_id=PAD))
+    collator = WeightedCollator(word_tokenizer())
     kind(model=model, args=args, train_dataset=[item(row) for row in ROWS], data_collator=collator).train()
     return {name: p.detach() for name, p in trainable(model).items()}
 

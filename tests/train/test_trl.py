@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 MARKED = TEMPLATE.replace(
     "{{ m.content }} <end> ",
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <end> {% endgeneration %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }} <end>{% endgeneration %} "
     "{% else %}{{ m.content }} <end> {% endif %}",
 )
 ASK, SAY = {"role": "user", "content": "make a cake"}, {"role": "assistant", "content": "Sure here"}
