@@ -18,7 +18,9 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from safebasin.data.example import Example
-from safebasin.data.tables import BadRow, make_folder, write_json, write_table
+from safebasin.data.files import atomic_write, make_folder, write_json
+from safebasin.data.json_rows import BadRow
+from safebasin.data.tables import write_table
 from safebasin.encode import TokenizedRow, encode_all
 from safebasin.errors import UserError
 from safebasin.scan import scorer
@@ -109,7 +111,8 @@ def write_converted(target: Path, converted: Converted, form: FormName) -> None:
     if form == "axolotl":
         entry = {"path": str(target / FILE), "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
         text = yaml.safe_dump({"datasets": [entry | {"message_field_training": "train"}]}, sort_keys=False)
-        (target / ENTRY[form]).write_text(text, encoding="utf-8")
+        with atomic_write(target / ENTRY[form]) as part:
+            part.write_text(text, encoding="utf-8")
     elif form == "llamafactory":
         columns = {"messages": "conversations"}
         if any("tools" in row for row in converted.rows):
