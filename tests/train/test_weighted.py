@@ -1,9 +1,11 @@
 """Per-token weights: padded beside their tokens, one number by hand; the plugin for axolotl, against a stub of its
 documented base class and of the calls that its builder makes."""
 
+import ast
 import importlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
+from safebasin.train import weighted
 from safebasin.train.weighted import WeightedCollator, WeightedLoss
 from safebasin.vector import trainable
 
@@ -56,6 +59,14 @@ def test_the_loss_by_hand():
     assert outputs.logits.shape == (1, 3, 8) and "weights" in batch and host.model_accepts_loss_kwargs
     with pytest.raises(UserError, match="remove_unused_columns=False"):
         host.compute_loss(Even(), {name: batch[name] for name in ("input_ids", "labels")})
+
+
+def test_it_runs_beside_other_versions():
+    """In axolotl's environment, which has not what the package needs."""
+    tree = ast.parse(Path(weighted.__file__).read_text(encoding="utf-8"))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert names == {"dataclasses", "collections.abc", "typing", "torch", "torch.nn", "safebasin.errors"}
 
 
 @pytest.fixture

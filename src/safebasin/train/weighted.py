@@ -3,7 +3,7 @@
     L = sum_t w_t CE(y_t | x, y_<t) / N     N: labels of all micro-batches and ranks of the step, whatever they weigh
 
 With w = ``star`` this is STAR-DSS without its KL to the reference, ``star_dss: {kl: 0}``; with one number a row it is
-static shaping. Of the package only errors are imported, so that this file runs beside other versions of transformers.
+static shaping. This file imports torch and errors alone, so that it runs beside other versions of transformers.
 """
 
 import dataclasses
