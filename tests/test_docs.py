@@ -1,6 +1,8 @@
 """The code of docs/own_trainer.md runs as it is, on the tiny model, and equals a plain loop and a plain Trainer."""
 
+import contextlib
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ from aligned import aligned_model
 from tiny import LORA, PAD, random_rows, tiny_model
 from transformers import Trainer
 
+from safebasin.data.source import Source, open_examples
 from safebasin.models.adapter import fresh_adapter
+from safebasin.pipeline.convert import as_messages, as_tokens, write_converted
 from safebasin.train.compose import Composition
 from safebasin.train.trainer import training_arguments
 from safebasin.vector import trainable
@@ -21,18 +25,28 @@ TEXT = (Path(__file__).parents[1] / "docs" / "own_trainer.md").read_text(encodin
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The names that the blocks of the page define, run one after another."""
+    """The names that the blocks of the page define, run one after another, beside files that were converted."""
     folder = tmp_path_factory.mktemp("docs")
     for part in aligned_model():
         part.save_pretrained(folder)
+    examples = open_examples(Source(path="builtin:support-train", take=16))
+    tokens = as_tokens(examples, aligned_model().tokenizer, 1024)
+    weighted = [row | {"weights": [float(label != -100) / 2 for label in row["labels"]]} for row in tokens.rows]
+    write_converted(folder / "mine_trl", as_messages(examples, "trl"), "trl")
+    write_converted(folder / "mine_weighted", tokens._replace(rows=weighted), "tokens")
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
-        exec(compile(block.replace("builtin:smollm2-aligned", str(folder)), "own_trainer.md", "exec"), names)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory' argument")  # the page's own arguments, on a CPU
+        patch.setenv("CI", "1")  # TRL sends no telemetry then
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+            exec(compile(block.replace("builtin:smollm2-aligned", str(folder)), "own_trainer.md", "exec"), names)
     return names
 
 
 def test_the_loop_learns(page):
     assert all(p.any() for name, p in page["parameters"].items() if "lora_B" in name)
+    assert page["trainer"].state.global_step == 4
     assert page["oracle"].losses.keys() == {"task", "align"}
 
 

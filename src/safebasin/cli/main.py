@@ -32,7 +32,7 @@ app = cyclopts.App(
 )
 VERBS = {
     "about": ("init", "list", "schema", "doctor"),
-    "rows": ("preview", "scan", "cut"),
+    "rows": ("preview", "scan", "cut", "convert"),
     "run": ("run", "train", "search", "bench"),
     "measure": ("measure",),
     "repair": ("repair", "role"),

@@ -1,4 +1,4 @@
-"""Verbs on a data set: preview, scan, cut."""
+"""Verbs on a data set: preview, scan, cut, convert."""
 
 import json
 import sys
@@ -164,4 +164,51 @@ def cut_verb(
     say(f"{stay} rows stay, {go} go (threshold {result.threshold:.6g}): {path}")
     if refused:
         say(f"{refused} rows are refused and left out: they cannot be used; cut.json has their lines and reasons")
+    return 0
+
+
+def convert_verb(
+    data: Path,
+    *,
+    as_: Annotated[
+        Literal["trl", "axolotl", "llamafactory", "openai", "tokens"],
+        Parameter(name="--as", help="The trainer; tokens: ids and labels, for any of them."),
+    ],
+    to: Annotated[Path, Parameter(help="Folder for the rows and the trainer's entry for them.")],
+    scores: Annotated[Path | None, Parameter(help="scores.parquet of `safebasin scan`, for --weights.")] = None,
+    weights: Annotated[str, Parameter(help="The scorer whose numbers weigh each token; with --as tokens.")] = "",
+    model: Annotated[str, Parameter(help="Whose tokenizer and template write tokens.")] = "builtin:smollm2-aligned",
+    form: Form = PLAIN,
+    template: TemplateArguments = (),
+    max_length: Annotated[int, Parameter(help="Of tokens; a longer row cannot be used.")] = 1024,
+    skip_bad: Annotated[
+        bool, Parameter(help="Leave rows out that cannot be used, or that the form cannot hold.", negative="")
+    ] = False,
+) -> int:
+    """Write a data set in the form of another trainer, with no answer learned that is not learned here."""
+    if bool(weights) != (scores is not None) or (weights and as_ != "tokens"):
+        raise UserError("--weights and --scores go together, with --as tokens: no other form holds a number a token")
+    start_torch()
+    from safebasin.data.example import read_examples
+    from safebasin.models.load import load_tokenizer
+    from safebasin.pipeline.convert import as_messages, as_tokens, write_converted
+    from safebasin.scan.scores import read_scores
+
+    rows = read_examples(data, form)
+    if as_ == "tokens":
+        tokenizer = load_tokenizer(model, template=arguments_of(template))
+        table = read_scores(scores) if scores is not None else None
+        converted = as_tokens(rows.examples, tokenizer, max_length, table, weights)
+    else:
+        converted = as_messages(rows.examples, as_)
+    bad = sorted([*rows.bad, *converted.bad])
+    listed = "; ".join(f"line {each.line}: {each.reason}" for each in bad[:3])
+    if not converted.rows or (bad and not skip_bad):
+        raise UserError(f"{len(bad)} rows cannot be converted ({listed}); mend them, or --skip-bad")
+    write_converted(to, converted, as_)
+    say(f"{len(converted.rows)} rows: {to / 'train.jsonl'}")
+    if bad:
+        say(f"{len(bad)} rows are left out ({listed})")
+    for note in converted.notes:
+        say(f"{as_}: {note}")
     return 0
