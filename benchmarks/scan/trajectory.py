@@ -8,12 +8,14 @@ each request the dressing whose tokens' scores sum nearest to zero, so that the 
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from cyclopts import Parameter
 
 from benchmarks import recipe
@@ -22,10 +24,11 @@ from benchmarks.scan.kinds import DRESSINGS, HONEST, pools
 from benchmarks.scan.scan import encoded, plain_epoch
 from safebasin.data.builtin import rows_of
 from safebasin.data.example import Example
-from safebasin.encode import shorten
-from safebasin.models.load import load
+from safebasin.encode import TokenizedRow, shorten
+from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan import scorer
 from safebasin.scan.cut import cut_rows
+from safebasin.scan.directional import by_turn
 from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import Scores
 from safebasin.stats import Outcomes, two_level
@@ -35,33 +38,57 @@ AGAINST = ("dolly", "gsm8k", "refusals")
 SHARES = (0.0, 0.1, 0.5)
 
 
-def scored(model: str, data: Path, honest: int, count: int, length: int, seed: int, name: str) -> dict[str, Any]:
-    """Scores by row id, sums of their tokens, and scores of the anchors."""
+def plain(name: str) -> Any:
+    """The scorer with every token by itself: an opening of one token joins nothing."""
+    return scorer.make({name: {"opening": 1, "token_weight": 1.0}})
+
+
+def token_parts(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], name: str) -> dict[str, list[list[float]]]:
+    """By row the slope of every answer token's loss along the scorer's direction, a list a turn."""
+    probe = encoded(loaded, rows_of("refusals")[:100], "probe")
+    tokens = score_rows(*loaded, rows, {name: plain(name)}, {"probe": probe}, batch_size=8).tokens[name]
+    turns = {}
+    for row, parts in zip(rows, tokens, strict=True):
+        each, answers = iter(parts), row.answer[1:]
+        turns[row.id] = [[next(each) for _ in turn] for learned, turn in itertools.groupby(answers) if learned]
+    return turns
+
+
+def seed_parts(model: str, data: Path, honest: int, count: int, length: int, seed: int, name: str) -> dict[str, Any]:
+    """Of the rows of every kind."""
+    loaded, kinds = load(model, dtype="float32"), pools(data, honest, count, seed).items()
+    rows = [shorten(row, length) for kind, raw in kinds for row in encoded(loaded, raw, kind, sys.maxsize)]
+    return token_parts(loaded, rows, name)
+
+
+def anchor_parts(model: str, name: str) -> dict[str, Any]:
+    """Of the anchors that the cut rests on; a scorer of one kind of harm has harmful ones of its own."""
     loaded = load(model, dtype="float32")
-    sets = {"probe": rows_of("refusals")[:100], "harmful": rows_of("harmful-kinds"), "safe": rows_of("safe-kinds")}
-    anchors = {key: encoded(loaded, rows, key) for key, rows in sets.items()}
-    rows = [
-        shorten(row, length)
-        for kind, raw in pools(data, honest, count, seed).items()
-        for row in encoded(loaded, raw, kind, sys.maxsize)
-    ]
-    scanned = score_rows(*loaded, rows, {name: scorer.make(name)}, anchors, batch_size=8)
-    ids = [row.id for row in rows]
-    return {
-        "scores": dict(zip(ids, scanned.rows[name], strict=True)),
-        "sums": {i: float(np.sum(parts)) for i, parts in zip(ids, scanned.tokens[name], strict=True)},
-        "anchors": scanned.anchors[name],
-    }
+    harmful = "misplaced-refusals" if name == "refusal_place" else "harmful-kinds"
+    sets = {"harmful": rows_of(harmful), "safe": rows_of("safe-kinds")}
+    return token_parts(loaded, [row for label, raw in sets.items() for row in encoded(loaded, raw, label)], name)
 
 
-def joint(columns: Mapping[str, Any]) -> tuple[dict[str, float], Scores]:
+def by_row(parts: Mapping[str, list[list[float]]], name: str, **fields: Any) -> dict[str, float]:
+    """Scores of rows, as the scorer joins its tokens."""
+    method, scores = scorer.make({name: fields}), {}
+    for row, turns in parts.items():
+        flat = [x for turn in turns for x in (*turn, None)]  # a token that is not learned between turns
+        slopes, mask = torch.tensor([[x or 0.0 for x in flat]]), torch.tensor([[x is not None for x in flat]])
+        scores[row] = float(by_turn(slopes, mask, method.opening, method.token_weight)[mask].max())
+    return scores
+
+
+def joint(
+    columns: Mapping[str, Mapping[str, float]], anchors: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, float], Scores]:
     """The cut's score of every row, and the table that it rests on. The threshold is the anchors' alone: no row of
     these sets moves it."""
-    ids = list(columns[SCORERS[0]]["scores"])
-    anchors = {name: column["anchors"] for name, column in columns.items()}
-    table = Scores(
-        ids, list(range(len(ids))), {n: [c["scores"][i] for i in ids] for n, c in columns.items()}, {}, anchors
-    )
+    ids = list(columns[SCORERS[0]])
+    labelled = {
+        name: {label: of_kind(each, label).tolist() for label in ("harmful", "safe")} for name, each in anchors.items()
+    }
+    table = Scores(ids, list(range(len(ids))), {n: [each[i] for i in ids] for n, each in columns.items()}, {}, labelled)
     rows = [Example(i, (), {}, 0) for i in ids]
     return dict(cut_rows(rows, table, SCORERS, max_share=1.0).scores or {}), table
 
@@ -137,18 +164,23 @@ def trajectory(
     """Which kinds of attack do the scores of the whole answer see, and what does their cut take of honest rows?"""
     values: dict[str, dict[str, list[dict[tuple[int, int], float]]]] = {}  # by kind and score: of each seed's own rows
     shares: list[dict[str, tuple[Outcomes, Outcomes]]] = []
+    anchors = {}
+    for name in SCORERS:
+        work = functools.partial(anchor_parts, model, name)
+        anchors[name] = by_row(bench.once(f"{name}-anchors", [model, repr(plain(name))], work), name)
     for seed in seeds:
-        columns = {
+        rows = (honest, count, length, seed)
+        parts = {
             name: bench.once(
                 f"{name}-{seed}",
-                [model, data.name, honest, count, length, seed, repr(scorer.make(name))],
-                functools.partial(scored, model, data, honest, count, length, seed, name),
+                [model, data.name, *rows, repr(plain(name))],
+                functools.partial(seed_parts, model, data, *rows, name),
             )
             for name in SCORERS
         }
-        both, table = joint(columns)
-        alone = {name: column["scores"] for name, column in columns.items()}
-        sums = {row: abs(value) for row, value in columns[SCORERS[0]]["sums"].items()}
+        alone = {name: by_row(parts[name], name) for name in SCORERS}
+        both, table = joint(alone, anchors)
+        sums = {row: abs(sum(map(sum, turns))) for row, turns in parts[SCORERS[0]].items()}
         kinds = sorted({row.rsplit("-", 1)[0] for row in both} - set(HONEST))
         for what, each in {"both": both, **alone}.items():
             calm = np.concatenate([of_kind(each, kind) for kind in AGAINST])
