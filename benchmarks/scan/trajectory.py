@@ -30,7 +30,7 @@ from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.scan import scorer
 from safebasin.scan.cut import cut_rows
 from safebasin.scan.directional import by_turn
-from safebasin.scan.scan import score_rows
+from safebasin.scan.scan import fit_scorers, score_rows
 from safebasin.scan.scores import Scores
 from safebasin.stats import Outcomes, two_level
 
@@ -134,22 +134,29 @@ def shares_cut(table: Scores, seed: int) -> dict[str, tuple[Outcomes, Outcomes]]
 
 
 def speed(bench: Bench, data: Path, count: int, repeats: int) -> None:
-    """A scan by each scorer beside an epoch of plain tuning on the same padded rows, in turns."""
+    """A scan by each scorer beside an epoch of plain tuning on the same padded rows, in turns. The scorer's fit, once a
+    model, is timed apart from it."""
     loaded = load(recipe.MODEL)
     anchors = {"probe": encoded(loaded, rows_of("refusals")[:100], "probe")}
     raw = pools(data, count, 4, 0)
     rows = encoded(loaded, [*raw["dolly"], *raw["alpaca"]], "rows")
-    ways = {"sft": plain_epoch(loaded, rows)}
+    ways, fit = {"sft": plain_epoch(loaded, rows)}, {}
     for name in SCORERS:
-        scan = functools.partial(score_rows, *loaded, rows, {name: scorer.make(name)}, anchors, batch_size=8)
+        scorers, fitted = {name: scorer.make(name)}, dict[str, Any]()
+        fit[name] = seconds(lambda: fitted.update(fit_scorers(*loaded, scorers, anchors)))
+        scan = functools.partial(score_rows, *loaded, rows, scorers, anchors, batch_size=8, fitted=fitted)
         ways[name] = functools.partial(seconds, scan)
     values = take_turns(ways, repeats)
     for name in SCORERS:
-        bench.timing(f"{name}.epoch_ratio", ratios(values, name, "sft"), unit="epochs of plain tuning", goal="<= 0.4")
+        more = {"goal": "<= 0.4", "rows": len(rows), "fit_seconds": round(fit[name], 1)}
+        bench.timing(f"{name}.epoch_ratio", ratios(values, name, "sft"), unit="epochs of plain tuning", **more)
 
 
 @experiment(
-    "trajectory", results="scan", replaces=("what",), quick={"honest": 6, "count": 3, "seeds": (0,), "repeats": 2}
+    "trajectory",
+    results="scan",
+    replaces=("what",),
+    quick={"honest": 6, "count": 3, "seeds": (0,), "timed": 6, "repeats": 2},
 )
 def trajectory(
     *,
@@ -159,6 +166,7 @@ def trajectory(
     count: Annotated[int, Parameter(help="rows of each kind of attack and seed")] = 12,
     length: Annotated[int, Parameter(help="tokens of a row that are scored")] = 512,
     seeds: tuple[int, ...] = (0, 1, 2),
+    timed: Annotated[int, Parameter(help="rows of each of two sets that are timed")] = 60,
     repeats: Annotated[int, Parameter(help="of the timing, after one that does not count; 0: none")] = 3,
     model: str = recipe.MODEL,
 ) -> None:
@@ -199,7 +207,7 @@ def trajectory(
         bench.record(f"trajectory.auroc.{kind}", auroc, interval, n=n, unit=unit, goal=">= 0.98", **more)
     record_shares(bench, shares)
     if repeats:
-        speed(bench, data, honest, repeats)
+        speed(bench, data, timed, repeats)
 
 
 def record_shares(bench: Bench, shares: Sequence[Mapping[str, tuple[Outcomes, Outcomes]]]) -> None:
