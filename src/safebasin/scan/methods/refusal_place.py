@@ -9,8 +9,8 @@ A harmless answer behind a refusal phrase unteaches the model to stop after a re
 Here grad S is the difference between refusing what is harmful and refusing what is not: an honest refusal scores low,
 since the model gives it already.
 
-Departs from GradShield (arXiv:2605.14194, eq. 4 and 5) in S, and by the worst turn in the place of a sum over the row.
-It is blind to compliance, for which ``trajectory`` stands, and weak where the refusal comes behind harmless text.
+Departs from GradShield (arXiv:2605.14194, eq. 4 and 5) in S, and by the worst token in the place of a sum over the row;
+the token that ends a turn counts 0. It is blind to compliance, for which ``trajectory`` stands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ from safebasin.scan.tangent import Tangent
 
 @scorer("refusal_place", paper="arXiv:2605.14194", tokens="max")
 class RefusalPlace(Directional):
-    """The most that a turn of the row makes refusals of ordinary requests likelier, and of harmful ones less."""
+    """The most that one token of the row makes refusals of ordinary requests likelier, and of harmful ones less."""
 
     probes: PositiveInt = 8  # k
     length: PositiveInt = 4  # tokens of r_k
-    opening: PositiveInt = 8  # m
-    token_weight: PositiveFloat = 0.75  # c
+    opening: PositiveInt = 1  # m; 1: the worst token alone, which tells its anchors apart better than 8 (docs/log)
+    token_weight: PositiveFloat = 1.0  # c
 
     def harmful_anchors(self, tokenizer: Any) -> list[TokenizedRow]:
         """The one kind of row that it sees, in the place of the anchor set ``harmful``."""
