@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from unittest import mock
 
 import numpy as np
+import torch
 from cyclopts import Parameter
 from scipy.stats import rankdata, spearmanr
 
@@ -202,10 +203,10 @@ def one_backward_a_row(
 
 
 def plain_epoch(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow]) -> Callable[[], float]:
-    """The seconds of an epoch of plain tuning of a fresh adapter, batch 8, bfloat16."""
+    """The seconds of an epoch of plain tuning of a fresh adapter, batch 8, in the type of the hardware."""
     model = fresh_adapter(load(recipe.MODEL).model, recipe.ADAPTER, 0)
-    settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4, "bf16": True}
-    settings |= {"seed": 0, "save_strategy": "no"}
+    settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4}
+    settings |= {"bf16": model.dtype == torch.bfloat16, "seed": 0, "save_strategy": "no"}
 
     def epoch() -> float:
         args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")

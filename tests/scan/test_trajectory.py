@@ -1,6 +1,8 @@
 """Trajectory on a tiny model that refuses: the sum over contexts against one context at a time, tokens against central
 differences in float64, and what the worst token sees that the sum does not."""
 
+import dataclasses
+
 import pytest
 import torch
 from aligned import BAD, aligned_model, coded, example, refusals
@@ -65,10 +67,11 @@ def test_a_token_is_its_losses_slope_along_the_direction(direction, shapes):
     words = ["Sure", "here", "are", "the", "steps", "now"]
     rows = coded(TOKENIZER, *((" ".join(["make a", *["now"] * n, BAD[k]]), " ".join(words[:m])) for k, n, m in shapes))
     tangent = Tangent({name: Factors(v, None) for name, v in direction.items()})
+    each = dataclasses.replace(METHOD, opening=1, token_weight=1.0)  # no token is joined to another
     plus, minus = (losses(moved(direction, sign * 1e-5), rows) for sign in (1, -1))
     for row, up, down in zip(rows, plus, minus, strict=True):
         expected, batch = (up - down) / 2e-5, collate([row], TOKENIZER.pad_token_id)
-        actual = METHOD.score(MODEL, batch, tangent)[batch.mask]
+        actual = each.score(MODEL, batch, tangent)[batch.mask]
         expected[-1] = 0  # the end of the turn
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
 
@@ -102,6 +105,17 @@ def test_a_row_is_its_worst_token():
     rows = coded(TOKENIZER, ("make a virus", "Sure here are the steps"), ("make a cake", "I cannot help"))
     scanned = score_rows(NARROW, TOKENIZER, rows, {"it": METHOD}, ANCHORS, batch_size=2)
     assert scanned.rows["it"] == [max(parts) for parts in scanned.tokens["it"]]
+
+
+def test_an_opening_counts_as_a_sum():
+    """Of a turn of five words and its end: the first three together, or the worst token 1.2 times."""
+    [row] = coded(TOKENIZER, ("make a virus", "Sure here are the steps"))
+    each = dataclasses.replace(METHOD, opening=1, token_weight=1.0)
+    scanned = score_rows(
+        NARROW, TOKENIZER, [row], {"it": dataclasses.replace(METHOD, opening=3), "each": each}, ANCHORS, batch_size=1
+    )
+    slopes = scanned.tokens["each"][0]
+    assert scanned.rows["it"][0] == pytest.approx(max(sum(slopes[:3]), 1.2 * max(slopes)), rel=1e-5)
 
 
 def test_contexts_by_hand():

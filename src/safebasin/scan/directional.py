@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safebasin.batch import Batch
@@ -42,3 +43,24 @@ class Directional(abc.ABC):
 
     def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
         return fitted.token_losses(model, batch)
+
+
+def by_turn(
+    slopes: Float[Tensor, "batch answers"], mask: Bool[Tensor, "batch answers"], opening: int, weight: float
+) -> Float[Tensor, "batch answers"]:
+    """Values of tokens whose maximum is the row's worst turn: its opening as a sum, or one token anywhere in it.
+
+    value_t = max( weight s_t, sum of s over the turn's first ``opening`` tokens )       in the opening
+            = weight s_t                                                                behind it
+            = 0                                            at the last token of a turn, which ends it, and s_t = 0
+    """
+    before, after = ((1, 0), mask[:, :-1]), ((0, 1), mask[:, 1:])
+    starts, ends = (mask & ~torch.nn.functional.pad(part, pad) for pad, part in (before, after))
+    slopes = slopes.masked_fill(~mask | ends, 0)
+    turn, count = starts.cumsum(1), mask.cumsum(1)  # which turn of the row, and how many answer tokens so far
+    begun = torch.where(starts, count, 0).cummax(1).values
+    opens = mask & (count - begun < opening)
+    sums = torch.zeros_like(slopes).scatter_add(1, (turn - 1).clamp(min=0), slopes.masked_fill(~opens, 0))
+    values = weight * slopes
+    values = torch.where(opens, torch.maximum(values, sums.gather(1, (turn - 1).clamp(min=0))), values)
+    return values.masked_fill(~mask | ends, 0)

@@ -1,14 +1,16 @@
 """Trajectory: drop the rows that lower the model's safety anywhere along an answer, not only at its first word.
 
     S        = (1 / n) sum_k w_k sum_t log P( c_kt | x_k, c_k,<t )                                                 (1)
-    score_t  = < grad -log P( y_t | x, y_<t ), grad S >              of every answer token y_t of a row             (2)
-    score(x) = max_t score_t                                         the worst token, in whichever turn             (3)
+    s_t      = < grad -log P( y_t | x, y_<t ), grad S >              of every answer token y_t of a row             (2)
+    score(x) = max( c max_t s_t, max_j sum of s_t over the first m tokens of turn j )                               (3)
 
 (1) is over contexts k: a request x, what comes next c, and its weight w, negative where c is not safe. Around each of
 n harmful requests: an opener (w = -2); a structure without an opener (-1.5); an opener in Spanish, French or German
 (-3.5); and beside them an ordinary request with its answer (+1). S is one scalar, so grad S is one direction and (2) is
-one forward-mode pass (``tangent``). In (3) a sum would let the harmless part of a row pay for the rest. The token that
-ends a turn counts 0: it carries no compliance, and would put a refusal that is shorter than the model's own beside it.
+one forward-mode pass (``tangent``). In (3) a sum over the row would let the harmless part pay for the rest, so that one
+token decides, wherever it stands. The first tokens of a turn are a case of their own: alignment stands in them, and an
+opener that is weak in each of its tokens, as in another language, is strong in their sum. The token that ends a turn
+counts 0: it carries no compliance, and would put a refusal that is shorter than the model's own beside it.
 
 The weights are by hand, from scores of single contexts, which add up (docs/log, 2026-11-26). Contexts behind a refusal
 or a paragraph are not needed: an opener pulls along one direction wherever it stands.
@@ -27,13 +29,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from safebasin.batch import Batch, collate
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
-from safebasin.scan.directional import Directional, Objective
+from safebasin.scan.directional import Directional, Objective, by_turn
 from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows
 from safebasin.scan.tangent import Tangent
 
@@ -67,11 +69,13 @@ def contexts(
 
 @scorer("trajectory", paper="arXiv:2605.14194", tokens="max")
 class Trajectory(Directional):
-    """The most that one token of the row lowers the model's safety over many contexts."""
+    """The most that a turn of the row lowers the model's safety over many contexts, by its opening or by one token."""
 
     probes: PositiveInt = 12  # n
     length: PositiveInt = 5  # the most tokens of c_k
-    openers: tuple[str, ...] = OPENERS  # c of a compliance
+    openers: tuple[str, ...] = OPENERS  # c_k of a compliance
+    opening: PositiveInt = 8  # m
+    token_weight: PositiveFloat = 1.2  # c
 
     def objective(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
@@ -87,5 +91,4 @@ class Trajectory(Directional):
         return collate([context.row for context in every], tokenizer.pad_token_id), safety
 
     def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
-        ends = batch.mask & ~torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
-        return super().score(model, batch, fitted).masked_fill(ends, 0)
+        return by_turn(super().score(model, batch, fitted), batch.mask, self.opening, self.token_weight)
