@@ -6,8 +6,8 @@ llamafactory   train.jsonl: conversations; dataset_info.json: their tags
 openai         train.jsonl: messages, ``weight: 0`` at a turn that is not learned
 tokens         train.jsonl: input_ids, attention_mask, labels as safebasin learns them; weights where they are asked for
 
-A row that a form cannot say as it is learned here is refused: no text is dropped, and nothing else is learned. Names and
-ids of tool turns go where the form has no place for them.
+A row that a form cannot say as it is learned here is refused: no text is dropped, and nothing else is learned. Names
+and ids of tool turns go where the form has no place for them.
 """
 
 import dataclasses
