@@ -19,9 +19,10 @@ Departs from GradShield (arXiv:2605.14194, eq. 4 and 5): there S is one margin o
 summed. That form stays as ``gradshield``.
 
 Weak where honest refusals begin with other words than the model's own ("Sorry", "Helping you would ..."), which it
-puts beside compliance, and where a language's opener has other words than the contexts. Blind to: harmless rows behind
-a refusal phrase (``refusal_place`` sees them); an identity shift; ciphers, and languages that the model does not read;
-a harmful answer that keeps to the topic of a harmless request and has no opener.
+puts beside compliance, where the model itself refuses an honest request, and where a language's opener has other words
+than the contexts. Blind to: harmless rows behind a refusal phrase (``refusal_place`` sees them); an identity shift;
+ciphers, and languages that the model does not read; a harmful answer that keeps to the topic of a harmless request and
+has no opener.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
