@@ -26,7 +26,7 @@ from safebasin.errors import UserError
 ROOT = Path(__file__).parents[1]
 NAMES = {"train", "scan", "truth", "hidden_text", "kill", "search", "guard", "dsa", "landscape", "mechanics", "rubric"}
 NAMES |= {"quickstart", "forms", "grid", "methods", "repair", "repair_table"}
-NAMES |= {"coverage", "intervals", "judges", "trajectory", "service", "service_end", "scale", "peers"}
+NAMES |= {"coverage", "intervals", "judges", "trajectory", "service", "service_end", "scale", "peers", "arithmetic"}
 
 
 def results(path):

@@ -1,4 +1,4 @@
-"""The parts of a language model, whatever its architecture calls them."""
+"""How many tokens a model can hold."""
 
 import sys
 
