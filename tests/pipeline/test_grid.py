@@ -510,3 +510,32 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, capsys):
     listed = capsys.readouterr().out.replace("\n", " ")
     assert listed.count("measured") == 3
     assert "held-0 plain: attack not made (guard_pass: keyword stops all" in listed
+
+
+def test_a_folder_adopts_the_steps_whose_inputs_are_its_own(tmp_path):
+    """A step of the same inputs is not made again; one of others is, and so is a step whose file was edited since."""
+    first, second = (RunFolder(tmp_path / name) for name in ("first", "second"))
+    with first.lock():
+        for step in ("data", "scan", "adapter.plain"):
+            target = first.path / step / "file"
+            with first.step(step, {"rate": 1, "step": step}, [target]) as work:
+                assert work
+                target.parent.mkdir()
+                target.write_text(step)
+    made = []
+    with second.lock():
+        second.adopt(first.path, ("data", "scan"))
+        for step, rate in (("data", 1), ("scan", 2), ("adapter.plain", 1)):
+            target = second.path / step / "file"
+            with second.step(step, {"rate": rate, "step": step}, [target]) as work:
+                if work:
+                    made.append(step)
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_text(f"{step} again")
+    assert made == ["scan", "adapter.plain"]
+    assert (second.data / "file").read_text() == "data" and (first.path / "scan" / "file").read_text() == "scan"
+    (first.data / "file").write_text("edited")
+    third = RunFolder(tmp_path / "third")
+    with third.lock():
+        third.adopt(first.path, ("data", "scan"))
+        assert [*third.manifest["steps"]] == ["scan"]

@@ -10,6 +10,7 @@ wait at the end of each step.
 
 import contextlib
 import datetime
+import fnmatch
 import platform
 import shutil
 import time
@@ -153,6 +154,24 @@ class RunFolder:
         with self._step(name, inputs, outputs) if ranks.is_main_process else contextlib.nullcontext("") as work:
             yield broadcast_object_list([work])[0] if shared else work
         ranks.wait_for_everyone()
+
+    def adopt(self, other: Path, patterns: Sequence[str]) -> None:
+        """Copy the steps of another run folder whose names match and that this folder lacks. A step is then skipped
+        only where its inputs are those of this run; if not, it is made again.
+
+        Raises:
+            UserError: the manifest of the other folder is damaged.
+        """
+        own = self.manifest.setdefault("steps", {})
+        for name, entry in read_manifest(other).get("steps", {}).items():
+            wanted = name not in own and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+            if not wanted or changed_outputs(other, {"steps": {name: entry}}):
+                continue
+            for output in entry["outputs"]:
+                make_folder((self.path / output).parent)
+                shutil.copyfile(other / output, self.path / output)
+            own[name] = entry
+            self._save()
 
     @contextlib.contextmanager
     def _step(self, name: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> Iterator[str]:

@@ -183,11 +183,13 @@ def _attack_success(cell: Cell) -> float:
 
 
 class RunItem(NamedTuple):
-    """A run folder of the grid, and those of its arms that are to do."""
+    """A run folder of the grid, those of its arms that are to do, and the folders of the other learning rates: their
+    rows, scan and cuts are the same."""
 
     name: str
     recipe: Recipe
     arms: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 class CellWorker:
@@ -199,6 +201,8 @@ class CellWorker:
 
     def __call__(self, item: RunItem, path: Path) -> Facts:
         with Run(item.recipe, path, self.judges) as run:
+            for other in item.others:
+                run.folder.adopt(path.with_name(other), ("data", "scan", "cut.*"))
             try:
                 run.write_rows()
             except AttackFails as error:
@@ -242,13 +246,16 @@ def bench(grid: Grid, out: Path, *, only: Sequence[str] = (), seeds: Sequence[in
     engine, ranks = make_engine(grid.base.get("engine", "here")), list[Rank]()
     worker = functools.partial(CellWorker, runs[0].plan.recipe)  # its judges are the same for the grid
 
+    def others(attack: str, rate: float | None, seed: int) -> tuple[str, ...]:
+        return tuple(folder_of(out, attack, each, seed).name for each in grid.rates(attack) if each != rate)
+
     for seed in dict.fromkeys(seed for _, _, seed in recipes):
         todo: dict[Path, list[str]] = {}
         for cell in cells(recipes, out, all_recipes):
             if cell.seed == seed:
                 todo.setdefault(cell.folder, []).append(cell.defence)
         items = [
-            RunItem(folder.name, dataclasses.replace(recipe, engine="here"), tuple(todo[folder]))
+            RunItem(folder.name, dataclasses.replace(recipe, engine="here"), tuple(todo[folder]), others(*key))
             for key, recipe in recipes.items()
             if (folder := folder_of(out, *key)) in todo
         ]
