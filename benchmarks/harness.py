@@ -146,8 +146,10 @@ class Bench:
         return self.record(what, value, interval, n=len(values), unit=unit, **more)
 
     def over_seeds(self, what: str, values: Sequence[float], *, unit: str, **more: Any) -> Record:
-        """A record of the mean of one value a seed, with Student's interval."""
+        """A record of the mean of one value a seed, with Student's interval; that of a share lies within [0, 1]."""
         value, interval = mean(values)
+        if unit == "share":
+            interval = (max(interval[0], 0.0), min(interval[1], 1.0))
         return self.record(what, value, interval, **{"n": len(values), "unit": unit} | more)
 
     def once(self, name: str, inputs: Any, work: Callable[[], T]) -> T:
