@@ -161,7 +161,10 @@ def repair(
         for name, values in times.items():
             bench.timing(f"safe_lora.seconds.{name}", values, unit="s", shape=shape)
         bench.timing("safe_lora.speedup", ratios(times, "formed", "low_rank"), shape=shape)
-        bench.record("safe_lora.difference", abs(low_rank(v, update) - formed(v, update)), n=1, unit="cos", shape=shape)
+        assert update.a is not None
+        truth = low_rank(v.double(), Update(update.b.double(), update.a.double()))
+        for name, way in WAYS.items():
+            bench.record(f"safe_lora.error.{name}", abs(way(v, update) - truth), n=1, unit="of a cosine", shape=shape)
         del v, update
         peaks = {name: peak(name, out, into, rank) for name in WAYS}
         for name, size in peaks.items():

@@ -22,7 +22,7 @@ head alone. The timed steps are such, but for ``_first``, where the reference ru
 
 ``sft`` is plain tuning on packed rows, ``padded`` the same on padded rows, as every trainer elsewhere runs them.
 ``packed.step_ratio`` is sft over padded, ``NAME.step_ratio`` a method on packed rows over padded plain tuning,
-``NAME.packed_ratio`` over packed plain tuning.
+``NAME.packed_ratio`` over packed plain tuning. ``NAME.padded_ratio`` (2026-11-21) is of padded rows over padded rows.
 
 The floor of a record is counted from the batches that were timed, in multiply-adds: every token that is run goes
 through the weights of the layers, every position that predicts an answer through the head. Attention's own products,

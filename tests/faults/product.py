@@ -8,10 +8,12 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import altair  # noqa: F401 - what a run imports is imported once, before the forks
@@ -120,15 +122,23 @@ def _child(action: Callable[[], int], log: Path | None) -> None:
     os._exit(code)
 
 
-def events_of(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int = signal.SIGKILL) -> Callable[[], int]:
+def events_of(
+    recipe: Path,
+    out: Path,
+    kill_at: int | None,
+    note: Path,
+    sig: int = signal.SIGKILL,
+    copies: Mapping[int, Path] = MappingProxyType({}),
+) -> Callable[[], int]:
     """A run that counts what it does to the files of its folder; it sends itself a signal before the event ``kill_at``.
 
-    ``note`` gets, at the end of an undisturbed run, every event as (event, path).
+    ``note`` gets, at the end of an undisturbed run, every event as (event, path). Before an event of ``copies`` the
+    folder is copied: what a kill would leave there, since a killed process loses nothing that it has written.
     """
-    return functools.partial(_run, recipe, out, kill_at, note, sig)
+    return functools.partial(_run, recipe, out, kill_at, note, sig, dict(copies))
 
 
-def _run(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int) -> int:
+def _run(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int, copies: Mapping[int, Path]) -> int:
     events: list[tuple[str, str]] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -139,6 +149,8 @@ def _run(recipe: Path, out: Path, kill_at: int | None, note: Path, sig: int) -> 
             return
         if len(events) == kill_at:
             os.kill(os.getpid(), sig)
+        if copy := copies.get(len(events)):
+            shutil.copytree(out, copy) if out.exists() else copy.parent.mkdir(parents=True)
         events.append((event, os.path.relpath(name, out)))
 
     terminate_cleanly()

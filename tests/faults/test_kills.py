@@ -1,5 +1,7 @@
 """The product is killed at sixty places and goes on: every artefact is that of an undisturbed run.
 
+One run is copied at every place as a kill there would leave it, and real kills at some of them leave the same files.
+
 A place is a moment before the run creates, renames, removes or opens for writing something in its folder: in the rows,
 the scan and its journal, the cut, a checkpoint, the adapter, the answers, the report. The report step and the
 checkpoints are killed at every event.
@@ -47,10 +49,16 @@ def test_killed_at_sixty_places_it_ends_as_if_nothing_had_been(undisturbed, tmp_
     assert any(events[k][1].startswith("report.") for k in chosen) and any(
         "checkpoints" in events[k][1] for k in chosen
     )
-    for k in chosen:
-        killed = tmp_path / f"{k}" / "undisturbed"  # of the same name, which the report shows
+    left = {k: tmp_path / f"{k}" / "undisturbed" for k in chosen}  # of the same name, which the report shows
+    twin = tmp_path / "twin" / "undisturbed"
+    code = forked(events_of(recipe, twin, None, tmp_path / "events", copies=left), tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text()[-2000:]
+    for k in chosen[::12]:
+        killed = tmp_path / f"killed-{k}" / "undisturbed"
         code = forked(events_of(recipe, killed, k, tmp_path / "events"), tmp_path / "log")
         assert code == KILLED, (k, events[k], code, (tmp_path / "log").read_text()[-2000:])
+        assert artefacts(killed) == artefacts(left[k]), (k, events[k], "a kill leaves other files than the copy")
+    for k, killed in left.items():
         code = forked(events_of(recipe, killed, None, tmp_path / "events"), tmp_path / "log")
         if code != 0:
             wrong.append((k, events[k], "exit code", code, (tmp_path / "log").read_text()[-500:]))
