@@ -181,7 +181,22 @@ def by_tangent(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors:
     return score_rows(*loaded, rows, scorers, anchors, batch_size=BATCH).rows["it"]
 
 
+@torch.inference_mode()
+def forward(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors: Anchors) -> list[float]:
+    """One forward of every row as it stands, batched by length: what an estimate in forwards counts in."""
+    del anchors
+    model, tokenizer = loaded
+    losses = [0.0] * len(rows)
+    for chosen in by_length(rows, BATCH):
+        batch = collate([rows[i] for i in chosen], tokenizer.pad_token_id)
+        for i, loss in zip(chosen, ghost.answer_nll(model, batch).sum(-1).tolist(), strict=True):
+            losses[i] = loss
+    return losses
+
+
+COST = ("fihs", "fihs.all_layers", "forward")
 WAYS: dict[str, Callable[..., list[float]]] = {
+    "forward": forward,
     "fihs": functools.partial(by_tangent, depth=0.25),
     "fihs.all_layers": functools.partial(by_tangent, depth=1.0),
     "ghost": functools.partial(by_ghost, depth=0.25),
@@ -260,6 +275,8 @@ def speed(bench: Bench, data: Path, count: int, repeats: int, sets: Sequence[str
             goal = "<= 0.25" if way == "fihs" else None
             unit = "epochs of plain tuning on padded rows"
             bench.timing(f"{way}.epoch_ratio.{name}", ratios(values, way, "sft"), unit=unit, goal=goal)
+            if way.startswith("fihs"):
+                bench.timing(f"{way}.forwards.{name}", ratios(values, way, "forward"), unit="forwards of the same rows")
         if len(chosen) < len(WAYS):
             continue
         wide = load(recipe.MODEL, dtype="float32")
@@ -343,6 +360,6 @@ def scan(
     """What do scorers cost beside an epoch of tuning, are they exact, and what do they find?"""
     if part != "found":
         encoding(bench, max(6, repeats))
-        speed(bench, data, 2 * count, repeats, sets, ["fihs"] if part == "cost" else list(WAYS))
+        speed(bench, data, 2 * count, repeats, sets, COST if part == "cost" else tuple(WAYS))
     if part in (None, "found"):
         detection(bench, data, count, model, label, probe, scorers)
