@@ -9,9 +9,10 @@ the scored upper quarter of the layers the derivative's, so 1.3 (1 - p); with al
 share no prefix, since a backward runs through it.
 
 Speed is measured in one process in turns: an epoch of plain tuning by the host on padded rows, as trainers elsewhere
-run them, and a scan of the same rows by each way, batch 8, in the type of the hardware. ``encode.ratio`` is rows to
-tokens in batches over the same row by row, each with a skeleton and a tokenizer call of its own. Scores of a row do not
-depend on other rows, so every pool is scored once and mixes are made of pools.
+run them, and a scan of the same rows by each way, batch 8, in the type of the hardware; the fit of the direction, once
+a model, is timed by itself. ``encode.ratio`` is rows to tokens in batches over the same row by row, each with a
+skeleton and a tokenizer call of its own. Scores of a row do not depend on other rows, so every pool is scored once and
+mixes are made of pools.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.scan import scorer
 from safebasin.scan.probe import opening, refusal_margin, token_pair
-from safebasin.scan.scan import score_rows
+from safebasin.scan.scan import fit_scorers, score_rows
 from safebasin.scan.source import target_weights
 from safebasin.train.compose import Composition
 from safebasin.train.settings import training_arguments
@@ -175,10 +176,20 @@ def by_ghost(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors: A
     return scores
 
 
+@functools.cache
+def fit(loaded: ModelAndTokenizer, depth: float) -> dict[str, Any]:
+    """The direction of FIHS, found once a model and not once a row: it is no part of a pass over the rows."""
+    anchors = {"probe": encoded(loaded, rows_of("refusals")[:100], "probe")}
+    return fit_scorers(*loaded, fihs(depth), anchors)
+
+
+def fihs(depth: float) -> dict[str, Any]:
+    return {"it": scorer.make({"gradshield": {"depth": depth}})}
+
+
 def by_tangent(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow], anchors: Anchors, depth: float) -> list[float]:
     """FIHS as the package computes it, in forward mode."""
-    scorers = {"it": scorer.make({"gradshield": {"depth": depth}})}
-    return score_rows(*loaded, rows, scorers, anchors, batch_size=BATCH).rows["it"]
+    return score_rows(*loaded, rows, fihs(depth), anchors, batch_size=BATCH, fitted=fit(loaded, depth)).rows["it"]
 
 
 @torch.inference_mode()
@@ -271,6 +282,10 @@ def speed(bench: Bench, data: Path, count: int, repeats: int, sets: Sequence[str
         values = take_turns(
             {"sft": plain_epoch(loaded, rows)} | {way: functools.partial(pass_over, way) for way in chosen}, repeats
         )
+        for depth in (0.25, 1.0):
+            fit.cache_clear()
+            took = seconds(functools.partial(fit, loaded, depth))
+            bench.record(f"fihs.fit_seconds.{depth:g}", took, n=1, unit="s, once a model")
         for way in chosen:
             goal = "<= 0.25" if way == "fihs" else None
             unit = "epochs of plain tuning on padded rows"
