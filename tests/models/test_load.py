@@ -12,7 +12,15 @@ import torch
 from folders import save_tiny
 from safetensors.torch import load_file, save_file
 from tiny import LORA, tiny_model
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
@@ -190,6 +198,16 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, folder, capfd):
     else:
         assert words in refused(folder)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_causal_model_that_does_not_call_itself_a_decoder_is_loaded(folder):
+    """GPT-NeoX has ``is_decoder: false`` as encoders have, and sees no token to come."""
+    family(folder, GPTNeoXForCausalLM, GPTNeoXConfig, num_attention_heads=2)
+    model = load(str(folder), dtype="float32").model
+    assert model.config.is_decoder is False
+    with torch.no_grad():
+        one, other = (model(torch.tensor([[5, 6, last]])).logits[0, :2] for last in (7, 8))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -522,17 +522,17 @@ def test_a_folder_adopts_the_steps_whose_inputs_are_its_own(tmp_path):
                 assert work
                 target.parent.mkdir()
                 target.write_text(step)
-    made = []
+    again = []
     with second.lock():
         second.adopt(first.path, ("data", "scan"))
         for step, rate in (("data", 1), ("scan", 2), ("adapter.plain", 1)):
             target = second.path / step / "file"
             with second.step(step, {"rate": rate, "step": step}, [target]) as work:
                 if work:
-                    made.append(step)
+                    again.append(step)
                     target.parent.mkdir(exist_ok=True)
                     target.write_text(f"{step} again")
-    assert made == ["scan", "adapter.plain"]
+    assert again == ["scan", "adapter.plain"]
     assert (second.data / "file").read_text() == "data" and (first.path / "scan" / "file").read_text() == "scan"
     (first.data / "file").write_text("edited")
     third = RunFolder(tmp_path / "third")

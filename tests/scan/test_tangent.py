@@ -267,3 +267,23 @@ def test_dead_gradients_stop_the_run():
         gradient(OneLayer(), batch, lambda m, b: one * 1, [name])
     with pytest.raises(DefenceError, match="does not depend on"):
         gradient(OneLayer(), batch, lambda m, b: (answer_nll(m, b).detach() * one).sum(), [name])
+
+
+class Backward(torch.autograd.Function):
+    """A function with a backward alone, as BLOOM's GELU."""
+
+    @staticmethod
+    def forward(context, x):
+        return x * 1
+
+    @staticmethod
+    def backward(context, d):
+        return d
+
+
+def test_a_layer_without_a_derivative_in_forward_mode_is_refused():
+    model = tiny_model(0)
+    model.model.layers[0].mlp.act_fn.forward = Backward.apply
+    tangent = Tangent(random_direction(model, target_weights(model)))
+    with pytest.raises(UserError, match=r"LlamaForCausalLM has a layer without a derivative.*opening_margin"):
+        tangent.token_losses(model, collate([row((3, 2))], PAD))

@@ -19,7 +19,7 @@ from safebasin.data.json_rows import read_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
-from safebasin.models.parts import language_model, text_config
+from safebasin.models.parts import is_linear, language_model, text_config
 from safebasin.models.quantized import dequantize, quantized_layers
 from safebasin.vector import WRAPPED
 
@@ -152,7 +152,8 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
             tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
         except ERRORS as error:
             raise UserError(f"train.adapter: {cause(error)}") from error
-    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    _check_linear(layers)
     targets = settings.get("target_modules")
     for target in targets if isinstance(targets, list | tuple | set) else ():
         if not any(f".{name}".endswith(f".{target}") for name in layers):
@@ -162,6 +163,18 @@ def fresh_adapter(model: nn.Module, settings: Mapping[str, Any], seed: int) -> A
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in layers):
                 raise UserError(f"train.adapter.{field}: {key!r} is no module that is tuned")
     return tuned
+
+
+def _check_linear(layers: Mapping[str, Any]) -> None:
+    """UserError where a tuned layer is a kind of Linear that computes something else."""
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    other = [name for name, base in bases.items() if isinstance(base, nn.Linear) and not is_linear(base)]
+    if other:
+        plain = sorted({name.rpartition(".")[2] for name in bases.keys() - other})
+        raise UserError(
+            f"train.adapter.target_modules: {other[0]} is a {type(bases[other[0]]).__name__}, which is no plain linear "
+            f"layer; name the modules: [{', '.join(plain)}]"
+        )
 
 
 def _outside_text(model: Any) -> str:

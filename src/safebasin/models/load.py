@@ -191,7 +191,8 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Pat
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise UserError(f"cannot load {what}: {len(names)} of its tensors are not in its files ({shown(names[0])})")
-    if getattr(model.config, "is_decoder", None) is False:
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if getattr(model.config, "is_decoder", None) is False and not causal:  # GPT-NeoX says no decoder, and is causal
         raise UserError(f"cannot load {what}: {type(model).__name__} is an encoder, which sees the tokens to come")
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UserError(

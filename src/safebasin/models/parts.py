@@ -3,7 +3,9 @@
 import sys
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from safebasin.errors import UserError
 
@@ -20,8 +22,22 @@ def context_length(model: Any) -> int:
 
 def language_model(model: Any) -> nn.Module:
     """The transformer that reads text, without head: inside a multimodal model neither its vision nor its sound."""
-    decoder: nn.Module = model.get_decoder()
-    return decoder
+    decoder: Any = model.get_decoder()
+    if decoder is model:  # so it is of Llama 4's text model; what holds the embedding is meant
+        embedding = model.get_input_embeddings()
+        decoder = next(each for each in model.modules() if any(part is embedding for part in each.children()))
+    result: nn.Module = decoder
+    return result
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer computes W x + b. A kind of Linear may compute something else, as Llama 4's router does."""
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return False
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or not layer.weight.is_floating_point():
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(1, layer.weight.shape[1])), Tensor)
 
 
 def blocks(model: Any) -> nn.ModuleList:

@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.hooks import hooked
-from safebasin.models.parts import blocks
+from safebasin.models.parts import blocks, is_linear
 from safebasin.models.quantized import quantized_layers, shape
 
 Depth = Annotated[float, Field(gt=0, le=1)]  # a share of the model's blocks, from the top
@@ -39,9 +38,7 @@ def target_weights(
     every = blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is every)
     layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.startswith(f"{prefix}.")
+        name: module for name, module in model.named_modules() if name.startswith(f"{prefix}.") and is_linear(module)
     }
     matches: dict[str, int] = {}  # name of the module -> its block
     for name in layers:

@@ -25,13 +25,18 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.batch import Batch, mask_dtype, pack, sequences, takes_tree
-from safebasin.errors import DefenceError
+from safebasin.data.files import cause
+from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import without_adapter
 from safebasin.models.quantized import plain_layers
 from safebasin.scan.source import at_weights
 
 KERNELS = ("_attn_implementation", "_experts_implementation")  # in a configuration
 
+_NO_TANGENT = (
+    "{} has a layer without a derivative in forward mode, so that no score of gradients can be computed: name scorers "
+    "that read no gradient (scan.scorers: opening_margin, self_refusal, dsa)"
+)
 Dual = forward_ad.UnpackedDualTensor
 
 
@@ -112,6 +117,7 @@ class Tangent:
 
         Raises:
             DefenceError: a target weight that the forward does not use.
+            UserError: a layer has no derivative in forward mode.
         """
 
         def derive(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -120,8 +126,13 @@ class Tangent:
 
         level = forward_ad.dual_level()
         with level, _eager(model), plain_layers(model), at_weights(model, list(self.direction), derive):
-            shared = self._share(model, batch)
-            losses = [self._losses(model, part, shared) for part in _parts(model, batch, shared)]
+            try:
+                shared = self._share(model, batch)
+                losses = [self._losses(model, part, shared) for part in _parts(model, batch, shared)]
+            except NotImplementedError as error:
+                raise UserError(
+                    f"{_NO_TANGENT.format(type(without_adapter(model)).__name__)} ({cause(error)})"
+                ) from error
             slopes = [forward_ad.unpack_dual(part).tangent for part in losses]
         slope = torch.cat(slopes)
         return torch.zeros(batch.mask.shape, dtype=slope.dtype, device=slope.device).masked_scatter(batch.mask, slope)
