@@ -19,6 +19,7 @@ from benchmarks.grid.grid import grid_of
 from benchmarks.harness import Bench
 from benchmarks.peers import peers
 from benchmarks.repair import repair
+from benchmarks.repair.curve import write_curve
 from benchmarks.train import train as bench
 from safebasin.batch import Batch
 from safebasin.errors import UserError
@@ -162,6 +163,37 @@ def test_pages_are_those_of_the_records(name, tmp_path):
         assert path.read_text().split("|")[1] and "<table" in (tmp_path / f"{path.stem}.html").read_text()
     tracked = subprocess.run(["git", "ls-files", "benchmarks"], cwd=ROOT, capture_output=True, text=True).stdout
     assert ".html" not in tracked
+
+
+def test_the_repair_table_by_method(tmp_path):
+    """The worse judge counts; the rank of two seeds is the larger, their distance the mean; the best arm is that of the
+    lowest upper end."""
+
+    def cell(arm, quantity, value, judge=""):
+        facts = {"interval": [0, 1], "n": 40, "unit": "share", "goal": None, "grid": "repair", "seeds": {"0": value}}
+        what = f"poison_10.{arm}.{quantity}.{judge}"
+        return facts | {"what": what, "value": value, "defence": arm, "attack": "poison_10", "quantity": quantity}
+
+    def worst(arm, value):
+        return cell(arm, "worst asr, upper end", value) | {"what": f"asr_upper.worst.{arm}", "attack": ""}
+
+    rows = [cell("irr", "asr", 0.2, "keyword"), cell("irr", "asr", 0.3, "classifier"), cell("irr", "accuracy", 0.4)]
+    rows += [cell("plain", "asr", 0.9, "keyword"), cell("plain", "accuracy", 0.5), worst("irr", 0.5), worst("plain", 1)]
+    for seed, rank, distance in ((0, 16, 0.5), (1, 64, 0.7)):
+        folder = tmp_path / "runs" / f"poison_10-{seed}" / "arms" / "irr"
+        folder.mkdir(parents=True)
+        (folder / "repair.json").write_text(json.dumps({"summary": {"rank": rank, "distance": distance}}))
+    file = tmp_path / "results.json"
+    mine = Bench(file, tmp_path, replaces=("what",))
+    mine.add(rows)
+    repair.by_method(mine, tmp_path / "runs")
+    by_what = results(file)
+    assert (by_what["asr.irr.poison_10"]["value"], by_what["utility.irr.poison_10"]["value"]) == (0.3, 0.4)
+    assert (by_what["rank.out.irr"]["value"], by_what["distance.irr"]["value"]) == (64, 0.6)
+    assert (by_what["asr_upper.worst.best_arm"]["value"], by_what["asr_upper.worst.best_arm"]["arm"]) == (0.5, "irr")
+    write_curve(list(by_what.values()), tmp_path / "curve.svg")
+    figure = (tmp_path / "curve.svg").read_text()
+    assert all(name in figure for name in ("irr", "plain", "poison_10"))
 
 
 def test_a_part_of_the_repairs_tunes_the_roles_that_it_reads():

@@ -3,6 +3,7 @@
     python -m benchmarks repair                 Safe LoRA in low rank beside the formed C; an adapter of the size of 8B
     python -m benchmarks repair_table --first   one column, one seed, the most telling arms: recipes/repair.yaml's head
     python -m benchmarks repair_table           repairs x shares of harmful rows: tune the roles, then run the grid
+    python -m benchmarks repair_table --pages docs/images    tables and the figure of what is measured; runs nothing
 
 **Floor** of one module: V [out, in] is read twice (V^T B, then V T) and 4 out in r multiply-adds are done. The release
 forms C = V V^T first: out^2 in multiply-adds, and out^2 numbers in memory.
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 from benchmarks.grid.grid import TINY, Change, Defences, Only, Pages, Seeds, grid_of
 from benchmarks.grid.grid import run as run_grid
 from benchmarks.harness import ROOT, Bench, experiment, ratios, run_cli, seconds, take_turns
+from benchmarks.repair.curve import write_curve
 from safebasin.layer import Pair, Update
 from safebasin.models.lora import AdapterUpdates, write_lora
 from safebasin.pipeline.config import validate
@@ -207,6 +209,35 @@ def repair_table(
     for role in () if pages is not None else roles_of_grid(tree):
         run_cli("role", role, "--steps", role_steps)
     run_grid(bench, {"repair": tree}, only, seeds, pages, None)
+    if pages is None:
+        by_method(bench, bench.keep / "repair")
+    write_curve(bench.rows(), (pages or bench.file.parent) / "repair-curve.svg")
+
+
+def by_method(bench: Bench, out: Path) -> None:
+    """Of the table that is measured so far: ``asr.ARM.COLUMN`` by the worse judge, ``utility.ARM.COLUMN``, and of every
+    repaired arm ``rank.out`` and ``distance`` over the columns; ``asr_upper.worst.best_arm`` over all of them."""
+    rows = [row for row in bench.rows() if row.get("grid") == "repair" and row["value"] is not None]
+    for name, quantity in (("asr", "asr"), ("utility", "accuracy")):
+        cells = sorted({(row["defence"], row["attack"]) for row in rows if row["quantity"] == quantity})
+        for arm, column in cells:
+            of_cell = [r for r in rows if (r["defence"], r["attack"], r["quantity"]) == (arm, column, quantity)]
+            row = max(of_cell, key=lambda row: row["value"])
+            seeds = len(row["seeds"])
+            bench.record(f"{name}.{arm}.{column}", row["value"], row["interval"], n=row["n"], unit="share", seeds=seeds)
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("*/arms/*/repair.json")):
+        summaries.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8"))["summary"])
+    for arm, each in summaries.items():
+        rank, distances = max((one["rank"] or 0 for one in each), default=0), [one["distance"] for one in each]
+        bench.record(f"rank.out.{arm}", rank or None, n=len(each), unit="of the adapter; none: a full model is written")
+        bench.record(f"distance.{arm}", sum(distances) / len(each), n=len(each), unit="|repaired - tuned| / |tuned|")
+    uppers = {row["defence"]: row for row in rows if row["what"].startswith("asr_upper.worst.") and row["defence"]}
+    if uppers:
+        arm = min(uppers, key=lambda arm: uppers[arm]["value"])
+        columns = sorted({row["attack"] for row in rows if row["attack"]})
+        best = {"arm": arm, "columns": columns}
+        bench.record("asr_upper.worst.best_arm", uppers[arm]["value"], n=uppers[arm]["n"], unit="share", **best)
 
 
 def roles_of_grid(tree: Mapping[str, Any]) -> list[str]:
