@@ -114,15 +114,8 @@ class Registry:
             UserError: unknown method, unknown field, or a value of the wrong type or outside its bounds.
         """
         name, fields = split_spec(spec, self.name)
-        try:
-            method: Any = TypeAdapter(self[name].kind).validate_python(fields)
-            refuse_converted(fields, method)
-        except ValidationError as error:
-            fields_of = [field.name for field in dataclasses.fields(self[name].kind)]
-            raise UserError(f"{self.name}.{name}: {explain(error, fields_of)}") from None
-        except UserError as error:
-            raise UserError(f"{self.name}.{name}: {error}") from None
-        return method
+        kind: type[Any] = self[name].kind
+        return validated(kind, fields, f"{self.name}.{name}", [field.name for field in dataclasses.fields(kind)])
 
 
 OTHER_NAMES = {  # of other trainers -> ours
@@ -157,6 +150,28 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
         [(name, fields)] = spec.items()
         return name, dict(fields or {})
     raise UserError(f"{where}: a method is `name` or `name: {{field: value}}`, found {spec!r}")
+
+
+def validated(kind: type[T], tree: Any, origin: str, names: Iterable[str] = ()) -> T:
+    """The tree as an object of ``kind``; a yes or a text in the place of a number is refused, not converted.
+
+    Args:
+        kind: a dataclass whose fields are bounded.
+        tree: as YAML has it.
+        origin: what error messages call it.
+        names: of fields, for the message on an unknown one.
+
+    Raises:
+        UserError: an unknown field, a value of the wrong kind or outside its bounds.
+    """
+    try:
+        checked: T = TypeAdapter(kind).validate_python(tree)
+        refuse_converted(tree, checked)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {explain(error, names)}") from None
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
+    return checked
 
 
 def refuse_converted(raw: Any, checked: Any, where: str = "") -> None:

@@ -84,7 +84,7 @@ def test_engines_by_name():
         make_engine("dask")
     with pytest.raises(UserError, match=r"engine\.ray: cpus: Input should be greater than 0"):
         make_engine({"ray": {"cpus": 0}})
-    with pytest.raises(UserError, match=r"engine\.ray\.cpus: a number is needed"):
+    with pytest.raises(UserError, match=r"engine\.ray: cpus: a number is needed"):
         make_engine({"ray": {"cpus": "2"}})
 
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from safebasin.errors import DefenceError, UserError
@@ -21,7 +21,7 @@ from safebasin.measure.endpoint import Endpoint, RequestRefused, Settings
 from safebasin.measure.generate import Answer
 from safebasin.measure.judging import Judge, judge_answers
 from safebasin.measure.thoughts import split
-from safebasin.registry import explain, refuse_converted, split_spec
+from safebasin.registry import split_spec, validated
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -111,9 +111,4 @@ def make_served(spec: str | Mapping[str, Any]) -> Served | None:
         return None
     if name != "endpoint":
         raise UserError(f"measure.engine: there is no {name!r}; there are: hf, and endpoint with its fields")
-    try:
-        served = TypeAdapter(Served).validate_python(fields)
-        refuse_converted(fields, served, "measure.engine.endpoint")
-    except ValidationError as error:
-        raise UserError(f"measure.engine.endpoint: {explain(error)}") from None
-    return served
+    return validated(Served, fields, "measure.engine.endpoint")

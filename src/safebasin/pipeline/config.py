@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from safebasin.data.source import Source
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
-from safebasin.registry import explain, refuse_converted
+from safebasin.registry import validated
 from safebasin.runtime import Dtype, resolved
 
 T = TypeVar("T")
@@ -214,15 +214,8 @@ def edited(tree: Any, origin: str, changes: Sequence[str], sets: Mapping[str, st
 
 
 def validate(kind: type[T], tree: Any, origin: str) -> T:
-    """The tree as a dataclass of ``kind``; a yes or a text in the place of a number is refused, not converted."""
-    try:
-        checked: T = TypeAdapter(kind).validate_python(tree)
-        refuse_converted(tree, checked)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error, NAMES)}") from None
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    return checked
+    """The tree as a dataclass of ``kind``; see ``registry.validated``."""
+    return validated(kind, tree, origin, NAMES)
 
 
 def _replaced(tree: Any, name: str, file: str) -> tuple[Any, int]:

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from pydantic import TypeAdapter, ValidationError
-
 from safebasin.errors import UserError
-from safebasin.registry import explain, refuse_converted, split_spec
+from safebasin.registry import split_spec, validated
 
 Facts = dict[str, Any]  # of one item: counts and seconds, never rows
 
@@ -62,9 +60,5 @@ def make_engine(spec: str | Mapping[str, Any]) -> Engine:
     engines: dict[str, type[Here] | type[OnRay]] = {"here": Here, "ray": OnRay}
     if name not in engines:
         raise UserError(f"engine: there is no {name!r}; there are: {', '.join(engines)}")
-    try:
-        engine: Engine = TypeAdapter(engines[name]).validate_python(fields)
-        refuse_converted(fields, engine, f"engine.{name}")
-    except ValidationError as error:
-        raise UserError(f"engine.{name}: {explain(error)}") from None
+    engine: Engine = validated(engines[name], fields, f"engine.{name}")
     return engine

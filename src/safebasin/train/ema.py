@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from safebasin.errors import UserError
 from safebasin.layer import Update
-from safebasin.registry import explain, refuse_converted
+from safebasin.registry import validated
 from safebasin.vector import Vector
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.default\.weight")
@@ -84,13 +84,4 @@ class UpdateAverage:
 
 def read_ema(value: Any) -> Ema | None:
     """``train.ema`` of a recipe, or nothing."""
-    if value is None:
-        return None
-    try:
-        ema: Ema = TypeAdapter(Ema).validate_python(value)
-        refuse_converted(value, ema)
-    except ValidationError as error:
-        raise UserError(f"train.ema: {explain(error)}") from None
-    except UserError as error:
-        raise UserError(f"train.ema: {error}") from None
-    return ema
+    return None if value is None else validated(Ema, value, "train.ema")
