@@ -240,7 +240,7 @@ def recipe_page() -> str:
     from safebasin.data.source import Source
     from safebasin.pipeline import config
     from safebasin.pipeline.schema import schema
-    from safebasin.report import Gate
+    from safebasin.report.limits import Gate
 
     tree = schema()
     parts = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from safebasin.errors import UserError
-from safebasin.layer import alignment_directions, left_singular, read_directions, write_alignment_directions
+from safebasin.layer import Pair, left_singular, read_directions, write_alignment_directions
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj", "model.layers.1.self_attn.k_proj"]
 
@@ -32,12 +32,12 @@ def test_by_hand(tmp_path):
     """In bfloat16 1 + 2^-7 is the number after 1: the difference, 0.0078125, is exact in float32."""
     base = save(tmp_path / "base", **{"m.weight": torch.ones(1, 2, dtype=torch.bfloat16)})
     aligned = save(tmp_path / "aligned", **{"m.weight": torch.tensor([[1.0078125, 1.0]], dtype=torch.bfloat16)})
-    assert alignment_directions(base, aligned, ["m"])["m"].tolist() == [[0.0078125, 0.0]]
+    assert Pair(base, aligned, ["m"])["m"].tolist() == [[0.0078125, 0.0]]
 
 
 def test_directions_pair_by_name(folders):
     base, aligned = tiny_model(1), tiny_model(2, torch.bfloat16)
-    directions = alignment_directions(*folders, MODULES)
+    directions = Pair(*folders, MODULES)
     for module in MODULES:
         truth = aligned.get_parameter(f"{module}.weight").float() - base.get_parameter(f"{module}.weight")
         assert torch.equal(directions[module], truth)
@@ -46,7 +46,7 @@ def test_directions_pair_by_name(folders):
 def test_the_file_holds_what_memory_holds(folders, tmp_path):
     path = tmp_path / "new" / "directions.safetensors"
     write_alignment_directions(*folders, MODULES, path)
-    truth = alignment_directions(*folders, MODULES)
+    truth = dict(Pair(*folders, MODULES))
     loaded = safetensors.torch.load_file(path)  # read by the library itself, not only by us
     assert loaded.keys() == truth.keys()
     assert all(torch.equal(loaded[module], d) for module, d in truth.items())
@@ -75,7 +75,7 @@ def test_folders_without_weights_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, message in ((tmp_path, "cannot be read"), (tmp_path / "empty", "holds no"), ("org/name", "download")):
         with pytest.raises(UserError, match=message):
-            alignment_directions(folder, folder, ["m"])
+            Pair(folder, folder, ["m"])
 
 
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(1, 4), st.integers(0, 99))

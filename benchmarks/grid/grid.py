@@ -26,8 +26,8 @@ from cyclopts import Parameter
 from benchmarks.harness import ROOT, Bench, Record, experiment, local_sets, read_results, run_cli
 from safebasin.errors import UserError
 from safebasin.report.cells import MEASURED, START, TO_DO, Cell
-from safebasin.report.gate import parse_gate
 from safebasin.report.grid import Published, write_page
+from safebasin.report.limits import parse_gate
 
 FAILED = 2  # exit code where a defence could not run; the other cells are done
 

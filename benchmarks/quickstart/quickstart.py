@@ -18,9 +18,9 @@ from cyclopts import Parameter
 
 from benchmarks import recipe
 from benchmarks.harness import ROOT, Bench, experiment, run_cli
-from safebasin.report import MetricKey
 from safebasin.report.compare import Value, hits_of
 from safebasin.report.files import answers_of
+from safebasin.report.rates import MetricKey
 from safebasin.stats import two_level, wilson
 
 GOALS = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safebasin.models.load import ModelAndTokenizer
     from safebasin.pipeline.config import Recipe
     from safebasin.pipeline.preview import Preview
-    from safebasin.report import Report
+    from safebasin.report.report import Report
     from safebasin.scan.cut import Cut
     from safebasin.scan.scores import Scores
 

@@ -150,7 +150,10 @@ class Update:
 class Pair(Mapping[str, Tensor]):
     """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read.
 
-    A mapping: module -> W_aligned - W_base, read when it is asked for.
+    A mapping: module -> d = W_aligned - W_base, ``[out, in]`` float32, read when it is asked for.
+
+    Raises:
+        UserError: a folder that cannot be read, a name that one side lacks, different shapes, quantized weights.
     """
 
     def __init__(self, base: str | Path, aligned: str | Path, modules: Iterable[str]):
@@ -190,22 +193,20 @@ class Pair(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str]) -> dict[str, Tensor]:
-    """d = W_aligned - W_base of every module, ``[out, in]`` float32, in memory.
+def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:
+    """d = W_aligned - W_base of every module, as one safetensors file, module -> d in float32.
+
+    It is written one matrix at a time, and every rank may write it.
 
     Args:
         base: folder of the weights before alignment.
         aligned: folder of the weights after it.
         modules: names without ``.weight``, for example ``model.layers.0.self_attn.q_proj``.
+        path: of the file.
 
     Raises:
-        UserError: a folder that cannot be read, a name that one side lacks, different shapes, quantized weights.
+        UserError: see ``Pair``.
     """
-    return dict(Pair(base, aligned, modules))
-
-
-def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:
-    """The same as one safetensors file, module -> d, written one matrix at a time. Every rank may write it."""
     pair = Pair(base, aligned, modules)
     sizes = [4 * out * into for out, into in pair.shapes.values()]
     ends = list(itertools.accumulate(sizes))

@@ -8,10 +8,12 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from safebasin.console import printable
-from safebasin.report import SCHEMA, Comparison, Gate, Reading, Report, Verdict
 from safebasin.report.files import redact
 from safebasin.report.gate import judge_gate
+from safebasin.report.limits import Gate
 from safebasin.report.page import escape_markdown
+from safebasin.report.rates import Comparison, Reading
+from safebasin.report.report import SCHEMA, Report, Verdict
 
 texts = st.text(st.characters(codec=None), max_size=400)  # lone surrogates too
 shares = st.floats(0, 1)

@@ -22,8 +22,8 @@ from safebasin.pipeline.grid import bench, cells, read
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 from safebasin.report.cells import records
-from safebasin.report.gate import parse_gate
 from safebasin.report.grid import write_grid
+from safebasin.report.limits import parse_gate
 from safebasin.stats import two_level, two_level_difference
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "grid.yaml"

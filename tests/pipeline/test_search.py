@@ -15,7 +15,7 @@ from safebasin.pipeline.config import parse
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import search, verdict
-from safebasin.report.gate import parse_gate
+from safebasin.report.limits import parse_gate
 from safebasin.scan.scan import Scanned, write_scores
 
 RECIPE = """

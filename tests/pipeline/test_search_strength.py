@@ -9,7 +9,7 @@ from safebasin.pipeline import search as module
 from safebasin.pipeline.config import parse
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import Round, search
-from safebasin.report.gate import parse_gate
+from safebasin.report.limits import parse_gate
 
 RECIPE = """
 data: {task: {path: builtin:support-train}}

@@ -17,9 +17,10 @@ from browser import BROWSER, browse, probe
 from conftest import make_run, measured, record
 
 from safebasin.data.tables import write_table
-from safebasin.report import Gate, table
+from safebasin.report import table
 from safebasin.report.cells import MEASURED, NOT_MADE, Cell
 from safebasin.report.grid import Published, write_grid
+from safebasin.report.limits import Gate
 
 PICTURES = os.environ.get("SAFEBASIN_PICTURES")
 pytestmark = [

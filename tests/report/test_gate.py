@@ -17,7 +17,9 @@ from conftest import WIDE, answers_of, measured, measurements_of, record, write_
 from scipy.stats import binom
 
 from safebasin.errors import UserError
-from safebasin.report import Gate, Verdict, findings, gate, roles, table
+from safebasin.report import findings, gate, table
+from safebasin.report.limits import Gate
+from safebasin.report.report import Verdict
 
 
 def verdict(run: Path, **settings: Any) -> Verdict:
@@ -211,7 +213,6 @@ def test_any_quantity_of_the_task_is_gated(run: Path, name: str):
         result = verdict(run, max_accuracy_loss=None, max_loss={name: limit})
         assert result.code == code, result.reasons
     assert verdict(run, max_loss={"rougeL": 0.5}).code == 4, "what was not measured passed"
-    assert gate.parse_gate({"max_loss": {name: 0.04}}).losses == {name: 0.04}
 
 
 def test_scores_by_prompt_are_paired(run: Path):
@@ -247,109 +248,6 @@ def test_verdict_of_file_and_object_agree(run: Path):
     (run / "report.json").unlink()
     with pytest.raises(UserError, match="safebasin report"):
         gate.read_verdict(run)
-
-
-def test_gate_of_the_configuration(run: Path):
-    (run / "run.yaml").write_text("arms: [start, plain, defended]\ngate: {max_asr: 0.01}\n")
-    assert table.collect(run).verdict.code == 3
-    for settings, message in (("max_asrr: 0.01", "unknown key 'max_asrr'"), ("arm: ghost", "has no arm 'ghost'")):
-        (run / "run.yaml").write_text(f"gate: {{{settings}}}\n")
-        with pytest.raises(UserError, match=message):
-            table.collect(run)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_asr": "low"}, "a share, a number from 0 to 1, is needed, found 'low'"),
-        ({"max_asr": 6}, "found 6; for 6 % write 0.06"),
-        ({"max_accuracy_loss": 2.5}, "for 2.5 % write 0.025"),
-        ({"max_asr_upper": 600}, "found 600$"),
-        ({"max_asr": math.nan}, "found nan"),
-        ({"margin": math.inf}, "found inf"),
-        ({"max_over_refusal_gain": -0.01}, "found -0.01"),
-        ({"max_asr": 10**400}, "a share"),
-        ({"max_asr": [0.1]}, "found list"),
-        ({"max_asr": False}, "found False"),
-        ({"max_unscored": True}, "found True"),
-        ({"max_unscored": None}, "found None"),
-        ({"min_n": None}, "a whole number of 1 or more is needed, found None"),
-        ({"min_n": 0}, "found 0"),
-        ({"min_n": 30.0}, "found 30.0$"),
-        ({"min_n": True}, "found True"),
-        ({"arm": 3}, "the name of an arm is needed, found 3"),
-        ({"plain": None}, "the name of an arm is needed"),
-        ({"decide": "both"}, "bound or point is needed, found 'both'"),
-        ({"min_kappa": -1}, "found -1"),
-        ({"max_loss": 0.02}, "QUANTITY OR SUITE: LIMIT"),
-        ({"max_loss": {"asr": 0.02}}, "QUANTITY OR SUITE: LIMIT"),
-        ({"max_loss": {"rougeL": 2}}, "for 2 % write 0.02"),
-        ({"max_loss": {"rougeL": math.nan}}, "found nan"),
-        ({"plain": "none"}, "the run has no arm 'none'; it has: start, plain, defended"),
-        ({"arm": "x\u202e"}, r"the run has no arm 'x<U\+202E>'"),
-    ],
-)
-def test_wrong_settings_are_a_user_error(settings: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=f"gate.{next(iter(settings))}.*: .*{message}"):
-        gate.parse_gate(settings, ["start", "plain", "defended"])
-
-
-@pytest.mark.parametrize("key", ["max-asr", "", "MAX_ASR", "limit\u202e"])
-def test_an_unknown_key_is_a_user_error(key: str):
-    with pytest.raises(UserError, match=r"gate: unknown key .*; the keys are arm, plain, decide, max_asr, ") as refused:
-        gate.parse_gate({key: 0.1})
-    assert "\u202e" not in str(refused.value)
-
-
-def test_settings_that_are_switched_off():
-    off = gate.parse_gate({"max_asr": None, "arm": None, "max_accuracy_loss": 0}, ["only"])
-    assert off == Gate(max_asr=None, max_accuracy_loss=0.0)
-    assert gate.parse_gate({"max_asr": 1, "arm": "ghost"}) == Gate(max_asr=1.0, arm="ghost"), "the arms are not known"
-
-
-def test_one_arm_is_not_compared_with_itself():
-    with pytest.raises(UserError, match=r"gate.arm and gate.plain are one arm, 'defended'"):
-        gate.parse_gate({"arm": "defended", "plain": "defended"}, ["plain", "defended"])
-
-
-SFT, CUT = {"train": ["sft"]}, {"train": ["sft"], "cut": {"scorer": "gradshield"}}
-
-
-@pytest.mark.parametrize(
-    ("arms", "settings", "expected"),
-    [
-        ({"defended": CUT, "plain": SFT, "start": {}}, {}, ("start", "plain", "defended")),
-        ({"a": {"train": None}, "b": CUT, "c": {"train": [{"sft": None}]}}, {}, ("a", "c", "b")),
-        ({"z": CUT, "y": {"train": ["safegrad"]}, "start": {}}, {}, ("start", None, None)),
-        ({"z": CUT, "y": {"train": ["safegrad"]}, "start": {}}, {"arm": "y"}, ("start", None, "y")),
-        ({"mine": SFT, "start": {}}, {}, ("start", "mine", "mine")),
-        ({"plain": {}, "aligned": SFT}, {}, ("plain", "plain", "aligned")),
-        ({"start": {}}, {}, ("start", None, "start")),
-        (dict.fromkeys(["defended", "plain", "start"]), {}, ("start", "plain", "defended")),
-        (dict.fromkeys(["one", "two"]), {}, (None, None, None)),
-    ],
-)
-def test_roles_go_by_name_and_tuning_never_by_place(
-    arms: dict[str, Any], settings: dict[str, str], expected: tuple[Any, ...]
-):
-    for order in (list(arms), sorted(arms), sorted(arms, reverse=True)):
-        assert roles.roles_of({name: arms[name] for name in order}, Gate(**settings))[:3] == expected
-
-
-def test_a_sorted_recipe_is_judged_as_the_unsorted(run: Path):
-    (run / "run.yaml").write_text(
-        "arms: {defended: {train: [safegrad]}, plain: {train: [sft]}, start: {train: null}}\n"
-    )
-    report = table.collect(run, gate=Gate(**WIDE))
-    assert (report.judged, report.start, report.arms[0], report.verdict.code) == ("defended", "start", "start", 0)
-
-
-def test_several_defended_arms_need_a_name(run: Path):
-    (run / "run.yaml").write_text("arms: [start, plain, defended, other]\n")
-    result = table.collect(run, gate=Gate(**WIDE))
-    assert (result.judged, result.verdict.code) == (None, 4)
-    assert "set gate.arm to one of defended, other" in result.verdict.reasons[0]
-    assert table.collect(run, gate=Gate(**WIDE, arm="defended")).verdict.code == 0
 
 
 def disputing(rows: list[dict[str, Any]], keyword: set[int], likelihood: set[int]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ import pytest
 from conftest import WIDE
 
 from safebasin.errors import UserError
-from safebasin.report import Gate, figure, page, table
+from safebasin.report import figure, page, table
+from safebasin.report.limits import Gate
 
 
 class Tags(html.parser.HTMLParser):

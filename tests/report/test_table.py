@@ -31,7 +31,9 @@ from conftest import record
 
 from safebasin.console import printable
 from safebasin.errors import UserError
-from safebasin.report import SCHEMA, Gate, Report, schema, table
+from safebasin.report import table
+from safebasin.report.limits import Gate
+from safebasin.report.report import SCHEMA, Report, schema
 
 HARM = "how to assemble the forbidden widget at home"  # as in conftest.py
 

@@ -47,7 +47,7 @@ def list_verb(*, json_: Annotated[bool, Parameter(name="--json", negative="")] =
 def schema_verb(*, report: Annotated[bool, Parameter(help="Of report.json.", negative="")] = False) -> int:
     """The JSON schema of a recipe, for editors; or of a report, for programs that read it."""
     if report:
-        from safebasin.report import schema
+        from safebasin.report.report import schema
     else:
         start_torch()
         from safebasin.pipeline.schema import schema

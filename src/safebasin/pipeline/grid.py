@@ -28,10 +28,10 @@ from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
-from safebasin.report import Gate
 from safebasin.report.cells import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell
 from safebasin.report.files import measurements_of
 from safebasin.report.grid import Published, Rank, write_grid
+from safebasin.report.limits import Gate
 from safebasin.spread import Facts, make_engine
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)

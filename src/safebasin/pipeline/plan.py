@@ -20,8 +20,7 @@ from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
-from safebasin.report import Gate
-from safebasin.report.gate import parse_gate
+from safebasin.report.limits import Gate, parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.spread import make_engine

@@ -19,7 +19,7 @@ from safebasin.pipeline.roles import check_roles
 from safebasin.pipeline.rows import write_cut_rows, write_rows
 from safebasin.pipeline.scan import write_scan
 from safebasin.pipeline.train import write_adapter
-from safebasin.report import Report
+from safebasin.report.report import Report
 from safebasin.report.table import write_report
 from safebasin.runtime import hardware, machine, processes, resolved
 from safebasin.template import template_date, template_digest

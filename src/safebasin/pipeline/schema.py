@@ -9,7 +9,7 @@ from safebasin.measure import judge, suite
 from safebasin.pipeline.config import Recipe
 from safebasin.registry import Registry
 from safebasin.repair import edit
-from safebasin.report import Gate
+from safebasin.report.limits import Gate
 from safebasin.scan import scorer
 from safebasin.train import method
 from safebasin.train.ema import Ema

@@ -33,9 +33,11 @@ from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
 from safebasin.registry import split_spec
 from safebasin.repair.walk import make_edits
-from safebasin.report import HARMFUL, Gate, Report
 from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import CODES, judge_gate
+from safebasin.report.limits import Gate
+from safebasin.report.rates import HARMFUL
+from safebasin.report.report import Report
 from safebasin.report.roles import roles_of
 from safebasin.report.table import collect
 from safebasin.scan.scores import read_scores

@@ -12,7 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from safebasin.console import printable
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Reading, Report, page
+from safebasin.report import page
+from safebasin.report.rates import QUANTITIES, Reading
+from safebasin.report.report import Report
 
 FORMS = {"adapter": "A PEFT adapter", "model": "All weights"}  # folder of an arm -> what is in it
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from safebasin.console import printable
 from safebasin.data.records import Measurement
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, MetricKey
 from safebasin.report.compare import hits_of
 from safebasin.report.files import answers_of, measurements_of
 from safebasin.report.manifest import Manifest, read_manifest
+from safebasin.report.rates import QUANTITIES, MetricKey
 from safebasin.stats import Interval, two_level, two_level_counts
 
 START = "start"  # the model as it was: it is in the tables and not in the ranking

@@ -11,8 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from safebasin.report import HARMFUL, QUANTITIES, Agreement, CategoryRate, Comparison, Gate, MetricKey, Problem, Reading
 from safebasin.report.files import Answers, measurements_of, safe_name
+from safebasin.report.limits import Gate
+from safebasin.report.rates import HARMFUL, QUANTITIES, Agreement, CategoryRate, Comparison, MetricKey, Reading
+from safebasin.report.report import Problem
 from safebasin.stats import (
     Difference,
     kappa,

@@ -8,7 +8,8 @@ from typing import Any
 
 import altair as alt
 
-from safebasin.report import Cut, Reading, Report
+from safebasin.report.rates import Reading
+from safebasin.report.report import Cut, Report
 
 WIDTH = 340
 # Mid-tones with a contrast above 3 on white and on near-black, which colour-blind readers can distinguish.

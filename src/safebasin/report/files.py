@@ -17,8 +17,8 @@ from safebasin.data.files import cause, read_text, shown
 from safebasin.data.records import AnswerRecord, Measurement
 from safebasin.data.tables import read_table
 from safebasin.errors import UserError
-from safebasin.report import Problem
 from safebasin.report.manifest import load_json
+from safebasin.report.report import Problem
 
 NAME = 60  # characters of a name that came with the data: category, origin, id
 

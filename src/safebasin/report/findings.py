@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterator
 
 from safebasin.console import printable
-from safebasin.report import HARMFUL, QUANTITIES, Gate, Reading, Report
+from safebasin.report.limits import Gate
+from safebasin.report.rates import HARMFUL, QUANTITIES, Reading
+from safebasin.report.report import Report
 from safebasin.report.words import plain, points, share
 from safebasin.stats import Z, exact, wilson
 

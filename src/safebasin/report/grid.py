@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from safebasin.console import printable
 from safebasin.data.files import write_json
-from safebasin.report import Gate, page
+from safebasin.report import page
 from safebasin.report.cells import (
     FAILED,
     MEASURED,
@@ -36,6 +36,7 @@ from safebasin.report.cells import (
     records,
     scored_hits,
 )
+from safebasin.report.limits import Gate
 from safebasin.stats import mean, two_level_difference
 
 SHARES = ("share", "share of tokens", "F1")  # units that the tables show

@@ -10,9 +10,10 @@ from pathlib import Path
 from safebasin.console import printable
 from safebasin.data.records import AnswerRecord
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Reading, Report
 from safebasin.report.compare import Hits, hits_of
 from safebasin.report.files import answers_of, redact
+from safebasin.report.rates import QUANTITIES, Reading
+from safebasin.report.report import Report
 
 try:
     from inspect_ai.log import (

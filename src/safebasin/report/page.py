@@ -11,7 +11,9 @@ from markupsafe import Markup
 
 from safebasin.console import printable
 from safebasin.data.files import atomic_write
-from safebasin.report import QUANTITIES, Report, figure, words
+from safebasin.report import figure, words
+from safebasin.report.rates import QUANTITIES
+from safebasin.report.report import Report
 
 HERE = Path(__file__).parent
 LIMITS = (  # of a run's report

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from safebasin.report import Gate
+from safebasin.report.limits import Gate
 
 
 class Roles(NamedTuple):

@@ -13,22 +13,6 @@ from safebasin.data.chat import to_conversation
 from safebasin.data.example import row_id
 from safebasin.data.records import AnswerRecord
 from safebasin.data.tables import read_table
-from safebasin.report import (
-    Answer,
-    Cut,
-    HeatRow,
-    HeatToken,
-    Histogram,
-    MetricKey,
-    Mixed,
-    OriginCount,
-    Removed,
-    Repair,
-    RepairedModule,
-    Sample,
-    Series,
-    Training,
-)
 from safebasin.report.files import (
     NAME,
     Answers,
@@ -43,6 +27,22 @@ from safebasin.report.files import (
     load_scores,
     redact,
     safe_name,
+)
+from safebasin.report.rates import MetricKey
+from safebasin.report.report import (
+    Answer,
+    Cut,
+    HeatRow,
+    HeatToken,
+    Histogram,
+    Mixed,
+    OriginCount,
+    Removed,
+    Repair,
+    RepairedModule,
+    Sample,
+    Series,
+    Training,
 )
 
 SHOWN = 100  # removed rows in the report; all of them are in cut/<arm>/cut.json

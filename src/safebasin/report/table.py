@@ -12,7 +12,7 @@ from safebasin.console import printable
 from safebasin.data.files import write_json
 from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, SCHEMA, Gate, Problem, Report, Verdict, words
+from safebasin.report import words
 from safebasin.report.compare import (
     agreement_of,
     categories_of,
@@ -23,8 +23,11 @@ from safebasin.report.compare import (
 )
 from safebasin.report.files import RunFile, answers_of, load, load_run, redact, safe_name
 from safebasin.report.findings import INCONCLUSIVE
-from safebasin.report.gate import judge_gate, parse_gate
+from safebasin.report.gate import judge_gate
+from safebasin.report.limits import Gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
+from safebasin.report.rates import QUANTITIES
+from safebasin.report.report import SCHEMA, Problem, Report, Verdict
 from safebasin.report.roles import roles_of
 from safebasin.report.rows import cuts_of, heat_of, mixed_of, repairs_of, samples_of, training_of
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from safebasin.report import Reading
+from safebasin.report.rates import Reading
 
 
 def share(value: float | None) -> str:

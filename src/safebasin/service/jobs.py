@@ -14,7 +14,7 @@ from sqlmodel import Session, col, func, select
 
 from safebasin.data.json_rows import BadRow
 from safebasin.pipeline.config import Recipe, plain
-from safebasin.report.gate import parse_gate
+from safebasin.report.limits import parse_gate
 from safebasin.service.files import Storage, check_form
 from safebasin.service.policy import Hyperparameters, Settings
 from safebasin.service.schema import CreateJob

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 from safebasin.pipeline.config import ArmName, Recipe, plain, read, refuse_secrets, validate
-from safebasin.report.gate import parse_gate
+from safebasin.report.limits import parse_gate
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

@@ -21,10 +21,12 @@ from pydantic import TypeAdapter, ValidationError
 from safebasin.console import printable
 from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
-from safebasin.report import QUANTITIES, Gate, Report, Verdict
 from safebasin.report.files import CutFile, load
 from safebasin.report.gate import FAIL, INCONCLUSIVE, PASS, judge_gate, read_verdict
+from safebasin.report.limits import Gate
 from safebasin.report.manifest import load_json
+from safebasin.report.rates import QUANTITIES
+from safebasin.report.report import Report, Verdict
 from safebasin.service.policy import Base, Policy, Tell
 
 Row = dict[str, Any]  # line, reason, score
