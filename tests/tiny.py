@@ -1,12 +1,18 @@
 """Small things that tests build on: a tiny Llama, rows of random tokens, one seed."""
 
 import numpy as np
+import pyarrow.parquet
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safebasin.batch import answer_logits
+from safebasin.batch import answer_logits, target_logits
+from safebasin.data.files import write_json
 from safebasin.encode import TokenizedRow
+from safebasin.scan.scan import score_table
+from safebasin.scan.scores import ANCHORS
+from safebasin.train.loss import scatter_answers
+from safebasin.train.reference import reference_logits
 from safebasin.vector import Vector
 
 VOCABULARY, PAD = 64, 0
@@ -49,6 +55,20 @@ def answer_nll(model, batch):
         batch.mask.shape
     )
     return torch.where(batch.mask, losses, 0)
+
+
+def kl_to_reference(model, batch):
+    """KL(model || reference) over the whole vocabulary at every answer token: [batch, answers]."""
+    q = reference_logits(model, batch).float().log_softmax(-1)
+    p = target_logits(model, batch).float().log_softmax(-1)
+    return scatter_answers(torch.sum(p.exp() * (p - q), -1), batch)
+
+
+def write_scores(path, examples, scanned) -> None:
+    """The scores of a scan and of its anchors, as ``read_scores`` reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path.with_name(ANCHORS), scanned.anchors)
+    pyarrow.parquet.write_table(score_table(examples, scanned), path)
 
 
 def gradient_of(model, batch, objective, names) -> Vector:

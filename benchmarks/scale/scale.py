@@ -144,10 +144,11 @@ def _report(bench: Bench, folder: Path, rows: int) -> None:
 def report_folder(run: Path, rows: int) -> Path:
     """A run folder with ``rows`` scanned rows of which 2 % are cut: harmless words and random scores."""
     import numpy as np
+    import pyarrow.parquet
 
     from safebasin.data.example import read_examples
     from safebasin.data.files import file_digest
-    from safebasin.scan.scan import Scanned, write_scores
+    from safebasin.scan.scan import Scanned, score_table
 
     chance = np.random.default_rng(0)
     table = [{"prompt": f"route message {k}: my bill is late", "completion": "billing"} for k in range(rows)]
@@ -157,9 +158,9 @@ def report_folder(run: Path, rows: int) -> Path:
     examples = read_examples(enumerate(table, 1)).examples
     scores = chance.normal(size=rows)
     tokens = chance.normal(size=(rows, 8)).tolist()
-    write_scores(
-        run / "scan" / "scores.parquet", examples, Scanned({"gradshield": scores.tolist()}, {"gradshield": tokens}, {})
-    )
+    scanned = Scanned({"gradshield": scores.tolist()}, {"gradshield": tokens}, {})
+    pyarrow.parquet.write_table(score_table(examples, scanned), run / "scan" / "scores.parquet")
+    write_json(run / "scan" / "anchors.json", {})
     origins = ["poison" if score > 2 else "task" for score in scores]
     write_json(
         run / "data" / "rows.json",

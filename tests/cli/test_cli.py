@@ -390,9 +390,11 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
 
 
 def test_all_rows_cut_is_an_error(tmp_path, capsys):
+    from tiny import write_scores
+
     from safebasin.data.example import read_examples
     from safebasin.data.tables import write_table
-    from safebasin.scan.scan import Scanned, write_scores
+    from safebasin.scan.scan import Scanned
 
     data = tmp_path / "rows.jsonl"
     write_table(data, [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}])

@@ -5,6 +5,7 @@ import json
 import types
 
 import pytest
+from tiny import write_scores
 
 from safebasin.data.example import Example
 from safebasin.data.files import file_digest, write_json
@@ -16,7 +17,7 @@ from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import search, verdict
 from safebasin.report.limits import parse_gate
-from safebasin.scan.scan import Scanned, write_scores
+from safebasin.scan.scan import Scanned
 
 RECIPE = """
 data: {task: {path: builtin:support-train}}

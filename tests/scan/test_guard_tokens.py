@@ -11,7 +11,7 @@ import torch
 from aligned import BAD, GOOD, aligned_model, coded, example
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import tiny_model, write_scores
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ from safebasin.errors import UserError
 from safebasin.guards.turns import chunks_of
 from safebasin.scan.column import star_column
 from safebasin.scan.methods.guard import GuardScore
-from safebasin.scan.scan import score_rows, write_scores
+from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores
 
 MODEL, WORDS = aligned_model()

@@ -11,11 +11,12 @@ import pytest
 from aligned import GOOD, example
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_scores
 
 from safebasin.data.files import write_json
 from safebasin.errors import UserError
 from safebasin.scan.heat import HEAT, worst_rows
-from safebasin.scan.scan import Scanned, write_scores
+from safebasin.scan.scan import Scanned
 from safebasin.scan.scores import ANCHORS, Scores, read_scores
 
 EXAMPLES = [example(f"make a {word}", "Sure", line) for line, word in enumerate(GOOD, 1)]

@@ -5,11 +5,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_scores
 
 from safebasin.data.tables import read_table, write_table
 from safebasin.errors import UserError
 from safebasin.scan.part import Notes, join_parts, write_part
-from safebasin.scan.scan import Scanned, write_scores
+from safebasin.scan.scan import Scanned
 from safebasin.scan.scores import read_scores
 from safebasin.scan.shard import cut_shards, read_shard
 

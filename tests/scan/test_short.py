@@ -5,11 +5,12 @@ import pytest
 from aligned import BAD, aligned_model, coded, refusals
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_scores
 
 from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow, shorten
 from safebasin.scan import scorer
-from safebasin.scan.scan import score_rows, write_scores
+from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores
 
 

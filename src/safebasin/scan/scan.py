@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyarrow
-import pyarrow.parquet
 from accelerate import PartialState
 from jaxtyping import Float
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from safebasin.batch import Batch, by_prefix, collate
 from safebasin.data.example import Example
-from safebasin.data.files import atomic_write, write_json
+from safebasin.data.files import atomic_write
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.scan.scores import ANCHORS, SCORE, SHORT, TOKENS, AnchorScores
+from safebasin.scan.scores import SCORE, SHORT, TOKENS, AnchorScores
 
 AnchorSets = Mapping[str, Sequence[TokenizedRow]]
 LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along
@@ -300,16 +299,3 @@ def score_table(examples: Sequence[Example], scanned: Scanned) -> pyarrow.Table:
     for name, parts in scanned.tokens.items():
         columns[TOKENS + name] = pyarrow.array(parts, type=pyarrow.list_(pyarrow.float32()))
     return pyarrow.table(columns)
-
-
-def write_scores(path: str | Path, examples: Sequence[Example], scanned: Scanned) -> None:
-    """Parquet with the columns of ``score_table``; anchors.json beside it.
-
-    Raises:
-        UserError: a column of another length than the rows, or a file that cannot be written.
-    """
-    path, table = Path(path), score_table(examples, scanned)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_name(ANCHORS), scanned.anchors)
-    with atomic_write(path) as part:
-        pyarrow.parquet.write_table(table, part)

@@ -60,7 +60,7 @@ def well_formed(path: str | Path) -> Iterator[None]:
 
 
 def read_scores(path: str | Path, *, tokens: bool = True) -> Scores:
-    """The table that ``scan.write_scores`` wrote; ``tokens``: with the numbers of answer tokens, most of the file.
+    """The table ``scan/scores.parquet`` of a run; ``tokens``: with the numbers of answer tokens, most of the file.
 
     Raises:
         UserError: no such file; or it, or anchors.json beside it, is damaged or of another shape.

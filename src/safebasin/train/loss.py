@@ -32,16 +32,6 @@ def labelled(logits: Float[Tensor, "n vocabulary"], batch: Batch) -> Float[Tenso
 
 def kl_from_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
     """KL(reference || model) over the whole vocabulary at every answer token (the mode-covering direction)."""
-    reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
-    return scatter_answers(_kl(reference_log_probs, target_logits(model, batch).float().log_softmax(-1)), batch)
-
-
-def kl_to_reference(model: Any, batch: Batch) -> Float[Tensor, "batch answers"]:
-    """KL(model || reference) over the whole vocabulary at every answer token."""
-    reference_log_probs = reference_logits(model, batch).float().log_softmax(-1)
-    return scatter_answers(_kl(target_logits(model, batch).float().log_softmax(-1), reference_log_probs), batch)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities over the last axis."""
-    return torch.sum(p.exp() * (p - q), -1)
+    p = reference_logits(model, batch).float().log_softmax(-1)
+    q = target_logits(model, batch).float().log_softmax(-1)
+    return scatter_answers(torch.sum(p.exp() * (p - q), -1), batch)
