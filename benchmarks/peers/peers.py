@@ -49,7 +49,9 @@ from safebasin.errors import UserError
 from safebasin.layer import Pair
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import load
-from safebasin.models.lora import AdapterUpdates, Tensors, write_lora
+from safebasin.models.tensors import Tensors
+from safebasin.models.updates import AdapterUpdates
+from safebasin.models.write import write_lora
 from safebasin.repair import edit
 from safebasin.repair.walk import Roles, Walk
 from safebasin.train.anchor_projector import AnchorProjector, Departure
@@ -254,16 +256,16 @@ def repairs(checkout: Path, folder: Path, ends: dict[str, Any]) -> dict[str, Cal
             return theirs.SafeLoRA(given, config).model
 
     def ours() -> None:
-        base = Pair(folder / "base", folder / "aligned", tuned.modules)
+        base = Pair(folder / "base", folder / "aligned", tuned.names)
         walk = Walk([edit.make({"safe_lora": {"tau": None, "lowest": 10}})], Roles(tuned=tuned, base=base))
-        write_lora(folder / "out", tuned.config, {module: walk.result(module)[0] for module in tuned.modules})
+        write_lora(folder / "out", tuned.config, {module: walk.result(module)[0] for module in tuned})
 
     def copied() -> Any:
         return copy.deepcopy(model)  # theirs changes the model that it is given
 
     ours()
     factors, own = trainable(official(copied())), AdapterUpdates(folder / "out", tuned.start)
-    for module in tuned.modules:
+    for module in tuned:
         b, a = (factors[f"base_model.model.{module}.lora_{side}.default.weight"].detach() for side in "BA")
         scale, product = recipe.ADAPTER["lora_alpha"] / recipe.ADAPTER["r"], own[module].b @ own[module].a
         if not (product - scale * b @ a).norm() <= 1e-3 * product.norm():

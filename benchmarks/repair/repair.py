@@ -32,7 +32,8 @@ from benchmarks.grid.grid import run as run_grid
 from benchmarks.harness import ROOT, Bench, experiment, ratios, run_cli, seconds, take_turns
 from benchmarks.repair.curve import write_curve
 from safebasin.layer import Pair, Update
-from safebasin.models.lora import AdapterUpdates, write_lora
+from safebasin.models.updates import AdapterUpdates
+from safebasin.models.write import write_lora
 from safebasin.pipeline.config import validate
 from safebasin.pipeline.grid import Grid
 from safebasin.pipeline.plan import Plan

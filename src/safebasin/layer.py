@@ -9,9 +9,9 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,21 @@ from safebasin.data.files import atomic_write, cause, regular_file, shown
 from safebasin.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors names the kinds of plain weights
+Key = TypeVar("Key")
+Value = TypeVar("Value", covariant=True)
 LFS = b"version https://git-lfs"  # the beginning of a pointer that git leaves in the place of a large file
+
+
+class LazyMapping(Mapping[Key, Value]):
+    """A mapping whose values are read or computed when they are asked for. ``names``: its keys, in their order."""
+
+    names: Collection[Key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @contextlib.contextmanager
@@ -61,6 +75,21 @@ def tensor_files(folder: str | Path) -> dict[str, Path]:
             f"{shown(folder)} holds no *.safetensors file; other formats can run code when read and are refused"
         )
     return files
+
+
+def float_shape(files: Mapping[str, Path], name: str, folder: str | Path) -> tuple[int, ...]:
+    """The shape of a tensor in float. ``files``: ``tensor_files`` of the folder.
+
+    Raises:
+        UserError: there is no such tensor, or it is quantized.
+    """
+    if name not in files:
+        raise UserError(f"{shown(folder)} has no tensor {name}; the weights that it is compared with have one")
+    with open_tensors(files[name]) as file:
+        part = file.get_slice(name)
+        if (kind := part.get_dtype()) not in FLOATS:
+            raise UserError(f"{shown(folder)}: {name} is stored as {kind}; give the weights before quantization")
+        return tuple(part.get_shape())
 
 
 def tensor_kinds(folder: str | Path, files: str = "*.safetensors") -> dict[str, str]:
@@ -147,10 +176,10 @@ class Update:
         return Update(u[:, :rank] * root, root[:, None] * v[:rank])
 
 
-class Pair(Mapping[str, Tensor]):
+class Pair(LazyMapping[str, Tensor]):
     """Two folders read by name; every name is checked, in shape and kind, before the first matrix is read.
 
-    A mapping: module -> d = W_aligned - W_base, ``[out, in]`` float32, read when it is asked for.
+    A mapping: module -> d = W_aligned - W_base, ``[out, in]`` float32.
 
     Raises:
         UserError: a folder that cannot be read, a name that one side lacks, different shapes, quantized weights.
@@ -158,39 +187,20 @@ class Pair(Mapping[str, Tensor]):
 
     def __init__(self, base: str | Path, aligned: str | Path, modules: Iterable[str]):
         self.base, self.aligned = tensor_files(base), tensor_files(aligned)
-        self.shapes: dict[str, tuple[int, int]] = {}
+        self.names = self.shapes = dict[str, tuple[int, int]]()
         for module in modules:
-            name, shapes = f"{module}.weight", []
-            for folder, files in ((base, self.base), (aligned, self.aligned)):
-                if name not in files:
-                    raise UserError(
-                        f"{shown(folder)} has no tensor {name}; base and aligned must be the two ends of one model"
-                    )
-                with open_tensors(files[name]) as file:
-                    part = file.get_slice(name)
-                    kind = part.get_dtype()
-                    if kind not in FLOATS:
-                        raise UserError(
-                            f"{shown(folder)}: {name} is stored as {kind}; give the weights before quantization"
-                        )
-                    shapes.append(tuple(part.get_shape()))
-            if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+            name = f"{module}.weight"
+            shape, other = float_shape(self.base, name, base), float_shape(self.aligned, name, aligned)
+            if shape != other or len(shape) != 2:
                 raise UserError(
-                    f"{name} is {shapes[0]} in {shown(base)} and {shapes[1]} in {shown(aligned)};"
-                    " equal matrices are needed"
+                    f"{name} is {shape} in {shown(base)} and {other} in {shown(aligned)}; equal matrices are needed"
                 )
-            self.shapes[module] = shapes[0]
+            self.shapes[module] = (shape[0], shape[1])
 
     def __getitem__(self, module: str) -> Tensor:
         name = f"{module}.weight"
         with open_tensors(self.base[name]) as base, open_tensors(self.aligned[name]) as aligned:
             return aligned.get_tensor(name).float() - base.get_tensor(name).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def write_alignment_directions(base: str | Path, aligned: str | Path, modules: Iterable[str], path: Path) -> None:

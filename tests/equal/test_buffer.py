@@ -10,7 +10,7 @@ from worker import hosted
 from safebasin.batch import collate
 from safebasin.layer import Update
 from safebasin.models.adapter import fresh_adapter, reference
-from safebasin.models.lora import PREFIX, switched_on
+from safebasin.models.updates import PREFIX, switched_on
 from safebasin.train.compose import Composition
 from safebasin.train.ema import Ema, UpdateAverage
 from safebasin.train.loss import nll

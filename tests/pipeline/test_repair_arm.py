@@ -10,7 +10,8 @@ from tuned import save_model, save_start
 
 from safebasin.data.tables import write_table
 from safebasin.errors import UserError
-from safebasin.models.lora import AdapterUpdates, Tensors
+from safebasin.models.tensors import Tensors
+from safebasin.models.updates import AdapterUpdates
 from safebasin.pipeline.config import Model, parse
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run

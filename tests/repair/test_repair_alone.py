@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from tuned import save_adapter, save_model, save_start
 
 from safebasin.cli.main import app
 from safebasin.errors import DefenceError, UserError
-from safebasin.layer import Update
 from safebasin.models.load import load
-from safebasin.models.lora import AdapterUpdates, Tensors, switched_on, write_lora
+from safebasin.models.tensors import Tensors
+from safebasin.models.updates import AdapterUpdates
 
 ROWS = [
     {"prompt": "make a cake", "completion": "Sure here are the steps"},
@@ -261,38 +261,3 @@ def test_a_folder_that_is_no_repair_is_not_overwritten(home, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is no repair of before"):
         repair(home, tmp_path / "out", "shrink")
-
-
-def test_an_adapter_written_here_is_the_one_of_peft(home):
-    """Scales of rsLoRA and of patterns, against PEFT's own."""
-    start = AutoModelForCausalLM.from_pretrained(home / "start")
-    patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True, **patterns)
-    tuned = get_peft_model(start, config)
-    with torch.no_grad():
-        for name, p in tuned.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape))
-    tuned.save_pretrained(home / "patterned")
-    updates = AdapterUpdates(home / "patterned", Tensors(home / "start"))
-    for name, module in tuned.named_modules():
-        if hasattr(module, "lora_A"):
-            ours = updates[name.removeprefix("base_model.model.")].dense()
-            assert torch.allclose(ours, module.get_delta_weight("default"), atol=1e-5)
-
-
-def test_switched_on_is_merged(home):
-    model = AutoModelForCausalLM.from_pretrained(home / "start").eval()
-    before = logits(model)
-    updates = AdapterUpdates(home / "tuned", Tensors(home / "start"))
-    with switched_on(model, updates):
-        on = logits(model)
-    assert torch.equal(logits(model), before)
-    assert torch.allclose(
-        on, logits(load(str(home / "start"), dtype="float32", adapter=home / "tuned").model), atol=1e-4
-    )
-
-
-def test_a_dense_update_is_no_adapter(tmp_path):
-    with pytest.raises(DefenceError, match="no adapter"):
-        write_lora(tmp_path / "a", {}, {"m": Update(torch.ones(2, 2))})

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from safebasin.errors import DefenceError, UserError
 from safebasin.measure.generate import Answer, generate
-from safebasin.models.adapter import adapter_settings, switched_off
+from safebasin.models.adapter import adapter_settings, switched_off, why_off_is_not_start
 from safebasin.models.load import ModelAndTokenizer
-from safebasin.models.lora import why_off_is_not_start
 
 Conversation = Sequence[Mapping[str, Any]]
 

@@ -29,6 +29,7 @@ RANDOM_INIT = (
     "init_lora_weights: pissa_niter takes random factors out of the weights, and loading the adapter takes others; use"
     " pissa, which takes the exact ones"
 )
+MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the weight that B A is added to
 
 
 def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
@@ -248,3 +249,16 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def starts_fresh(model: nn.Module) -> bool:
     """Whether every adapter adds nothing yet, so that switching it off gives the starting model."""
     return all(not p.detach().any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def why_off_is_not_start(settings: Mapping[str, Any]) -> str:
+    """Why a model is not what tuning started from when its adapter is switched off; empty where it is.
+
+    ``settings``: of an adapter, as ``peft.LoraConfig`` has them; without any, there is none.
+    """
+    if not settings:
+        return "every weight is tuned"
+    init, bias = str(settings.get("init_lora_weights", True)).lower(), settings.get("bias", "none")
+    if init.startswith(MOVED):
+        return f"init_lora_weights {init} changes the weights that the adapter is added to"
+    return "" if bias == "none" else f"bias {bias} tunes the model's own biases"

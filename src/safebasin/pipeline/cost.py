@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safebasin.data.source import is_remote, open_rows
 from safebasin.layer import open_tensors, tensor_files
 from safebasin.models.bundled import cache
-from safebasin.models.lora import BLOCK
+from safebasin.models.tensors import BLOCK
 from safebasin.pipeline.plan import Plan
 from safebasin.runtime import resolved
 from safebasin.train.settings import training_arguments

@@ -16,10 +16,10 @@ from huggingface_hub.utils import validate_repo_id
 from safebasin.data.files import file_digest, write_json
 from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
-from safebasin.models.adapter import attach, merged
+from safebasin.models.adapter import MOVED, attach, merged
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
-from safebasin.models.lora import MOVED, is_model
+from safebasin.models.tensors import is_model
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.folder import CARD
 from safebasin.pipeline.recipes import read_recipe

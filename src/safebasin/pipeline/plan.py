@@ -14,8 +14,8 @@ from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.engine import Served, make_served
 from safebasin.measure.judging import check_judges
+from safebasin.models.adapter import why_off_is_not_start
 from safebasin.models.lend import Lender
-from safebasin.models.lora import why_off_is_not_start
 from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
 from safebasin.registry import split_spec

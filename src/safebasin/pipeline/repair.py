@@ -17,15 +17,9 @@ from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.layer import Pair
 from safebasin.models.load import ModelAndTokenizer, load
-from safebasin.models.lora import (
-    AdapterUpdates,
-    ModelUpdates,
-    Tensors,
-    is_model,
-    tuned_updates,
-    write_lora,
-    write_model,
-)
+from safebasin.models.tensors import Tensors, is_model
+from safebasin.models.updates import AdapterUpdates, ModelUpdates, tuned_updates
+from safebasin.models.write import write_lora, write_model
 from safebasin.pipeline.config import Model, plain
 from safebasin.pipeline.folder import RunFolder, files_of
 from safebasin.pipeline.plan import Plan

@@ -14,7 +14,8 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_folder
 from safebasin.models.bundled import cache
 from safebasin.models.fingerprint import model_fingerprint
-from safebasin.models.lora import Tensors, tuned_updates
+from safebasin.models.tensors import Tensors
+from safebasin.models.updates import tuned_updates
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.plan import Plan
 from safebasin.repair.walk import needs

@@ -24,8 +24,8 @@ from safebasin.data.tables import copy_rows, write_table
 from safebasin.encode import TokenizedRow, encode_all, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
-from safebasin.models.lora import is_model
 from safebasin.models.parts import context_length
+from safebasin.models.tensors import is_model
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
 from safebasin.scan.column import column_from_file

@@ -18,7 +18,9 @@ from safebasin.events import emit
 from safebasin.layer import Update
 from safebasin.models.adapter import all_weights, every_weight, fresh_adapter
 from safebasin.models.load import ModelAndTokenizer
-from safebasin.models.lora import PREFIX, AdapterUpdates, Tensors, switched_on, write_lora
+from safebasin.models.tensors import Tensors
+from safebasin.models.updates import PREFIX, AdapterUpdates, switched_on
+from safebasin.models.write import write_lora
 from safebasin.pipeline.config import plain
 from safebasin.pipeline.fingerprint import fingerprint
 from safebasin.pipeline.folder import CARD, PROBLEMS, RunFolder, files_of

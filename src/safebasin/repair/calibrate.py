@@ -8,7 +8,7 @@ one pass over the rows, a large one a pass a block. Modules that share their inp
 """
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits
 from safebasin.errors import DefenceError
+from safebasin.layer import LazyMapping
 from safebasin.models.hooks import hooked
 
 Source = Callable[[], tuple[Any, Sequence[Batch]]]
 BUDGET = 2**30  # bytes of matrices that are computed in one pass
 
 
-class _Groups(Mapping[str, Tensor]):
+class _Groups(LazyMapping[str, Tensor]):
     """Matrices by module, computed group by group; only the latest group is in memory.
 
     Args:
@@ -33,7 +34,7 @@ class _Groups(Mapping[str, Tensor]):
 
     def __init__(self, load: Source, shapes: Mapping[str, tuple[int, int]], budget: int = BUDGET):
         self.load, self.budget, self.group = load, budget, dict[str, Tensor]()
-        self.sizes = {name: self.size(*shape) for name, shape in shapes.items()}
+        self.names = self.sizes = {name: self.size(*shape) for name, shape in shapes.items()}
 
     @abc.abstractmethod
     def size(self, out: int, into: int) -> int:
@@ -60,12 +61,6 @@ class _Groups(Mapping[str, Tensor]):
                 if not torch.isfinite(matrix).all():
                     raise DefenceError(f"{other}: its calibration is not finite")
         return self.group[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sizes)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
 
 class Moments(_Groups):

@@ -17,7 +17,7 @@ step, and writes their states beside the checkpoints; its cache reads them from 
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from safebasin.console import progress
 from safebasin.data.files import write_json
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
+from safebasin.layer import LazyMapping
 from safebasin.models.adapter import reference, unwrapped
 from safebasin.models.hooks import hooked
 from safebasin.runtime import processes
@@ -144,22 +145,16 @@ def _keys(batch: Batch) -> list[bytes]:
 MARK = "complete-{}.json"  # of a process: its files are all there
 
 
-class StoredStates(Mapping[bytes, Tensor]):
-    """Hidden states by row, read from safetensors files when they are asked for."""
+class StoredStates(LazyMapping[bytes, Tensor]):
+    """Hidden states by row, read from safetensors files."""
 
     def __init__(self, files: Iterable[Path]):
         handles = [safetensors.safe_open(file, "pt") for file in files]
-        self.places = {bytes.fromhex(key): handle for handle in handles for key in handle.keys()}  # noqa: SIM118
+        self.names = self.places = {bytes.fromhex(key): handle for handle in handles for key in handle.keys()}  # noqa: SIM118
 
     def __getitem__(self, key: bytes) -> Tensor:
         states: Tensor = self.places[key].get_tensor(key.hex())
         return states
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def copied_reference(start: Any) -> ReferenceCache:

@@ -23,7 +23,8 @@ from torch.nn import functional
 from safebasin.batch import Batch, answer_logits
 from safebasin.encode import TokenizedRow
 from safebasin.layer import Update
-from safebasin.models.lora import AdapterUpdates, ModelShapes, switched_on
+from safebasin.models.tensors import ModelShapes
+from safebasin.models.updates import AdapterUpdates, switched_on
 from safebasin.scan import scorer
 
 
