@@ -98,6 +98,14 @@ def test_a_damaged_container_is_rows_or_a_refusal(tmp_path_factory, data):
         assert name in str(error) and "\n" not in str(error)
 
 
+def test_a_parquet_file_whose_names_are_no_text_is_refused(tmp_path):
+    """In the footer, where pyarrow reads the names of columns; the schema of Arrow beside it is whole."""
+    place = PARQUET.index(b"\x06prompt%")
+    assert "cannot read" in refused(
+        save(tmp_path / "x.parquet", PARQUET[:place] + b"\x06pro\x80pt" + PARQUET[place + 7 :])
+    )
+
+
 def test_what_is_no_file_is_one_line(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")

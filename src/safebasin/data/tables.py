@@ -139,12 +139,11 @@ def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple
 
 def _parquet(path: Path) -> Any:
     """The Arrow table of a file."""
-    import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
     if len(set(table.column_names)) < len(table.column_names):
         raise UserError(f"{shown(path)} has two columns of one name")
@@ -287,7 +286,6 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
 
 
 def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None) -> None:
-    import pyarrow
     import pyarrow.parquet
 
     schema = pyarrow.schema([])

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
 import pyarrow.parquet
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from safebasin.data.example import Example, content_id, numbered_copies
 from safebasin.data.files import atomic_write, cause, shown
@@ -80,6 +79,6 @@ def _read(path: Path) -> tuple[Any, Notes]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
         return table, NOTES.validate_json((table.schema.metadata or {})[b"notes"])
-    except (pyarrow.ArrowException, OSError, LookupError, ValidationError) as error:
+    except (pyarrow.ArrowException, OSError, LookupError, ValueError) as error:  # ValueError: no text, or no notes
         path.unlink(missing_ok=True)
         raise UserError(f"{shown(path)} was damaged ({cause(error)}) and is removed; start again to go on") from error
