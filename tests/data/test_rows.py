@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safebasin.data.chat import fill, to_conversation
+from safebasin.data.chat import to_conversation
 from safebasin.data.example import read_examples, row_id
+from safebasin.data.fields import fill
 from safebasin.data.keys import RowForm
 from safebasin.data.tables import draw, read_table, write_table
 from safebasin.errors import UserError

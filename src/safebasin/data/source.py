@@ -14,8 +14,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from safebasin.console import printable
 from safebasin.data.builtin import rows_of
-from safebasin.data.chat import columns, fill, lacking
+from safebasin.data.chat import columns
 from safebasin.data.example import Example, Rows, read_examples
+from safebasin.data.fields import fill, lacking
 from safebasin.data.files import cause, shown
 from safebasin.data.json_rows import BadRow, checked
 from safebasin.data.keys import RowForm

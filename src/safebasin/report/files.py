@@ -153,7 +153,6 @@ def load_scores(path: Path, column: str) -> dict[str, float]:
     Raises:
         UserError: the file cannot be read, or has no such columns of texts and numbers.
     """
-    import pyarrow
     import pyarrow.parquet
 
     if not path.is_file():

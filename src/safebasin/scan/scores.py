@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
 import pyarrow.parquet
 from pydantic import TypeAdapter, ValidationError
 
