@@ -183,16 +183,12 @@ def test_old_files_go(serve):
     file = served.upload("safe")
     job = served.job("forever")
     from safebasin.service.files import Storage
+    from safebasin.service.retention import sweep
     from safebasin.service.store import Store
-    from safebasin.service.supervisor import Supervisor
 
     store, storage = Store(served.settings.database), Storage(served.settings.storage)
-    sweeper = object.__new__(Supervisor)
-    sweeper.store, sweeper.storage, sweeper.settings = store, storage, served.settings
-    sweeper.id = (served.settings.folder / "server").read_text()
-    sweeper.folder = served.settings.folder
     assert served.path(over.id).exists()
-    sweeper.sweep()
+    sweep(store, storage, served.settings, (served.settings.folder / "server").read_text())
     assert not served.path(over.id).exists() and served.client().fine_tuning.jobs.retrieve(over.id) == over
     store.close()
     assert [each.id for each in served.client().files.list()] == [job.training_file]  # a job waits for it
@@ -221,14 +217,14 @@ def test_the_same_request_at_once_by_many_threads(served):
 
 def test_a_verdict_that_breaks_is_an_end(served, monkeypatch):
     """A fault of ours while a verdict is being made: the job ends, and the next ones go on."""
-    from safebasin.service import supervisor
+    from safebasin.service import ending
 
     def broken(*_):
         raise KeyError("a fault of ours")
 
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with monkeypatch.context() as patch:
-        patch.setattr(supervisor, "judge", broken)
+        patch.setattr(ending, "judge", broken)
         job = served.ended(served.job("safe").id)
     assert job.error.code == "server_error"
     assert served.ended(served.job("safe").id).status == "succeeded"

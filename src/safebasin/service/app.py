@@ -390,7 +390,7 @@ def create_app(settings: Settings) -> FastAPI:
         job = _own_job(name, tenant)
         base = settings.policy.models.get(job.model)
         arm = job.settings.get("arm") or ((base.model or base.uploaded) if base else "")
-        folders = supervisor.path(job.id).glob(f"run/arms/{arm}/checkpoints/*/checkpoint-*") if arm else ()
+        folders = settings.job_folder(job.id).glob(f"run/arms/{arm}/checkpoints/*/checkpoint-*") if arm else ()
         steps = {int(path.name.rpartition("-")[2]): path.stat().st_mtime for path in folders if path.name[-1].isdigit()}
         short = job.id.removeprefix("ftjob-")
         rows = [_checkpoint(job.id, short, step, steps[step]) for step in sorted(steps, reverse=True)]

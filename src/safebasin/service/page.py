@@ -21,6 +21,8 @@ from starlette.staticfiles import StaticFiles
 from safebasin.console import printable
 from safebasin.errors import UserError
 from safebasin.service import jobs
+from safebasin.service.deliver import deliver
+from safebasin.service.ending import add_result_file
 from safebasin.service.files import Storage
 from safebasin.service.jobs import ApiError
 from safebasin.service.policy import Settings
@@ -183,10 +185,10 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
     def job_page(name: str, operator: SignedIn) -> HTMLResponse:
         facts = facts_of(name)
         job, base = facts["job"], policy.models.get(facts["job"].model)
-        run = supervisor.path(job.id) / "run"
+        run = settings.job_folder(job.id) / "run"
         arms = [job.settings.get("arm"), *([base.uploaded, base.without, base.model] if base else [])]
         arms = [arm for arm in dict.fromkeys(filter(None, arms)) if (run / "arms" / arm / "adapter").is_dir()]
-        rows = _rows_with_text(run, job.settings.get("arm") or "", supervisor.path(job.id) / "rows.jsonl")
+        rows = _rows_with_text(run, job.settings.get("arm") or "", settings.job_folder(job.id) / "rows.jsonl")
         report = (run / "report.html").is_file()
         return show("job", operator, **facts, rows=rows, report=report, arms=arms)
 
@@ -201,7 +203,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
     @app.get("/operator/jobs/{name}/report", include_in_schema=False)
     def job_report(name: str, _: SignedIn) -> FileResponse:
         with store.session() as session:
-            path = supervisor.path(any_job(session, name).id) / "run" / "report.html"
+            path = settings.job_folder(any_job(session, name).id) / "run" / "report.html"
         if not path.is_file():
             raise NotOwned("report", name)
         return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_CSP})
@@ -216,7 +218,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         if arm not in (job.settings.get("arm"), base.uploaded, base.without, base.model):
             raise ApiError(f"No arm {arm!r} of this job can be approved.")
         try:
-            served = supervisor.deliver(job, arm)
+            served = deliver(job, arm, storage, settings)
         except (UserError, OSError) as error:
             raise ApiError(str(error), status=409) from None
         left_out = "All rows were learned." if arm == base.uploaded else "The rows that were named are left out."
@@ -228,7 +230,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             shown = job.outcome or {}
             add_event(session, name, f"The operator approved the job. {left_out}", data=shown)
             if "rows" in shown and arm != base.uploaded:
-                supervisor.result_file(session, job, shown)
+                add_result_file(session, storage, job, shown)
             note(session, operator, "approve", name, f"{arm}. {text}")
         return back(f"/operator/jobs/{name}")
 
@@ -245,7 +247,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             data = {**shown, "rows": shown["rows"][: policy.tell.rows]} if "rows" in shown else shown
             add_event(session, name, f"The operator refused the file. {message}", level="warn", data=data)
             if "rows" in shown:
-                supervisor.result_file(session, job, shown)
+                add_result_file(session, storage, job, shown)
             note(session, operator, "refuse", name, text)
         return back(f"/operator/jobs/{name}")
 

@@ -128,6 +128,10 @@ class Settings:
     def folder(self) -> Path:
         return self.policy.folder
 
+    def job_folder(self, job: str) -> Path:
+        """The folder of a job: its rows, its run, and what its child says."""
+        return self.folder / "jobs" / job
+
     @property
     def database(self) -> str:
         """The URL of the database.
