@@ -9,6 +9,7 @@ from service_server import ON_BOTH
 
 from safebasin.service.app import create_app
 from safebasin.service.policy import read_policy
+from safebasin.service.routes import events, files, jobs, models
 
 pytestmark = ON_BOTH
 
@@ -107,8 +108,11 @@ def test_every_route_asks_for_its_tenant(tmp_path, served):
     policy.write_text(served.policy.read_text())
     (tmp_path / "recipe.yaml").write_text((served.folder / "recipe.yaml").read_text())
     app = create_app(read_policy(policy))
-    routes = [route for route in app.routes if isinstance(route, APIRoute) and route.path.startswith("/v1")]
+    described = app.openapi()["paths"]
+    routes = [route for module in (files, jobs, events, models) for route in module.router.routes]
+    routes += [route for route in app.routes if isinstance(route, APIRoute) and route.path.startswith("/v1")]
     listed = {re.sub(r"FILE|JOB|MODEL", "{name}", route) for route in ROUTES}
     assert {f"{method} {route.path}" for route in routes for method in route.methods} == listed
+    assert {f"{method.upper()} {path}" for path in described for method in described[path]} == listed
     for route in routes:
         assert "tenant" in inspect.signature(route.endpoint).parameters, route.path

@@ -15,6 +15,7 @@ from sqlmodel import Session, col, func, select
 from safebasin.data.json_rows import BadRow
 from safebasin.pipeline.config import Recipe, plain
 from safebasin.report.limits import parse_gate
+from safebasin.service.errors import ApiError
 from safebasin.service.files import Storage, check_form
 from safebasin.service.policy import Hyperparameters, Settings
 from safebasin.service.schema import CreateJob
@@ -22,14 +23,6 @@ from safebasin.service.store import File, Job, Model, Store, Tenant, add_event, 
 
 MINUTES = 10  # within which the client's repetition of a lost request is the same request
 KNOBS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form."""
-
-    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None, status: int = 400):
-        super().__init__(message)
-        self.message, self.code, self.param, self.status = message, code, param, status
 
 
 def create(

@@ -23,8 +23,8 @@ from safebasin.errors import UserError
 from safebasin.service import jobs
 from safebasin.service.deliver import deliver
 from safebasin.service.ending import add_result_file
+from safebasin.service.errors import ApiError
 from safebasin.service.files import Storage
-from safebasin.service.jobs import ApiError
 from safebasin.service.policy import Settings
 from safebasin.service.store import (
     OVER,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
-from safebasin.service.jobs import ApiError
+from safebasin.service.errors import ApiError
 from safebasin.service.policy import Settings
 from safebasin.service.schema import Body, Text
 

@@ -192,11 +192,11 @@ def _sqlite(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {setting}")
 
 
-T = TypeVar("T", File, Job, Model)
+Kind = TypeVar("Kind", File, Job, Model)
 _NAMES = {File: "File object", Job: "fine-tuning job", Model: "model"}
 
 
-def own(session: Session, kind: type[T], name: str, tenant: str) -> T:
+def own(session: Session, kind: type[Kind], name: str, tenant: str) -> Kind:
     """A tenant's file, job or model. The one door: nothing of a tenant is read by its id in another way.
 
     Raises:
