@@ -179,20 +179,23 @@ def test_bound_names_by_hand():
 
 
 def logical_lines(text: str) -> int:
-    """Statements: what Python's own tokenizer calls a logical line. How a formatter wraps them does not matter
-    (docs/decisions/0009)."""
+    """Statements: what Python's own tokenizer calls a logical line. How a formatter wraps them does not matter, nor in
+    how many files they stand: imports do not count (docs/decisions/0009)."""
+    nodes = list(ast.walk(ast.parse(text)))
     docstrings = sum(
         ast.get_docstring(node) is not None
-        for node in ast.walk(ast.parse(text))
+        for node in nodes
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
     )
+    imports = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes)
     lines = sum(token.type == tokenize.NEWLINE for token in tokenize.generate_tokens(io.StringIO(text).readline))
-    return lines - docstrings
+    return lines - docstrings - imports
 
 
 def test_logical_lines_by_hand():
     text = (
-        '"""What."""\n\nx = 1\n\n\ndef f():\n    """Doc.\n\n    More."""\n    # why\n    return (x,\n            x)\n'
+        '"""What."""\n\nimport a\nfrom b import (c,\n    d)\n\nx = 1\n\n\n'
+        'def f():\n    """Doc.\n\n    More."""\n    # why\n    return (x,\n            x)\n'
     )
     assert logical_lines(text) == 3
 
@@ -204,23 +207,23 @@ SPREAD = [path for path in FILES if path.is_relative_to(SRC / "spread")]
 
 
 def test_the_core_is_small():
-    """At most 9,585 statements at 25 methods, 60 for each further one, 350 for the stage of repair (decision 9)."""
+    """At most 7,310 statements at 25 methods, 60 for each further one, 350 for the stage of repair (decision 9)."""
     folders = [path for path in FILES if path.parent.name in ("methods", "judges")]
     methods = sum(len(re.findall(r"^@\w+\(\"", path.read_text(encoding="utf-8"), re.M)) for path in folders)
     core = [path for path in FILES if path not in SERVICE and path not in SPREAD]
     lines = sum(logical_lines(path.read_text(encoding="utf-8")) for path in core)
-    assert methods >= 25 and lines < 9585 + 350 + 60 * (methods - 25), (lines, methods)
+    assert methods >= 25 and lines < 7310 + 350 + 60 * (methods - 25), (lines, methods)
 
 
 def test_the_engines_are_small():
-    """At most 400 statements beside the core (design, section 5)."""
-    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SPREAD) < 400
+    """At most 360 statements beside the core (design, section 5: 400, of which 40 were imports)."""
+    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SPREAD) < 360
 
 
 def test_the_service_is_small():
-    """At most 1,920 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
+    """At most 1,760 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
     model."""
-    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1920
+    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1760
     allowed = ("service", "pipeline.config", "pipeline.yaml12", "report", "data", "errors", "console", "cli.options")
     for path in SERVICE:
         other = {m for m in imports(path) if not m.startswith(tuple(f"safebasin.{name}" for name in allowed))}
