@@ -20,7 +20,8 @@ from safebasin.data.fields import fill, lacking
 from safebasin.data.files import cause, shown
 from safebasin.data.json_rows import BadRow, checked
 from safebasin.data.keys import RowForm
-from safebasin.data.tables import KINDS, draw, kind_of, read_table, row_file, without_nothing
+from safebasin.data.parquet import without_nothing
+from safebasin.data.tables import KINDS, draw, kind_of, read_table, row_file
 from safebasin.errors import UserError
 
 SetName = Annotated[str, "the name of a set"]  # in a method's fields: a file, a built-in set or a Hub id

@@ -17,6 +17,7 @@ from typing import Any
 from safebasin.console import printable
 from safebasin.data.files import atomic_write, cause, read_bytes, read_text, regular_file, shown
 from safebasin.data.json_rows import JSON, BadRow, checked, json_line, read_json
+from safebasin.data.parquet import arrow_table, parquet_rows, write_parquet
 from safebasin.errors import UserError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # and PACKED of all but the last
@@ -62,7 +63,7 @@ def read_table(path: str | Path, delimiter: str = "") -> list[tuple[int, Any]]:
     """
     path = row_file(path)
     if kind_of(path) == ".parquet":
-        return _parquet_rows(path)
+        return parquet_rows(path)
     if kind_of(path) == ".json":
         return [(n, checked(n, row, finite=True)) for n, row in enumerate(_json_list(path), 1)]
     return [(n, row) for n, _, row in _records(path, delimiter)[1]]
@@ -137,70 +138,6 @@ def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple
     return head, records
 
 
-def _parquet(path: Path) -> Any:
-    """The Arrow table of a file."""
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path).read()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {shown(path)}: {cause(error)}") from error
-    if len(set(table.column_names)) < len(table.column_names):
-        raise UserError(f"{shown(path)} has two columns of one name")
-    return table
-
-
-def _parquet_rows(path: Path) -> list[tuple[int, Any]]:
-    import pyarrow
-
-    table = _parquet(path)
-    for i, field in enumerate(table.schema):
-        if field.type == pyarrow.time64("ns"):  # Python's times end at microseconds: nanoseconds as a number
-            try:
-                table[i].cast(pyarrow.time64("us"))
-            except pyarrow.ArrowInvalid:
-                table = table.set_column(i, field.name, table[i].cast(pyarrow.int64()))
-    unreadable = (
-        pyarrow.ArrowException,
-        ValueError,
-        OverflowError,
-        KeyError,  # a map has a key twice
-    )  # text that is not UTF-8, a date after the year 9999
-    try:
-        return [(n, checked(n, without_nothing(row))) for n, row in enumerate(_pylist(table), 1)]
-    except unreadable:
-        rows: list[tuple[int, Any]] = []
-        for n in range(1, len(table) + 1):
-            try:
-                rows.append((n, checked(n, without_nothing(_pylist(table.slice(n - 1, 1))[0]))))
-            except unreadable as error:
-                rows.append((n, BadRow(n, f"a value cannot be read: {cause(error)}")))
-        return rows
-
-
-def _pylist(table: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
-    return rows
-
-
-def without_nothing(row: Any) -> Any:
-    """The row without the keys of inner objects that hold nothing.
-
-    Arrow gives every object of a column all the keys that one of them has: a tool call would get arguments that it does
-    not have, and a template would write them.
-
-    >>> without_nothing({"calls": [{"city": "Oslo", "day": None}], "note": None})
-    {'calls': [{'city': 'Oslo'}], 'note': None}
-    """
-    return {name: _without_nothing(value) if isinstance(value, list | dict) else value for name, value in row.items()}
-
-
-def _without_nothing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nothing(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
-
-
 def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None = None) -> None:
     """Write rows in the format that the name asks for. ``like``: a table whose column types a Parquet file keeps.
 
@@ -211,7 +148,7 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str |
     kind = kind_of(path)
     with atomic_write(path) as part:
         if kind == ".parquet":
-            _write_parquet(part, path, rows, like)
+            write_parquet(part, path, rows, like)
             return
         out = io.StringIO(newline="")
         if kind in (".csv", ".tsv"):
@@ -257,7 +194,7 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
     kind = kind_of(source)
     records: Mapping[int, str | None] = {}
     if kind == ".parquet":
-        table = _parquet(source)
+        table = arrow_table(source)
         records = dict.fromkeys(range(1, len(table) + 1))
     elif kind == ".json":
         values = dict(enumerate(_json_list(source), 1))
@@ -283,27 +220,6 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
         else:
             mark = "\ufeff" if read_bytes(source).startswith(b"\xef\xbb\xbf") else ""
             part.write_bytes(_packed(path, (mark + head + "".join(records[line] or "" for line in lines)).encode()))
-
-
-def _write_parquet(part: Path, path: Path, rows: Sequence[Mapping[str, Any]], like: str | Path | None) -> None:
-    import pyarrow.parquet
-
-    schema = pyarrow.schema([])
-    if like is not None and Path(like).suffix == ".parquet" and Path(like).is_file():
-        schema = pyarrow.parquet.read_schema(like)
-    columns = {}
-    for name in dict.fromkeys([*schema.names, *(name for row in rows for name in row)]):
-        values = [row.get(name) for row in rows]
-        try:
-            columns[name] = pyarrow.array(values, schema.field(name).type if name in schema.names else None)
-        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):
-            try:
-                columns[name] = pyarrow.array(values)  # the column's numbers were replaced by their names
-            except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
-                raise UserError(
-                    f"cannot write {shown(path)}: column {printable(name, 60)!r}: {cause(error)}"
-                ) from error
-    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(schema.metadata), part)
 
 
 def draw(rows: Sequence[Any], take: int | None, seed: int) -> list[Any]:
