@@ -4,7 +4,7 @@ import pytest
 from folders import run
 
 from safebasin import runtime
-from safebasin.pipeline.config import parse
+from safebasin.pipeline.parse import parse
 from safebasin.runtime import Arithmetic, arithmetic, resolved
 
 OLD = {"sse4_2", "avx", "avx2", "avx512f", "avx512_vnni"}

@@ -34,8 +34,8 @@ from benchmarks.repair.curve import write_curve
 from safebasin.layer import Pair, Update
 from safebasin.models.updates import AdapterUpdates
 from safebasin.models.write import write_lora
-from safebasin.pipeline.config import validate
 from safebasin.pipeline.grid import Grid
+from safebasin.pipeline.parse import validate
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.roles import roles_read
 from safebasin.repair import edit

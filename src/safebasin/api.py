@@ -173,7 +173,8 @@ def read_recipe(
     >>> read_recipe("builtin:quickstart", changes=["seed=3"]).seed
     3
     """
-    from safebasin.pipeline.config import Recipe, edited, validate
+    from safebasin.pipeline.config import Recipe
+    from safebasin.pipeline.parse import edited, validate
     from safebasin.pipeline.recipes import read_recipe as read
 
     if isinstance(recipe, Mapping):
@@ -278,8 +279,9 @@ def mixed_answers(
     >>> len(mixed_answers(["Name a fruit."], tuned, max_new_tokens=4))
     1
     """
-    from safebasin.pipeline.config import Mix, validate
+    from safebasin.pipeline.config import Mix
     from safebasin.pipeline.mix import mixing
+    from safebasin.pipeline.parse import validate
     from safebasin.scan import scorer
 
     settings = validate(Mix, {"share": share, "guard": guard, "above": above}, "mixed_answers")

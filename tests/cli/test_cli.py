@@ -14,7 +14,7 @@ from safebasin.cli.main import app, guarded
 from safebasin.data.source import Source, open_rows, open_table
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
-from safebasin.pipeline.config import dump, parse
+from safebasin.pipeline.parse import dump, parse
 from safebasin.pipeline.schema import schema
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

@@ -12,7 +12,7 @@ from folders import run, save_tiny
 from safebasin.cli import main as cli
 from safebasin.cli.main import guarded
 from safebasin.errors import DefenceError, UserError
-from safebasin.pipeline.config import read
+from safebasin.pipeline.parse import read
 
 
 @pytest.fixture(scope="module")

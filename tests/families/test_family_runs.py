@@ -6,7 +6,8 @@ import pytest
 from tiny_families import FAMILIES, save
 
 from safebasin.data.tables import write_table
-from safebasin.pipeline.config import Recipe, validate
+from safebasin.pipeline.config import Recipe
+from safebasin.pipeline.parse import validate
 from safebasin.pipeline.run import Run
 
 ROWS = [{"prompt": f"say {word}", "completion": f"{word} it is"} for word in ("one", "two", "six", "ten")]

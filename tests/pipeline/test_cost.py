@@ -8,7 +8,7 @@ from product import command, product
 
 from safebasin.models.load import load
 from safebasin.pipeline import cost
-from safebasin.pipeline.config import parse
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.plan import Plan
 
 ADAPTER = {"r": 4, "target_modules": ["q_proj"]}

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safebasin.errors import UserError
 from safebasin.models.load import load
-from safebasin.pipeline.config import parse, read
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.parse import parse, read
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 

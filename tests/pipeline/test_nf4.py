@@ -12,8 +12,8 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 from safebasin.models.load import load
 from safebasin.models.quantized import quantized_layers
-from safebasin.pipeline.config import parse
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.plan import Plan
 
 

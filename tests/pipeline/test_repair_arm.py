@@ -12,7 +12,8 @@ from safebasin.data.tables import write_table
 from safebasin.errors import UserError
 from safebasin.models.tensors import Tensors
 from safebasin.models.updates import AdapterUpdates
-from safebasin.pipeline.config import Model, parse
+from safebasin.pipeline.config import Model
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.tune_role import tune_role

@@ -12,8 +12,8 @@ from safebasin.data.files import file_digest, write_json
 from safebasin.data.tables import write_table
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline import search as module
-from safebasin.pipeline.config import parse
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import search, verdict
 from safebasin.report.limits import parse_gate

@@ -6,7 +6,7 @@ import pytest
 
 from safebasin.errors import UserError
 from safebasin.pipeline import search as module
-from safebasin.pipeline.config import parse
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.run import Run
 from safebasin.pipeline.search import Round, search
 from safebasin.report.limits import parse_gate

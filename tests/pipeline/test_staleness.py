@@ -13,8 +13,8 @@ from product import product
 from safebasin.guards.side import SideGuard, base_digest, tokenizer_digest
 from safebasin.models.load import load
 from safebasin.pipeline import fingerprint as fingerprints
-from safebasin.pipeline.config import read
 from safebasin.pipeline.folder import RunFolder
+from safebasin.pipeline.parse import read
 from safebasin.pipeline.run import Run
 
 pytestmark = pytest.mark.slow

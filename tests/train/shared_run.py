@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "equal"))
 
 from worker import LAYERS, shard_on_cpu
 
-from safebasin.pipeline.config import read
+from safebasin.pipeline.parse import read
 from safebasin.pipeline.run import Run
 from safebasin.runtime import processes
 

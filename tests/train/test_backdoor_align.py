@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import PAD, random_rows
 
 from safebasin.errors import UserError
-from safebasin.pipeline.config import Recipe, validate
+from safebasin.pipeline.config import Recipe
+from safebasin.pipeline.parse import validate
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import attack_format
 from safebasin.train.compose import Composition

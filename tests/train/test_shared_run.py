@@ -15,7 +15,7 @@ from runs import prepare
 from safebasin.cli.main import app, guarded
 from safebasin.data.files import file_digest
 from safebasin.data.tables import write_table
-from safebasin.pipeline.config import read
+from safebasin.pipeline.parse import read
 from safebasin.pipeline.run import Run
 
 pytestmark = pytest.mark.slow

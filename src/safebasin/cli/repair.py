@@ -33,7 +33,8 @@ def repair_verb(
     from safebasin.data.files import write_json
     from safebasin.data.source import Source
     from safebasin.pipeline import yaml12
-    from safebasin.pipeline.config import Model, validate
+    from safebasin.pipeline.config import Model
+    from safebasin.pipeline.parse import validate
     from safebasin.pipeline.repair import CALIBRATION, Job, words
     from safebasin.pipeline.roles import role_adapter
     from safebasin.repair.walk import make_edits, needs
@@ -85,7 +86,8 @@ def role_verb(
     """
     refuse_processes()
     start_torch()
-    from safebasin.pipeline.config import Model, validate
+    from safebasin.pipeline.config import Model
+    from safebasin.pipeline.parse import validate
     from safebasin.pipeline.tune_role import tune_role
 
     train = {

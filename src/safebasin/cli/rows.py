@@ -100,7 +100,8 @@ def scan_verb(
     Several processes share the rows: `accelerate launch -m safebasin scan ...`.
     """
     start_torch()
-    from safebasin.pipeline.config import Recipe, plain, validate
+    from safebasin.pipeline.config import Recipe
+    from safebasin.pipeline.parse import plain, validate
     from safebasin.pipeline.run import Run
     from safebasin.report.table import redact
     from safebasin.runtime import processes

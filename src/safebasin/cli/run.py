@@ -56,8 +56,8 @@ def run_verb(
     """
     start_events(events)
     start_torch()
-    from safebasin.pipeline.config import dump, parse_sets
     from safebasin.pipeline.cost import costs
+    from safebasin.pipeline.parse import dump, parse_sets
     from safebasin.pipeline.plan import Plan
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.roles import check_tuned_roles
@@ -106,7 +106,7 @@ def train_verb(
     """Tune one arm of a recipe, with the scan and the cut that it needs, and measure nothing. Processes share it as
     they share a run."""
     start_torch()
-    from safebasin.pipeline.config import parse_sets
+    from safebasin.pipeline.parse import parse_sets
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.run import Run
     from safebasin.runtime import processes
@@ -142,7 +142,7 @@ def search_verb(
     refuse_processes()
     start_events(events)
     start_torch()
-    from safebasin.pipeline.config import parse_sets
+    from safebasin.pipeline.parse import parse_sets
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.search import search, verdict
 
@@ -171,8 +171,8 @@ def bench_verb(
     and it goes on."""
     refuse_processes()
     start_torch()
-    from safebasin.pipeline.config import parse_sets
     from safebasin.pipeline.grid import bench, cells, read
+    from safebasin.pipeline.parse import parse_sets
 
     if not all(part.strip().isdecimal() for part in seeds.split(",") if seeds):
         raise UserError(f"--seeds takes numbers with commas between them, found {seeds!r}")

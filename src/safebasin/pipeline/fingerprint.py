@@ -23,7 +23,8 @@ from safebasin.data.json_rows import BadRow
 from safebasin.data.source import Source, is_remote, open_table
 from safebasin.data.tables import endings
 from safebasin.models.fingerprint import file_digests, model_fingerprint
-from safebasin.pipeline.config import Model, plain
+from safebasin.pipeline.config import Model
+from safebasin.pipeline.parse import plain
 from safebasin.runtime import resolved
 from safebasin.scan.shard import PLAIN, cut_shards, read_shard
 

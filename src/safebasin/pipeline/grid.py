@@ -23,9 +23,10 @@ from safebasin.console import console
 from safebasin.data.files import write_json
 from safebasin.errors import AttackFails, DefenceError, UserError
 from safebasin.pipeline import yaml12
-from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec, edited, plain, validate
+from safebasin.pipeline.config import Arm, ArmName, Recipe, Spec
 from safebasin.pipeline.fingerprint import digest
 from safebasin.pipeline.measure import build_judges
+from safebasin.pipeline.parse import edited, plain, validate
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.run import Run
 from safebasin.report.cells import FAILED, MEASURED, NOT_MADE, START, TO_DO, Cell

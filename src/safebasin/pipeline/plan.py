@@ -17,7 +17,9 @@ from safebasin.measure.judging import check_judges
 from safebasin.models.adapter import why_off_is_not_start
 from safebasin.models.lend import Lender
 from safebasin.models.quantized import check_nf4
-from safebasin.pipeline.config import Recipe, Spec, plain, refuse_secrets
+from safebasin.pipeline.config import Recipe, Spec
+from safebasin.pipeline.parse import plain
+from safebasin.pipeline.secrets import refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
 from safebasin.report.limits import Gate, parse_gate

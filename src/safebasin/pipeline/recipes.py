@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safebasin.errors import UserError
-from safebasin.pipeline.config import Recipe, parse, read
+from safebasin.pipeline.config import Recipe
+from safebasin.pipeline.parse import parse, read
 
 PLACES = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")  # installed, and in a checkout
 
@@ -27,7 +28,7 @@ def recipe_text(name: str) -> str:
 
 
 def read_recipe(path: Path, changes: Sequence[str] = (), sets: Mapping[str, str] | None = None) -> Recipe:
-    """A recipe from a file, or a shipped one by ``builtin:NAME``; see ``config.parse``."""
+    """A recipe from a file, or a shipped one by ``builtin:NAME``; see ``parse.parse``."""
     if path.name.startswith("builtin:"):
         return parse(recipe_text(path.name.removeprefix("builtin:")), path.name, changes, sets)
     return read(path, changes, sets)

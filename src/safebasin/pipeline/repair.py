@@ -20,8 +20,9 @@ from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.models.tensors import Tensors, is_model
 from safebasin.models.updates import AdapterUpdates, ModelUpdates, tuned_updates
 from safebasin.models.write import write_lora, write_model
-from safebasin.pipeline.config import Model, plain
+from safebasin.pipeline.config import Model
 from safebasin.pipeline.folder import RunFolder, files_of
+from safebasin.pipeline.parse import plain
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.roles import arm_roles
 from safebasin.repair.calibrate import Moments, SquaredGradients

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from safebasin.console import console
 from safebasin.models.load import load_tokenizer
-from safebasin.pipeline.config import Recipe, dump
+from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.folder import RunFolder
 from safebasin.pipeline.measure import Judges, build_judges, write_measurements
+from safebasin.pipeline.parse import dump
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.repair import write_repaired
 from safebasin.pipeline.roles import check_roles

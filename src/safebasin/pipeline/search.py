@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple
 
 from safebasin.data.files import write_json
 from safebasin.errors import DefenceError, UserError
-from safebasin.pipeline.config import Cut, Recipe, plain
+from safebasin.pipeline.config import Cut, Recipe
+from safebasin.pipeline.parse import plain
 from safebasin.pipeline.rows import training_examples
 from safebasin.pipeline.run import Run
 from safebasin.registry import split_spec

@@ -21,9 +21,9 @@ from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.tensors import Tensors
 from safebasin.models.updates import PREFIX, AdapterUpdates, switched_on
 from safebasin.models.write import write_lora
-from safebasin.pipeline.config import plain
 from safebasin.pipeline.fingerprint import fingerprint
 from safebasin.pipeline.folder import CARD, PROBLEMS, RunFolder, files_of
+from safebasin.pipeline.parse import plain
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.roles import arm_roles
 from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safebasin.errors import UserError
-from safebasin.pipeline.config import Model, Recipe, plain, validate
+from safebasin.pipeline.config import Model, Recipe
+from safebasin.pipeline.parse import plain, validate
 from safebasin.pipeline.roles import role_adapter, role_folder
 from safebasin.pipeline.run import Run
 

@@ -13,7 +13,8 @@ from sqlalchemy import update
 from sqlmodel import Session, col, func, select
 
 from safebasin.data.json_rows import BadRow
-from safebasin.pipeline.config import Recipe, plain
+from safebasin.pipeline.config import Recipe
+from safebasin.pipeline.parse import plain
 from safebasin.report.limits import parse_gate
 from safebasin.service.errors import ApiError
 from safebasin.service.files import Storage, check_form

@@ -13,7 +13,9 @@ from pydantic.dataclasses import dataclass
 
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
-from safebasin.pipeline.config import ArmName, Recipe, plain, read, refuse_secrets, validate
+from safebasin.pipeline.config import ArmName, Recipe
+from safebasin.pipeline.parse import plain, read, validate
+from safebasin.pipeline.secrets import refuse_secrets
 from safebasin.report.limits import parse_gate
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)

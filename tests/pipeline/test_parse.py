@@ -1,4 +1,4 @@
-"""Recipes: YAML 1.2, bounds, changes, sets, secrets; what is read is what is written."""
+"""Recipes: YAML 1.2, bounds, changes, sets; what is read is what is written."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
-from safebasin.pipeline.config import dump, parse, parse_sets, plain, refuse_secrets
+from safebasin.pipeline.parse import dump, parse, parse_sets
 from safebasin.pipeline.recipes import PLACES, read_recipe
 
 MINIMAL = "data: {task: {path: rows.jsonl}}\narms: {start: {}}\nmeasure: {}\n"
@@ -127,11 +127,3 @@ def test_a_set_is_replaced_wherever_it_stands(tmp_path):
         parse(text, sets={"other/set": str(file)})
     with pytest.raises(UserError, match="NAME=FILE"):
         parse_sets(["some/set=nowhere.jsonl"])
-
-
-@pytest.mark.parametrize("text", ["https://me:pass@host/rows.jsonl", "http://h/v1?api_key=abc", "hf_" + "a" * 30])
-def test_a_secret_is_refused_and_not_repeated(text):
-    with pytest.raises(UserError) as error:
-        refuse_secrets({"data": {"task": {"path": text}}})
-    assert "data.task.path" in str(error.value) and text not in str(error.value)
-    refuse_secrets(plain(parse(MINIMAL)))
