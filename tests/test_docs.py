@@ -15,7 +15,7 @@ from safebasin.data.source import Source, open_examples
 from safebasin.models.adapter import fresh_adapter
 from safebasin.pipeline.convert import as_messages, as_tokens, write_converted
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import training_arguments
+from safebasin.train.settings import training_arguments
 from safebasin.vector import trainable
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,8 @@ from transformers import Trainer
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import OracleTrainer, streams_of, training_arguments
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import Vector, trainable
 
 LAYERS = {

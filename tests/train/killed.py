@@ -26,8 +26,10 @@ from transformers import Trainer, TrainerState
 
 from safebasin.data.files import file_digest
 from safebasin.train import checkpoint, trainer
+from safebasin.train.checkpoint import last_checkpoint
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import OracleTrainer, last_checkpoint, streams_of, training_arguments
+from safebasin.train.settings import training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 
 KILLED = 137
 STEPS = 4

@@ -11,8 +11,9 @@ from safebasin.train.compose import Composition
 from safebasin.train.loss import nll
 from safebasin.train.methods.lisa import Lisa
 from safebasin.train.oracle import Oracle
+from safebasin.train.settings import training_arguments
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import METHOD_STATE, OracleTrainer, streams_of, training_arguments
+from safebasin.train.trainer import METHOD_STATE, OracleTrainer, streams_of
 from safebasin.vector import Vector, trainable
 
 

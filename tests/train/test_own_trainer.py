@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from safebasin.models.adapter import fresh_adapter
 from safebasin.train.compose import Composition
-from safebasin.train.trainer import training_arguments
+from safebasin.train.settings import training_arguments
 from safebasin.train.weighted import WeightedCollator, WeightedLoss
 from safebasin.vector import trainable
 

@@ -10,9 +10,11 @@ from tiny import PAD, random_rows
 from transformers import Trainer, TrainingArguments
 
 from safebasin.errors import UserError
+from safebasin.train.check import check
 from safebasin.train.compose import Composition
+from safebasin.train.settings import training_arguments
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import OracleTrainer, check, streams_of, training_arguments
+from safebasin.train.trainer import OracleTrainer, streams_of
 from safebasin.vector import trainable
 
 

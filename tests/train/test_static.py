@@ -17,8 +17,9 @@ from safebasin.train.loss import nll
 from safebasin.train.methods.star_dss import StarDss
 from safebasin.train.methods.static import Static
 from safebasin.train.oracle import Oracle
+from safebasin.train.settings import training_arguments
 from safebasin.train.stream import Stream
-from safebasin.train.trainer import OracleTrainer, training_arguments
+from safebasin.train.trainer import OracleTrainer
 
 
 def test_by_hand():

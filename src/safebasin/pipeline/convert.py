@@ -27,7 +27,7 @@ from safebasin.errors import UserError
 from safebasin.scan import scorer
 from safebasin.scan.column import star_column
 from safebasin.scan.scores import Scores
-from safebasin.train.trainer import check_columns
+from safebasin.train.check import check_columns
 from safebasin.train.weighted import WEIGHTS
 
 MessageForm = Literal["trl", "axolotl", "llamafactory", "openai"]

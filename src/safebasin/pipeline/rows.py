@@ -32,7 +32,7 @@ from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores, unscored_rows
-from safebasin.train.trainer import check_columns
+from safebasin.train.check import check_columns
 
 
 def load_start(plan: Plan, tuned: Path | None = None, *, dtype: str = "") -> ModelAndTokenizer:

@@ -6,10 +6,9 @@ optimizer come after, once. A checkpoint counts once it is marked (``train/check
 """
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,15 @@ from safebasin.batch import packed_or_why
 from safebasin.console import line
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
-from safebasin.models.adapter import starts_fresh
-from safebasin.train.checkpoint import last_checkpoint, mark_complete, remove_checkpoint, rotate
+from safebasin.train.check import check
+from safebasin.train.checkpoint import mark_complete, remove_checkpoint, rotate
 from safebasin.train.compose import Composition
 from safebasin.train.ema import Ema, UpdateAverage
 from safebasin.train.oracle import TASK, Oracle
 from safebasin.train.reference import ReferenceCache
-from safebasin.train.settings import DEEPSPEED, check_align_share, check_settings, training_arguments
+from safebasin.train.settings import DEEPSPEED, check_align_share
 from safebasin.train.stream import Stream
 from safebasin.vector import Vector, gather_full, trainable
-
-__all__ = [
-    "OracleTrainer",
-    "check",
-    "check_columns",
-    "check_settings",
-    "last_checkpoint",
-    "streams_of",
-    "total_steps",
-    "training_arguments",
-]
 
 # In a checkpoint: what methods carry from step to step, as full tensors by "key:parameter"; the loss curve, which
 # streams have had a gradient and whether an update has been applied stand in its metadata.
@@ -252,74 +240,6 @@ class _StepCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.host.curve and TASK not in self.host._alive:
             raise DefenceError("no step had a gradient of the task: the methods of the run took nothing of any row")
-
-
-def check(
-    model: Any,
-    args: TrainingArguments,
-    methods: Composition,
-    streams: Mapping[str, Stream],
-    reference: ReferenceCache | None = None,
-) -> None:
-    """Refuse what can be refused before the first step.
-
-    Raises:
-        UserError: a stream, a column or a role that the methods need is missing; nothing to tune; FSDP on one process.
-    """
-    if not trainable(model):
-        raise UserError("the model has no trainable parameter: tune with train.adapter, or all of it")
-    for name in methods.needs("streams"):
-        if name not in streams:
-            raise UserError(
-                f"the methods {[type(m).__name__ for m in methods.methods]} need the stream {name!r}: set data.{name}"
-            )
-    for name in methods.needs("columns"):
-        if any(name not in row.columns for row in streams["task"].rows):
-            raise UserError(
-                f"the methods need the column {name!r} on every row of the task; scan the rows first, or name a file"
-            )
-    check_columns(streams["task"].rows, methods.needs("columns"))
-    if methods.penalty is not None:  # it raises where a base is missing, or names or shapes differ
-        with torch.no_grad():
-            methods.penalty(trainable(model))
-    if "reference" in methods.needs("roles") and reference is None:
-        if not hasattr(model, "disable_adapter"):
-            raise UserError(
-                "a method needs the reference model, which is the adapter switched off: tune with train.adapter, or"
-                " give a stored_reference"
-            )
-        if own := [name for name in trainable(model) if name.endswith("base_layer.bias")]:
-            raise UserError(
-                f"{own[0]} is tuned with the adapter, so switching that off is not the starting model; set bias: none"
-            )
-        if not starts_fresh(model):
-            raise UserError(
-                "the adapter does not start fresh (its B is not zero), so switching it off is not the starting model; "
-                "merge it first"
-            )
-    if args.fsdp and args.world_size == 1:
-        raise UserError(
-            "train.fsdp shards over several processes and this is one; start the run with torchrun, or leave it out"
-        )
-    if args.deepspeed:
-        raise UserError(DEEPSPEED)
-
-
-def check_columns(rows: Iterable[TokenizedRow], names: Iterable[str]) -> None:
-    """UserError: a column with numbers per row and per token, or with another count than the answer has tokens."""
-    rows = list(rows)
-    for name in names:
-        per_row = [isinstance(row.columns[name], int | float) for row in rows]
-        if len(set(per_row)) > 1:
-            one, several = rows[per_row.index(True)].id, rows[per_row.index(False)].id
-            raise UserError(f"the column {name!r} has one number for row {one} and several for {several}")
-    for row, name in itertools.product(rows, names):
-        values = row.columns[name]
-        if not isinstance(values, int | float) and len(values) != sum(row.answer):
-            raise UserError(
-                f"row {row.id}: the column {name!r} holds {len(values)} numbers for {sum(row.answer)} answer tokens; "
-                "was it made with another tokenizer or template?"
-            )
 
 
 def total_steps(args: TrainingArguments, streams: Mapping[str, Stream]) -> int:
