@@ -90,7 +90,7 @@ def trial(folder: Path, count: int, kills: int, seed: int = 0) -> dict[str, int]
 SCAN = """
 import sys
 from pathlib import Path
-from safebasin.pipeline.config import parse
+from safebasin.pipeline.parse import parse
 from safebasin.pipeline.run import Run
 with Run(parse(Path(sys.argv[1]).read_text()), Path(sys.argv[2])) as run:
     run.measure("start") if sys.argv[3] == "measure" else getattr(run, sys.argv[3])
