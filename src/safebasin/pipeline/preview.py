@@ -54,10 +54,10 @@ def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Pre
         if isinstance(row, BadRow):
             shown.append(Preview(example.line, bad=row.reason))
             continue
-        runs = itertools.groupby(zip(row.ids, row.answer, strict=True), key=lambda pair: pair[1])
+        tokens, learned_ids = row.ids.tolist(), row.ids[row.answer].tolist()
+        runs = itertools.groupby(zip(tokens, row.answer.tolist(), strict=True), key=lambda pair: pair[1])
         parts = tuple((tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs)
-        learned_ids = [token for token, learned in zip(row.ids, row.answer, strict=True) if learned]
-        text, trained, last = (tokenizer.decode(ids) for ids in (list(row.ids), learned_ids, learned_ids[-1:]))
-        bos = row.ids.count(tokenizer.bos_token_id)
+        text, trained, last = (tokenizer.decode(ids) for ids in (tokens, learned_ids, learned_ids[-1:]))
+        bos = tokens.count(tokenizer.bos_token_id)
         shown.append(Preview(example.line, text, trained, parts, bos, last, note=row.note))
     return sorted(shown, key=lambda row: row.line)
