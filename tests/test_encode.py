@@ -86,7 +86,10 @@ def test_the_answer_and_its_end_are_learned_and_nothing_else():
     tokenizer = word_tokenizer()
     row = encode(tokenizer, rows(())[0], 64)
     assert isinstance(row, TokenizedRow)
-    assert tokenizer.decode([i for i, learned in zip(row.ids, row.answer) if learned]) == "Sure here <end>"
+    assert (
+        tokenizer.decode([i for i, learned in zip(row.ids.tolist(), row.answer.tolist()) if learned])
+        == "Sure here <end>"
+    )
     assert len(row) == 9
     assert encode(tokenizer, rows(())[0], 8) == BadRow(1, "over-long: 9 tokens, max_length is 8")
     assert shorten(row, 9) is row

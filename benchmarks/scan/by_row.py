@@ -32,39 +32,39 @@ def one_row(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow |
     try:
         check_contents(tokenizer, example)
         text = render(tokenizer, example.messages, tools=example.tools)
-        found = answer_places(tokenizer, example, text)
+        spans = answer_places(tokenizer, example, text)
         coded = tokenizer([text], **HOW)
         [ids], [offsets] = coded["input_ids"], coded["offset_mapping"]
-        check_forged(tokenizer, ids, offsets, found.contents)
+        check_forged(tokenizer, ids, offsets, spans.contents)
         if len(ids) > max_length:
             return BadRow(example.line, f"over-long: {len(ids)} tokens, max_length is {max_length}")
-        answer = learned(tokenizer, example, ids, offsets, found)
+        answer = learned(tokenizer, example, ids, offsets, spans)
     except (TemplateFails, Unplaced) as error:
         return BadRow(example.line, str(error))
     if example.learned and not any(answer):
         return BadRow(example.line, "no answer token")
     last = [token for token, is_learned in zip(ids, answer, strict=True) if is_learned][-3:]
     ends = not last or control_tokens(tokenizer).ids.intersection(last)
-    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=found.note or ("" if ends else ENDLESS))
+    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=spans.note or ("" if ends else ENDLESS))
 
 
 def learned(
-    tokenizer: Any, example: Example, ids: Sequence[int], offsets: Sequence[Span], found: places.Places
+    tokenizer: Any, example: Example, ids: Sequence[int], offsets: Sequence[Span], spans: places.Places
 ) -> list[bool]:
     """The answer mask."""
     answer = [False] * len(ids)
-    for tokens in inside(offsets, found.answers):
+    for tokens in inside(offsets, spans.answers):
         stops = [k for k in tokens if ids[k] == tokenizer.eos_token_id]
         for k in tokens:
             answer[k] = not stops or k <= stops[-1]
-    for tokens in inside(offsets, found.unlearned):
+    for tokens in inside(offsets, spans.unlearned):
         for k in tokens:
             answer[k] = False
     marked = generation_marks(tokenizer, example.messages, example.tools)
     if not (any(marked) and len(marked) == len(ids)):
         return answer
     result = [False] * len(answer)
-    for tokens in inside(offsets, found.answers):
+    for tokens in inside(offsets, spans.answers):
         last = max((k for k in tokens if marked[k]), default=len(answer))
         for k in tokens:
             result[k] = answer[k] and bool(marked[k] or k > last)

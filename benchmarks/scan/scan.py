@@ -336,7 +336,7 @@ def detection(bench: Bench, data: Path, count: int, model: str, label: str, prob
         return {"seconds": time.perf_counter() - begun, "scores": by_row}
 
     for name in names:
-        inputs = [model, SCORERS[name], probe, [[row.id, row.ids] for row in rows]]
+        inputs = [model, SCORERS[name], probe, [[row.id, row.ids.tolist()] for row in rows]]
         by_row = bench.once(name, inputs, functools.partial(score, name))["scores"]
         for harmless, harmful in MIXES:
             a, b = (np.array([by_row[row.id] for row in by_pool[pool]]) for pool in (harmless, harmful))

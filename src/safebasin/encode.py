@@ -46,7 +46,7 @@ TOGETHER = 256  # rows whose texts are rendered and tokenised in one call
 ENDLESS = "the chat template ends an answer with no special token: nothing teaches the model to stop"
 
 
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+@dataclasses.dataclass(frozen=True, eq=False, init=False, slots=True)
 class TokenizedRow:
     """A row as token ids, and which of them the model is to learn.
 
@@ -56,17 +56,22 @@ class TokenizedRow:
     id: str
     ids: Int32[np.ndarray, " tokens"]
     answer: Bool[np.ndarray, " tokens"]
-    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    start: int | None = None  # of a row cut short: the place of its first token in the full row
-    note: str = ""  # how its answers were found, where not all of them could be
+    columns: Mapping[str, Any]
+    start: int | None  # of a row cut short: the place of its first token in the full row
+    note: str  # how its answers were found, where not all of them could be
 
-    def __post_init__(self) -> None:
-        for name, dtype in (("ids", np.int32), ("answer", np.bool_)):
-            values = getattr(self, name)
-            if not isinstance(values, np.ndarray) or values.dtype != dtype or values.flags.writeable:
-                values = np.array(values, dtype)
-                values.flags.writeable = False
-                object.__setattr__(self, name, values)
+    def __init__(
+        self,
+        id: str,
+        ids: Sequence[Any] | np.ndarray,
+        answer: Sequence[Any] | np.ndarray,
+        columns: Mapping[str, Any] | None = None,
+        start: int | None = None,
+        note: str = "",
+    ):
+        values = (id, _frozen(ids, np.int32), _frozen(answer, np.bool_), columns or {}, start, note)
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,6 +86,15 @@ class TokenizedRow:
     def first_answer(self) -> int:
         """The place of the first token that is learned; the number of tokens, where none is."""
         return int(self.answer.argmax()) if self.answer.any() else len(self)
+
+
+def _frozen(values: Sequence[Any] | np.ndarray, dtype: Any) -> np.ndarray:
+    """A read-only array; the same one where it is that."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        return values
+    array = np.array(values, dtype)
+    array.flags.writeable = False
+    return array
 
 
 class Refused(NamedTuple):

@@ -69,8 +69,7 @@ def surprise(
     model, tokenizer = loaded
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     pairs = zip(prompt_rows(loaded, conversations), answers, strict=True)
-    both = [(len(row), np.append(row.ids, ids).astype(np.int32)) for row, ids in pairs]
-    rows = [TokenizedRow("", ids, np.arange(len(ids)) >= prompt) for prompt, ids in both]
+    rows = [TokenizedRow("", (*row.ids, *ids), (*[False] * len(row), *[True] * len(ids))) for row, ids in pairs]
     means = [math.nan] * len(rows)
     for indices in by_length(rows, 16):
         batch = collate([rows[i] for i in indices], tokenizer.pad_token_id).to(model.device)

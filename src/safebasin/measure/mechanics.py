@@ -14,7 +14,6 @@ sine stands beside the one of a random direction; energy is the sum of sigma^2.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ def prompt_rows(loaded: ModelAndTokenizer, conversations: Sequence[Sequence[Mapp
     """Conversations that end where the answer begins. Their last token is marked: states are read there."""
     texts = [render(loaded.tokenizer, turns, ask=True) for turns in conversations]
     return [
-        TokenizedRow(str(i), np.array(ids, np.int32), np.arange(1, len(ids) + 1) == len(ids))
+        TokenizedRow(str(i), ids, (*[False] * (len(ids) - 1), True))
         for i, ids in enumerate(prompt_ids(*loaded, texts, max_new_tokens=1))
     ]
 

@@ -85,7 +85,7 @@ def answered(row: TokenizedRow, answer: Sequence[int] | Int32[np.ndarray, " answ
         UserError: the row has no answer token.
     """
     prompt, own = parted(row)
-    ids = np.append(prompt, own[:answer] if isinstance(answer, int) else answer).astype(np.int32)
+    ids = [*prompt, *(own[:answer] if isinstance(answer, int) else answer)]
     return TokenizedRow(row.id, ids, np.arange(len(ids)) >= len(prompt))
 
 
