@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
 
 Span = tuple[int, int]
 SPLITS = ("Split", "Digits", "Punctuation", "ByteLevel")  # steps that leave every byte of a text, unless they remove
@@ -120,6 +119,8 @@ def _byte_places(text: str) -> Int[np.ndarray, " n"]:
 
 def _plain(tokenizer: Any) -> bool:
     """Whether a call of the tokenizer is one of its backend and no more, which finds control tokens in a text."""
+    from transformers import PreTrainedTokenizerFast  # here, as previews are to start fast
+
     kind, ours = type(tokenizer), isinstance(tokenizer, PreTrainedTokenizerFast)
     same = (getattr(kind, name, 0) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus"))
     return ours and all(same) and not tokenizer.split_special_tokens
