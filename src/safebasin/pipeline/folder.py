@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def tokens(self) -> Path:
-        """Of encoded rows, which the scan and the arms share; see ``pipeline.tokens``."""
+        """Of encoded rows, which the scan and the arms share; see ``pipeline.token_files``."""
         return self.path / "tokens"
 
     @property

@@ -28,7 +28,7 @@ from safebasin.models.lora import is_model
 from safebasin.models.parts import context_length
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
-from safebasin.pipeline.tokens import TokenFiles
+from safebasin.pipeline.token_files import TokenFiles
 from safebasin.runtime import processes
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut

@@ -30,7 +30,7 @@ from safebasin.pipeline.rows import (
     scan_inputs,
     training_form,
 )
-from safebasin.pipeline.tokens import TokenFiles
+from safebasin.pipeline.token_files import TokenFiles
 from safebasin.runtime import processes, resolved
 from safebasin.scan.heat import HEAT, HeatRow, heat_rows
 from safebasin.scan.part import Notes, join_parts, write_part

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from safebasin.data.example import Example
 from safebasin.encode import Refused, encoded, fit, shorten
-from safebasin.pipeline import tokens
-from safebasin.pipeline.tokens import TokenFiles, row_digest
+from safebasin.pipeline import token_files
+from safebasin.pipeline.token_files import TokenFiles, row_digest
 
 TOKENIZER = word_tokenizer()
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
@@ -33,7 +33,7 @@ def encoders(monkeypatch):
         calls.append(len(examples))
         return encoded(tokenizer, examples)
 
-    monkeypatch.setattr(tokens, "encoded", counted)
+    monkeypatch.setattr(token_files, "encoded", counted)
     return lambda: sum(calls)
 
 
@@ -47,9 +47,9 @@ def test_what_is_read_is_what_was_encoded(pairs, per_file, longest, data):
     examples = [example(*pair, line=i) for i, pair in enumerate(pairs, 1)]
     expected = encoded(TOKENIZER, examples)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "ROWS", per_file)
+        patch.setattr(token_files, "ROWS", per_file)
         assert TokenFiles(Path(folder), TOKENIZER).encoded(examples) == expected
-        patch.setattr(tokens, "encoded", lambda _, rows: [] if not rows else pytest.fail("encoded again"))
+        patch.setattr(token_files, "encoded", lambda _, rows: [] if not rows else pytest.fail("encoded again"))
         coded = TokenFiles(Path(folder), TOKENIZER).encoded(examples)
         assert coded == expected
         chosen = data.draw(st.lists(st.sampled_from(range(len(examples))), max_size=6))
@@ -118,7 +118,7 @@ def test_whatever_decides_tokens_makes_another_key(tmp_path, monkeypatch):
     ended = word_tokenizer()
     ended.eos_token = "<assistant>"
     assert used(ended) == 4
-    monkeypatch.setattr(tokens, "package_digest", lambda: "another line of code")
+    monkeypatch.setattr(token_files, "package_digest", lambda: "another line of code")
     assert used(plain) == 5
 
 
