@@ -8,7 +8,6 @@ damaged file is removed and never read. Files are mapped into memory, which hold
 import functools
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from safebasin.pipeline.fingerprint import digest, package_digest, source_digest
 from safebasin.places import PLAIN
 
 ROWS = 4096  # of a file
-NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.arrow")
 SCHEMA = pa.schema(
     {
         "row": pa.binary(16),  # digest of the conversation
@@ -55,8 +53,6 @@ class TokenFiles:
             if old.name != key:
                 shutil.rmtree(old, ignore_errors=True)
         self._folder = make_folder(folder / key)
-        matches = filter(None, (NAME.fullmatch(path.name) for path in sorted(self._folder.iterdir())))
-        self._names = {match[1]: match[0] for match in matches}  # by the digest of the rows
 
     def encoded(self, examples: Sequence[Example]) -> list[TokenizedRow | Refused]:
         """``encode.encoded``: every row at its full length, or why there is none, in their order.
@@ -71,7 +67,7 @@ class TokenFiles:
         rows = [row_digest(example) for example in examples]
         alone = iter(encoded(self._tokenizer, [e for e, row in zip(examples, rows, strict=True) if row is None]))
         wanted = {row: example for row, example in zip(rows, examples, strict=True) if row is not None}
-        file = self._open(_name(wanted))
+        file = self._open(f"{_name(wanted)}-*.arrow")
         places = {row: (file, i) for i, row in enumerate(wanted)} if file else self._index.find(list(wanted))
         missing = {row: example for row, example in wanted.items() if row not in places}
         if missing:
@@ -83,21 +79,18 @@ class TokenFiles:
             results.append(place[0].row(place[1], example.id) if place else next(alone))
         return results
 
-    def _open(self, name: str) -> "_File | None":
-        """The file of these rows; None: there is none, or it was damaged and is removed."""
-        if name not in self._names:
-            return None
-        path = self._folder / self._names[name]
-        if path.is_file() and file_digest(path) == path.stem.partition("-")[2]:
-            return _File(path)
-        del self._names[name]
-        path.unlink(missing_ok=True)
+    def _open(self, pattern: str) -> "_File | None":
+        """A file by its name; None: there is none, or it was damaged and is removed."""
+        for path in self._folder.glob(pattern):
+            if file_digest(path) == path.stem.partition("-")[2]:
+                return _File(path)
+            path.unlink(missing_ok=True)
         return None
 
     @functools.cached_property
     def _index(self) -> "_Index":
-        """Of the rows in the files that were there first."""
-        return _Index([file for name in list(self._names) if (file := self._open(name))])
+        """Of the rows in the files that are there when the first row is missing."""
+        return _Index([file for path in sorted(self._folder.glob("*.arrow")) if (file := self._open(path.name))])
 
     def _write(self, examples: Mapping[bytes, Example]) -> "_File":
         """Encode rows into a new file."""
@@ -117,11 +110,10 @@ class TokenFiles:
         with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         content = sink.getvalue()
-        name = _name(examples)
-        self._names[name] = f"{name}-{hashlib.blake2b(content, digest_size=16).hexdigest()}.arrow"
-        with atomic_write(self._folder / self._names[name]) as part:
+        path = self._folder / f"{_name(examples)}-{hashlib.blake2b(content, digest_size=16).hexdigest()}.arrow"
+        with atomic_write(path) as part:
             part.write_bytes(content)
-        return _File(self._folder / self._names[name])
+        return _File(path)
 
 
 class _File:
