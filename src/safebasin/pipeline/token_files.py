@@ -35,6 +35,8 @@ SCHEMA = pa.schema(
     }
 )
 
+BAD = ["reason", "tokens", "template"]  # the fields of a ``Refused``
+
 
 class TokenFiles:
     """Encoded rows by their conversations.
@@ -95,16 +97,17 @@ class TokenFiles:
     def _write(self, examples: Mapping[bytes, Example]) -> "_File":
         """Encode rows into a new file."""
         coded = encoded(self._tokenizer, list(examples.values()))
-        good = [None if isinstance(row, Refused) else row for row in coded]
-        bad = [row if isinstance(row, Refused) else None for row in coded]
+        rows = [TokenizedRow("", (), ()) if isinstance(row, Refused) else row for row in coded]
+        bad = [row if isinstance(row, Refused) else (None, None, None) for row in coded]
         columns = [
             pa.array(list(examples), SCHEMA.field("row").type),
-            _lists([row and row.ids for row in good], np.int32),
-            _lists([row and row.answer.view(np.uint8) for row in good], np.uint8),
-            pa.array([row and row.note for row in good], pa.string()),
-            pa.array([row and row.reason for row in bad], pa.string()),
-            pa.array([row and row.tokens for row in bad], pa.int64()),
-            pa.array([row and row.template for row in bad], pa.bool_()),
+            _lists([row.ids for row in rows]),
+            _lists([row.answer.view(np.uint8) for row in rows]),
+            pa.array([row.note for row in rows], pa.string()),
+            *(
+                pa.array(values, SCHEMA.field(name).type)
+                for name, values in zip(BAD, zip(*bad, strict=True), strict=True)
+            ),
         ]
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -122,7 +125,7 @@ class _File:
     def __init__(self, path: Path):
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         self.rows = np.frombuffer(batch["row"].buffers()[1] or b"", "S16", len(batch))
-        self._notes, self._bad = batch["note"], batch.select(["reason", "tokens", "template"])
+        self._notes, self._bad = batch["note"], batch.select(BAD)
         self._first = batch["ids"].offsets.to_numpy()
         self._ids = batch["ids"].values.to_numpy()
         self._answer = batch["answer"].values.to_numpy().view(np.bool_)
@@ -157,9 +160,8 @@ class _Index:
         return {rows[there[k]]: (self._files[files[k]], int(inside[k])) for k in np.flatnonzero(same)}
 
 
-def _lists(rows: Sequence[Any], dtype: Any) -> pa.LargeListArray:
-    """Arrays as one column; of a row that cannot be used, an empty list."""
-    arrays = [np.empty(0, dtype) if row is None else row for row in rows]
+def _lists(arrays: Sequence[Any]) -> pa.LargeListArray:
+    """Arrays as one column."""
     first = np.cumsum([0, *(len(array) for array in arrays)])
     return pa.LargeListArray.from_arrays(pa.array(first, pa.int64()), pa.array(np.concatenate(arrays)))
 
