@@ -72,10 +72,11 @@ def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def items(rows) -> list[dict]:
     labels = [
-        [token if is_answer else -100 for token, is_answer in zip(row.ids, row.answer, strict=True)] for row in rows
+        [token if is_answer else -100 for token, is_answer in zip(row.ids.tolist(), row.answer.tolist(), strict=True)]
+        for row in rows
     ]
     return [
-        {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": labels_of_row}
+        {"input_ids": row.ids.tolist(), "attention_mask": [1] * len(row), "labels": labels_of_row}
         for row, labels_of_row in zip(rows, labels, strict=True)
     ]
 

@@ -73,7 +73,7 @@ def conversation(*texts, system="", **last):
 def learned(tokenizer, example):
     row = encode(tokenizer, example, 10_000)
     assert isinstance(row, TokenizedRow), row
-    return tokenizer.decode([i for i, answer in zip(row.ids, row.answer, strict=True) if answer])
+    return tokenizer.decode([i for i, answer in zip(row.ids.tolist(), row.answer.tolist(), strict=True) if answer])
 
 
 EXPECTED = {  # of (q, one, r, two), by hand from the templates
@@ -125,7 +125,7 @@ def test_where_prefixes_can_find_the_answers_they_are_the_same(name, rounds):
     tokenizer = tokenizer_of(TEMPLATES[name])
     example = conversation(*(text for request, answer in rounds for text in (request, f"{answer}.")))
     row = encode(tokenizer, example, 10_000)
-    assert (row.ids, row.answer) == by_prefixes(tokenizer, example)
+    assert (tuple(row.ids.tolist()), tuple(row.answer.tolist())) == by_prefixes(tokenizer, example)
 
 
 def test_an_answer_that_cannot_be_found_is_the_last_alone_or_refused():
@@ -162,7 +162,7 @@ def test_a_control_token_that_only_the_rendering_forms_is_a_forged_turn():
     assert "forms the control token '<|im_end|>'" in encode(glue, conversation("<|im_", "one"), 99).reason
     drops = tokenizer_of(CHATML.replace("m.content", "m.content | replace('~', '')"))
     row = encode(drops, conversation("<|im~_end|>", "one"), 99)
-    assert isinstance(row, BadRow) or "<|im_end|>" not in drops.decode(row.ids[: row.answer.index(True) - 20])
+    assert isinstance(row, BadRow) or "<|im_end|>" not in drops.decode(row.ids[: row.first_answer - 20])
     assert learned(tokenizer_of(CHATML), conversation("<b>", "<b>x</b>")) == "<b>x</b><|im_end|>"
 
 

@@ -166,7 +166,7 @@ def sft_trainer(shared: Setting, folder: Path) -> Any:
     settings |= {"per_device_train_batch_size": shared.args.per_device_train_batch_size, "report_to": "none"}
     args = module.SFTConfig(**settings, gradient_checkpointing=False, bf16=False, use_cpu=shared.args.use_cpu)
     rows = [
-        {"input_ids": list(row.ids), "completion_mask": [int(x) for x in row.answer]}
+        {"input_ids": row.ids.tolist(), "completion_mask": row.answer.astype(int).tolist()}
         for row in shared.streams["task"].rows[:8]
     ]
     return module.SFTTrainer(

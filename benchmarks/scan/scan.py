@@ -10,9 +10,9 @@ share no prefix, since a backward runs through it.
 
 Speed is measured in one process in turns: an epoch of plain tuning by the host on padded rows, as trainers elsewhere
 run them, and a scan of the same rows by each way, batch 8, in the type of the hardware; the fit of the direction, once
-a model, is timed by itself. ``encode.ratio`` is rows to tokens in batches over the same row by row, each with a
-skeleton and a tokenizer call of its own. Scores of a row do not depend on other rows, so every pool is scored once and
-mixes are made of pools.
+a model, is timed by itself. ``encode.ratio`` is rows to tokens together over the same row by row (``by_row.py``), each
+with a skeleton and a tokenizer call of its own. Scores of a row do not depend on other rows, so every pool is scored
+once and mixes are made of pools.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ from scipy.stats import rankdata, spearmanr
 from benchmarks import recipe
 from benchmarks.harness import Bench, bootstrap, experiment, ratios, seconds, take_turns
 from benchmarks.scan import ghost
-from safebasin import places
+from benchmarks.scan.by_row import by_row
 from safebasin.batch import by_length, collate
 from safebasin.console import progress
 from safebasin.data.builtin import OPENERS, rows_of
 from safebasin.data.example import Example, read_examples
 from safebasin.data.source import Source, open_examples
 from safebasin.data.tables import draw, read_table
-from safebasin.encode import TokenizedRow, encode, encode_all
+from safebasin.encode import TokenizedRow, encode_all
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.scan import scorer
@@ -248,9 +248,7 @@ def encoding(bench: Bench, repeats: int) -> None:
     tokenizer, examples = load_tokenizer(recipe.MODEL), open_examples(Source(**recipe.TREE["data"]["task"]))
 
     def row_by_row() -> None:
-        for example in examples:
-            places._rendered.cache_clear()
-            encode(tokenizer, example, recipe.MAX_LENGTH)
+        by_row(tokenizer, examples, recipe.MAX_LENGTH)
 
     def together() -> None:
         encode_all(tokenizer, examples, recipe.MAX_LENGTH)
@@ -338,7 +336,7 @@ def detection(bench: Bench, data: Path, count: int, model: str, label: str, prob
         return {"seconds": time.perf_counter() - begun, "scores": by_row}
 
     for name in names:
-        inputs = [model, SCORERS[name], probe, [[row.id, row.ids] for row in rows]]
+        inputs = [model, SCORERS[name], probe, [[row.id, row.ids.tolist()] for row in rows]]
         by_row = bench.once(name, inputs, functools.partial(score, name))["scores"]
         for harmless, harmful in MIXES:
             a, b = (np.array([by_row[row.id] for row in by_pool[pool]]) for pool in (harmless, harmful))
@@ -359,7 +357,8 @@ def scan(
     bench: Bench,
     data: Annotated[Path, Parameter(help="FOLDER of the public sets")],
     part: Annotated[
-        Literal["cost", "speed", "found"] | None, Parameter(help="only this one; cost: FIHS and encoding")
+        Literal["encode", "cost", "speed", "found"] | None,
+        Parameter(help="only this one; cost: FIHS and encoding"),
     ] = None,
     count: Annotated[int, Parameter(help="rows a pool")] = 100,
     repeats: Annotated[int, Parameter(help="of the timing, after one that does not count")] = 3,
@@ -375,6 +374,7 @@ def scan(
     """What do scorers cost beside an epoch of tuning, are they exact, and what do they find?"""
     if part != "found":
         encoding(bench, max(6, repeats))
+    if part in (None, "cost", "speed"):
         speed(bench, data, 2 * count, repeats, sets, COST if part == "cost" else tuple(WAYS))
     if part in (None, "found"):
         detection(bench, data, count, model, label, probe, scorers)

@@ -258,7 +258,7 @@ def truth(
         values = score_rows(*loaded, mixed, {"it": scorer.make(spec)}, anchors, batch_size=16).rows["it"]
         return dict(zip([row.id for row in mixed], values, strict=True))
 
-    ids = [[row.id, row.ids] for row in mixed]
+    ids = [[row.id, row.ids.tolist()] for row in mixed]
     specs = {name: SCORERS[name] for name in scorers}
     scores = {
         name: bench.once(f"scores.{name}", [recipe.MODEL, spec, probes, ids], functools.partial(score, spec))

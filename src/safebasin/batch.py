@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -240,7 +241,7 @@ def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
         UserError: a column holds more or fewer numbers than the row has answer tokens.
     """
     width = max(len(row) for row in rows)
-    tail = max(len(row) - row.answer.index(True) if True in row.answer else 1 for row in rows)
+    tail = max(1, *(len(row) - row.first_answer for row in rows))
     tail = min(tail, width - 1)  # the first token of a row is predicted by nothing
     ids = torch.full((len(rows), width), pad)
     seen = torch.zeros(len(rows), width, dtype=torch.long)
@@ -258,9 +259,9 @@ def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
             continue
         column = torch.zeros(len(rows), tail)
         for i, (row, value) in enumerate(zip(rows, values, strict=True)):
-            if len(value) != sum(row.answer):
+            if len(value) != row.answer.sum():
                 raise UserError(
-                    f"row {row.id}: column {name!r} holds {len(value)} numbers for {sum(row.answer)} answer tokens"
+                    f"row {row.id}: column {name!r} holds {len(value)} numbers for {row.answer.sum()} answer tokens"
                 )
             column[i, mask[i]] = torch.tensor(value, dtype=column.dtype)
         columns[name] = column
@@ -301,17 +302,18 @@ def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
 
         A branch that goes on alike, with rows for two batches, is a family of its own, before the rest of its group.
         """
-        stack = [(sorted(range(len(rows)), key=lambda i: rows[i].ids), 0, False)] if rows else []
+        order = sorted(range(len(rows)), key=lambda i: rows[i].ids.astype(">u4").tobytes())  # as the ids are sorted
+        stack = [(order, 0, False)] if rows else []
         while stack:
             group, depth, split = stack.pop()
             if split:
                 yield group, depth
                 continue
-            first, last = rows[group[0]].ids, rows[group[-1]].ids
-            while depth < min(len(first), len(last)) and first[depth] == last[depth]:
-                depth += 1
+            first, last = rows[group[0]].ids[depth:], rows[group[-1]].ids[depth:]
+            least = min(len(first), len(last))
+            depth += int(np.append(first[:least] != last[:least], True).argmax())
             rest, branches = list[int](), list[tuple[list[int], int, bool]]()
-            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + ALIKE]):
+            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + ALIKE].tobytes()):
                 inside = list(branch)
                 if 2 * size <= len(inside) < len(group):
                     branches.append((inside, depth, False))
@@ -320,7 +322,7 @@ def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
             stack += [(rest, depth, True)] * bool(rest) + branches[::-1]
 
     for family, depth in families():
-        first_answer = min(rows[i].answer.index(True) if True in rows[i].answer else len(rows[i]) for i in family)
+        first_answer = min(rows[i].first_answer for i in family)
         shared = min(depth, first_answer - 1)  # the token before an answer predicts its first one
         order = sorted(family, key=lambda i: (-len(rows[i]), i))
         for start in range(0, len(order), size):

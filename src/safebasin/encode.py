@@ -1,24 +1,40 @@
 """Rows as token ids: the chat template, and the mask of the answer.
 
-Answers are found in the final rendering of a row, by ``safebasin.places``.
+Answers are found in the final rendering of a row, by ``safebasin.places``. Rows are rendered and tokenised together,
+and what is learned of them is marked in one array of all their tokens.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
 from safebasin.data.example import Example
 from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
 from safebasin.places import Places, Unplaced, answer_places, check_contents, control_tokens
-from safebasin.template import TemplateFails, check_template, generation_marks, render, template_digest
+from safebasin.template import (
+    TemplateFails,
+    check_template,
+    generation_marks,
+    has_marks,
+    render,
+    render_all,
+    template_digest,
+)
+from safebasin.tokens import TokenizedTexts
 
 __all__ = [
+    "Refused",
     "TemplateFails",
     "TokenizedRow",
     "check_template",
     "encode",
     "encode_all",
+    "encoded",
+    "fit",
     "render",
     "shorten",
     "template_digest",
@@ -26,23 +42,67 @@ __all__ = [
 
 MOST_TURNS = 20_000  # of a row
 MOST_CHARACTERS = 20_000_000
-TOGETHER = 256  # rows whose texts are tokenised in one call
+TOGETHER = 256  # rows whose texts are rendered and tokenised in one call
 ENDLESS = "the chat template ends an answer with no special token: nothing teaches the model to stop"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, init=False, slots=True)
 class TokenizedRow:
-    """A row as token ids, and which of them the model is to learn."""
+    """A row as token ids, and which of them the model is to learn.
+
+    Both are read-only arrays, which may lie in a file that is mapped into memory; other sequences become arrays.
+    """
 
     id: str
-    ids: tuple[int, ...]
-    answer: tuple[bool, ...]  # one per id
-    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    start: int | None = None  # of a row cut short: the place of its first token in the full row
-    note: str = ""  # how its answers were found, where not all of them could be
+    ids: Int32[np.ndarray, " tokens"]
+    answer: Bool[np.ndarray, " tokens"]
+    columns: Mapping[str, Any]
+    start: int | None  # of a row cut short: the place of its first token in the full row
+    note: str  # how its answers were found, where not all of them could be
+
+    def __init__(
+        self,
+        id: str,
+        ids: Sequence[Any] | np.ndarray,
+        answer: Sequence[Any] | np.ndarray,
+        columns: Mapping[str, Any] | None = None,
+        start: int | None = None,
+        note: str = "",
+    ):
+        values = (id, _frozen(ids, np.int32), _frozen(answer, np.bool_), columns or {}, start, note)
+        for name, value in zip(self.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenizedRow):
+            return NotImplemented
+        same = (self.id, self.columns, self.start, self.note) == (other.id, other.columns, other.start, other.note)
+        return same and np.array_equal(self.ids, other.ids) and np.array_equal(self.answer, other.answer)
+
+    @property
+    def first_answer(self) -> int:
+        """The place of the first token that is learned; the number of tokens, where none is."""
+        return int(self.answer.argmax()) if self.answer.any() else len(self)
+
+
+def _frozen(values: Sequence[Any] | np.ndarray, dtype: Any) -> np.ndarray:
+    """A read-only array; the same one where it is that."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and not values.flags.writeable:
+        return values
+    array = np.array(values, dtype)
+    array.flags.writeable = False
+    return array
+
+
+class Refused(NamedTuple):
+    """Why a row cannot be learned."""
+
+    reason: str
+    tokens: int = 0  # of its text, where it came to that
+    template: bool = False  # which fails
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | BadRow:
@@ -51,89 +111,8 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> TokenizedRow | 
     Raises:
         UserError: the tokenizer has no chat template that can be read.
     """
-    [row] = _encoded(tokenizer, [example], max_length)
-    return row.bad if isinstance(row, _Refused) else row
-
-
-class _Rendered(NamedTuple):
-    example: Example
-    text: str
-    places: Places
-
-
-def _rendered(tokenizer: Any, example: Example) -> _Rendered | BadRow:
-    turns, size = len(example.messages), sum(len(turn["content"]) for turn in example.messages)
-    if turns > MOST_TURNS or size > MOST_CHARACTERS:
-        return BadRow(
-            example.line, f"{turns} turns with {size} characters; at most {MOST_TURNS} and {MOST_CHARACTERS} are read"
-        )
-    check_contents(tokenizer, example)
-    text = render(tokenizer, example.messages, tools=example.tools)
-    return _Rendered(example, text, answer_places(tokenizer, example, text))
-
-
-def _coded(
-    tokenizer: Any, row: _Rendered, ids: Sequence[int], offsets: Sequence[tuple[int, int]], max_length: int
-) -> TokenizedRow | BadRow:
-    """The row by the tokens of its text, and the place of each in it."""
-    example, places = row.example, row.places
-    _check_forged(tokenizer, ids, offsets, places)
-    if len(ids) > max_length:
-        return BadRow(example.line, f"over-long: {len(ids)} tokens, max_length is {max_length}")
-    answer = [False] * len(ids)
-    for inside in _inside(offsets, places.answers):
-        stops = [k for k in inside if ids[k] == tokenizer.eos_token_id]
-        for k in inside:
-            answer[k] = not stops or k <= stops[-1]
-    for inside in _inside(offsets, places.unlearned):
-        for k in inside:
-            answer[k] = False
-    marked = generation_marks(tokenizer, example.messages, example.tools)
-    if any(marked) and len(marked) == len(ids):
-        answer = _marked(answer, marked, _inside(offsets, places.answers))
-    if example.learned and not any(answer):
-        return BadRow(example.line, "no answer token")
-    learned = [token for token, is_learned in zip(ids, answer, strict=True) if is_learned]
-    ends = not learned or control_tokens(tokenizer).ids.intersection(learned[-3:])  # white space may follow the end
-    return TokenizedRow(example.id, tuple(ids), tuple(answer), note=places.note or ("" if ends else ENDLESS))
-
-
-def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Of each span of characters the tokens that share one with it; the spans are in order."""
-    first = 0
-    for start, end in spans:
-        while first < len(offsets) and offsets[first][1] <= start:
-            first += 1
-        inside, k = [], first
-        while k < len(offsets) and offsets[k][0] < end:
-            if offsets[k][1] > start:
-                inside.append(k)
-            k += 1
-        yield inside
-
-
-def _marked(answer: list[bool], marked: Sequence[int], answers: Iterator[list[int]]) -> list[bool]:
-    """Of the answers what the template marks, and what follows the last mark of a turn: its end."""
-    result = [False] * len(answer)
-    for inside in answers:
-        last = max((k for k in inside if marked[k]), default=len(answer))
-        for k in inside:
-            result[k] = answer[k] and bool(marked[k] or k > last)
-    return result
-
-
-def _check_forged(tokenizer: Any, ids: Sequence[int], offsets: Sequence[tuple[int, int]], places: Places) -> None:
-    """A control token that a content has a part in is none of the template's.
-
-    Raises:
-        Unplaced: there is one.
-    """
-    control = control_tokens(tokenizer).ids
-    spots = [k for k, token in enumerate(ids) if token in control]
-    for inside in _inside([offsets[k] for k in spots], places.contents):
-        if inside:
-            name = tokenizer.convert_ids_to_tokens(ids[spots[inside[0]]])
-            raise Unplaced(f"a content forms the control token {name!r} in the rendered text: a forged turn")
+    rows, bad = encode_all(tokenizer, [example], max_length)
+    return rows[0] if rows else bad[0]
 
 
 def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> tuple[list[TokenizedRow], list[BadRow]]:
@@ -142,49 +121,147 @@ def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> 
     Raises:
         UserError: the chat template cannot be read, or fails on every one of several rows.
     """
+    return fit(encoded(tokenizer, examples), examples, max_length)
+
+
+def fit(
+    coded: Sequence[TokenizedRow | Refused], examples: Sequence[Example], max_length: int
+) -> tuple[list[TokenizedRow], list[BadRow]]:
+    """``encode_all`` of rows that are encoded at their full length.
+
+    Raises:
+        UserError: the chat template fails on every one of several rows.
+    """
     rows: list[TokenizedRow] = []
     bad: list[BadRow] = []
     failures = 0
-    for start in range(0, len(examples), TOGETHER):
-        for coded in _encoded(tokenizer, examples[start : start + TOGETHER], max_length):
-            if isinstance(coded, TokenizedRow):
-                rows.append(coded)
-            else:
-                bad.append(coded.bad)
-                failures += coded.template
+    for row, example in zip(coded, examples, strict=True):
+        size = row.tokens if isinstance(row, Refused) else len(row)
+        if size > max_length:
+            bad.append(BadRow(example.line, f"over-long: {size} tokens, max_length is {max_length}"))
+        elif isinstance(row, Refused):
+            bad.append(BadRow(example.line, row.reason))
+            failures += row.template
+        else:
+            rows.append(row)
     if failures == len(examples) > 1:
         raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: mend the template")
     return rows, bad
 
 
-class _Refused(NamedTuple):
-    bad: BadRow
-    template: bool = False  # which fails
+def encoded(tokenizer: Any, examples: Sequence[Example]) -> list[TokenizedRow | Refused]:
+    """Every row at its full length, or why there is none, in their order.
+
+    Raises:
+        UserError: the chat template cannot be read.
+    """
+    parts = (examples[start : start + TOGETHER] for start in range(0, len(examples), TOGETHER))
+    return [row for part in parts for row in _together(tokenizer, part)]
 
 
-def _encoded(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[TokenizedRow | _Refused]:
-    """Every row, or why it is none; their texts become tokens in one call."""
-    results: list[Any] = []
-    for example in examples:
+class _Rendered(NamedTuple):
+    example: Example
+    text: str
+    places: Places
+
+
+def _together(tokenizer: Any, examples: Sequence[Example]) -> list[TokenizedRow | Refused]:
+    """Every row, or why it is none; their texts are rendered in one call, and become tokens in one."""
+    results: list[Any] = [_refusal(tokenizer, example) for example in examples]
+    free = [i for i, refused in enumerate(results) if refused is None]
+    for i, text in zip(free, render_all(tokenizer, [examples[i] for i in free]), strict=True):
         try:
-            rendered = _rendered(tokenizer, example)
-            results.append(_Refused(rendered) if isinstance(rendered, BadRow) else rendered)
+            if isinstance(text, TemplateFails):
+                raise text
+            results[i] = _Rendered(examples[i], text, answer_places(tokenizer, examples[i], text))
         except (TemplateFails, Unplaced) as error:
-            results.append(_Refused(BadRow(example.line, str(error)), isinstance(error, TemplateFails)))
-    places = [i for i, row in enumerate(results) if isinstance(row, _Rendered)]
-    if not places:
-        return results
-    how = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
-    coded = tokenizer([results[i].text for i in places], **how)
-    for i, ids, offsets in zip(places, coded["input_ids"], coded["offset_mapping"], strict=True):
-        row = results[i]
+            results[i] = Refused(str(error), template=isinstance(error, TemplateFails))
+    coded = _coded(tokenizer, [row for row in results if isinstance(row, _Rendered)])
+    return [next(coded) if isinstance(row, _Rendered) else row for row in results]
+
+
+def _refusal(tokenizer: Any, example: Example) -> Refused | None:
+    """Why a row is not even rendered."""
+    turns, size = len(example.messages), sum([len(turn["content"]) for turn in example.messages])
+    if turns > MOST_TURNS or size > MOST_CHARACTERS:
+        return Refused(f"{turns} turns with {size} characters; at most {MOST_TURNS} and {MOST_CHARACTERS} are read")
+    try:
+        check_contents(tokenizer, example)
+    except Unplaced as error:
+        return Refused(str(error))
+    return None
+
+
+def _coded(tokenizer: Any, rows: Sequence[_Rendered]) -> Iterator[TokenizedRow | Refused]:
+    """Each row by the tokens of its text, and the place of each token in it."""
+    if not rows:
+        return
+    tokens = TokenizedTexts(tokenizer, [row.text for row in rows])
+    control = tokens.having(control_tokens(tokenizer).ids)
+    forged = _forged(tokenizer, tokens, control, [row.places.contents for row in rows])
+    _, low, high = answers = tokens.inside([row.places.answers for row in rows])
+    stops = np.flatnonzero(tokens.having([tokenizer.eos_token_id]))
+    last = np.append(stops, -1)[np.searchsorted(stops, high) - 1]  # the last stop before the end of an answer's text
+    learned = tokens.covered(low, np.where(last >= low, last + 1, high))
+    learned &= ~tokens.covered(*tokens.inside([row.places.unlearned for row in rows])[1:])
+    failures = _apply_marks(tokenizer, rows, tokens.first, learned, answers) if has_marks(tokenizer) else {}
+    learned.flags.writeable = False
+    places = np.flatnonzero(learned)
+    ends = np.append(0, control[places].cumsum())
+    begin, end = np.searchsorted(places, tokens.first[:-1]), np.searchsorted(places, tokens.first[1:])
+    endless = (end > begin) & (ends[end] == ends[np.maximum(begin, end - 3)])  # white space may follow the end
+    for i, (row, first, behind) in enumerate(zip(rows, tokens.first, tokens.first[1:], strict=False)):
+        reason = failures.get(i) or ("" if end[i] > begin[i] or not row.example.learned else "no answer token")
+        if i in forged:
+            yield Refused(forged[i])
+        elif reason:
+            yield Refused(reason, int(behind - first))
+        else:
+            note = row.places.note or (ENDLESS if endless[i] else "")
+            yield TokenizedRow(row.example.id, tokens.ids[first:behind], learned[first:behind], note=note)
+
+
+def _forged(
+    tokenizer: Any, tokens: TokenizedTexts, control: Bool[np.ndarray, " tokens"], contents: Sequence[Any]
+) -> dict[int, str]:
+    """Rows in which a content has a part in a control token, which is none of the template's; and the reason."""
+    owners, low, high = tokens.inside(contents)
+    before = np.append(0, control.cumsum())
+    reasons: dict[int, str] = {}
+    for k in np.flatnonzero(before[high] > before[low]):
+        name = tokenizer.convert_ids_to_tokens(int(tokens.ids[low[k] + control[low[k] :].argmax()]))
+        reason = f"a content forms the control token {name!r} in the rendered text: a forged turn"
+        reasons.setdefault(int(owners[k]), reason)
+    return reasons
+
+
+def _apply_marks(
+    tokenizer: Any,
+    rows: Sequence[_Rendered],
+    first: Int[np.ndarray, " rows_and_end"],
+    learned: Bool[np.ndarray, " tokens"],
+    answers: tuple[Int[np.ndarray, " spans"], Int[np.ndarray, " spans"], Int[np.ndarray, " spans"]],
+) -> dict[int, str]:
+    """Leave of the answers what the template marks, and what follows the last mark of a turn: its end. Rows on which
+    the template fails, and how."""
+    failures = {}
+    for i, row in enumerate(rows):
+        begin, end = first[i : i + 2]
         try:
-            results[i] = _coded(tokenizer, row, ids, offsets, max_length)
-        except (TemplateFails, Unplaced) as error:
-            results[i] = BadRow(row.example.line, str(error))
-        if isinstance(results[i], BadRow):
-            results[i] = _Refused(results[i])
-    return results
+            marked = np.array(generation_marks(tokenizer, row.example.messages, row.example.tools), bool)
+        except TemplateFails as error:
+            failures[i] = str(error)
+            continue
+        if not marked.any() or len(marked) != end - begin:
+            continue
+        allowed = np.zeros(end - begin, bool)
+        for owner, low, high in zip(*answers, strict=True):
+            inside = slice(low - begin, high - begin)
+            if owner == i and marked[inside].any():
+                allowed[inside] = marked[inside]
+                allowed[low - begin + marked[inside].nonzero()[0][-1] + 1 : high - begin] = True
+        learned[begin:end] &= allowed
+    return failures
 
 
 def shorten(row: TokenizedRow, length: int) -> TokenizedRow:
@@ -195,8 +272,8 @@ def shorten(row: TokenizedRow, length: int) -> TokenizedRow:
     if len(row) <= length:
         return row
     start = 0
-    if True in row.answer[length:] and True not in row.answer[1:length]:
-        first = row.answer.index(True, 1)
+    if row.answer[length:].any() and not row.answer[1:length].any():
+        first = 1 + int(row.answer[1:].argmax())
         start = first + min(length // 2, len(row) - first) - length
     window = slice(start, start + length)
     return dataclasses.replace(row, ids=row.ids[window], answer=row.answer[window], start=start)

@@ -21,6 +21,7 @@ Span = tuple[int, int]
 SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>")  # of added tokens that delimit turns without being special
 TAGS = re.compile(r"[<\[{|]")
 LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
+PLAIN = {"role", "content", "weight"}  # keys of a turn that is its text alone
 THOUGHTLESS = "the chat template leaves thoughts out: they are not learned"
 MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
 
@@ -91,8 +92,11 @@ def check_contents(tokenizer: Any, example: Example) -> None:
     """
     pattern = control_tokens(tokenizer).pattern
     for i, turn in enumerate(example.messages):
-        plain = {key: value for key, value in turn.items() if key not in ("role", "content", "weight")}
-        for text in (*(text for text, is_text in _parts(turn) if is_text), *_strings(plain)):
+        texts = [turn["content"]]
+        if not _is_plain(turn):
+            rest = {key: value for key, value in turn.items() if key not in PLAIN}
+            texts = [*(text for text, is_text in _parts(turn) if is_text), *_strings(rest)]
+        for text in texts:
             if match := pattern.search(text):
                 name = printable(repr(match[0]), 60)
                 raise Unplaced(f"turn {i + 1} ({turn['role']}) holds the control token {name}: a forged turn")
@@ -120,19 +124,26 @@ def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
     Raises:
         Unplaced: the answer is not in the text, or cannot be told from the rest.
     """
+    places = _plain(tokenizer, example, text)
     for roles in (("system", "developer", "user", "tool", "assistant"), ("assistant",)):
-        places = _substituted(tokenizer, example, text, roles)
-        if places is not None:
-            return _spans(tokenizer, example, text, places)
+        places = _substituted(tokenizer, example, text, roles) if places is None else places
+    if places is not None:
+        return _spans(tokenizer, example, text, places)
     return _last_alone(tokenizer, example, text)
+
+
+def _is_plain(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is its text alone, without a thought in it."""
+    return turn.keys() <= PLAIN and "</think>" not in turn["content"]
 
 
 def _parts(turn: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """The content of a turn in parts, and whether each is a text of the row or the tags of a thought before it."""
     content = turn["content"]
-    match = re.match(r"(\s*<think>\s*)?(.*?)(\s*</think>\s*)", content, re.S) if turn["role"] == "assistant" else None
+    thinks = turn["role"] == "assistant" and "</think>" in content
+    match = re.match(r"(\s*<think>\s*)?(.*?)(\s*</think>\s*)", content, re.S) if thinks else None
     if not match:
-        return [(content, bool(content.strip()))]
+        return [(content, not content.isspace() and content != "")]
     rest = content[match.end() :]
     return [(match[1] or "", False), (match[2], bool(match[2])), (match[3], False), (rest, bool(rest.strip()))]
 
@@ -141,6 +152,19 @@ def _tags(turn: Mapping[str, Any], header: str) -> str:
     """The row's own tags of a thought before its first text, as they stand at the end of a header."""
     tags = "".join(text for text, _ in itertools.takewhile(lambda part: not part[1], _parts(turn)))
     return next((form for form in (tags, tags.lstrip()) if form and header.endswith(form)), "")
+
+
+def _plain(tokenizer: Any, example: Example, text: str) -> list[_Place] | None:
+    """``_substituted`` of a row that has no more than its texts; many rows have the same roles, and so one skeleton."""
+    mark, turns = "Qz0v", example.messages
+    pieces = [_Piece(i, "content", turn["content"]) for i, turn in enumerate(turns)]
+    if example.tools or mark in text or not all([_is_plain(turn) and turn["content"].strip() for turn in turns]):
+        return None
+    try:
+        split = _rendered(tokenizer, template_text(tokenizer), mark, tuple([turn["role"] for turn in turns]))
+    except TemplateFails:
+        return None
+    return _match(text, split, pieces)
 
 
 def _substituted(tokenizer: Any, example: Example, text: str, roles: Sequence[str]) -> list[_Place] | None:
@@ -169,28 +193,37 @@ def _substituted(tokenizer: Any, example: Example, text: str, roles: Sequence[st
                 ]
         turns.append(turn)
     try:
-        skeleton = _skeleton(tokenizer, turns, example.tools)
+        split = _skeleton(tokenizer, mark, turns, example.tools)
     except TemplateFails:
         return None
-    return _match(text, re.split(f"{mark}([0-9]+)w", skeleton), pieces)
+    return _match(text, split, pieces)
 
 
-def _skeleton(tokenizer: Any, turns: Sequence[Any], tools: Sequence[Any]) -> str:
-    """The rendering of turns whose texts are sentinels: many rows have the same."""
+def _skeleton(tokenizer: Any, mark: str, turns: Sequence[Any], tools: Sequence[Any]) -> list[str]:
+    """The rendering of turns whose texts are sentinels, split at them: many rows have the same."""
     given = [list(turns), list(tools)]
     try:
         conversation = json.dumps(given)
     except TypeError:  # a value that JSON does not have
-        return render(tokenizer, turns, tools=tools)
+        conversation = "null"
     if json.loads(conversation) != given:
-        return render(tokenizer, turns, tools=tools)
-    return _rendered(tokenizer, template_text(tokenizer), conversation)
+        return _split(mark, render(tokenizer, turns, tools=tools))
+    return _rendered(tokenizer, template_text(tokenizer), mark, conversation)
+
+
+def _split(mark: str, skeleton: str) -> list[str]:
+    """The template's own texts, and between them the numbers of the sentinels."""
+    return re.split(f"{mark}([0-9]+)w", skeleton)
 
 
 @functools.lru_cache(maxsize=64)
-def _rendered(tokenizer: Any, template: str, conversation: str) -> str:
-    turns, tools = json.loads(conversation)
-    return render(tokenizer, turns, tools=tools)
+def _rendered(tokenizer: Any, template: str, mark: str, conversation: str | tuple[str, ...]) -> list[str]:
+    """The skeleton of turns and tools as JSON, or of plain turns of these roles."""
+    if isinstance(conversation, str):
+        turns, tools = json.loads(conversation)
+    else:
+        turns, tools = [{"role": role, "content": f"{mark}{i}w"} for i, role in enumerate(conversation)], ()
+    return _split(mark, render(tokenizer, turns, tools=tools))
 
 
 def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_Place] | None:
@@ -210,13 +243,13 @@ def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_P
             return None
         places.append(_Place(piece, position, end, split[k - 1], after))
         position = end + len(after)
-    numbers = [split[k] for k in range(1, len(split), 2)]
-    twice = any(numbers.count(n) > 1 for n in set(numbers)) if len(set(numbers)) < len(numbers) else False
+    twice = len(set(split[1::2])) < len(places)
     return None if twice or (len(split) == 1 and len(split[0]) != len(text)) else places
 
 
 def _forms(text: str) -> Iterator[str]:
-    yield from (text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
+    yield text
+    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
@@ -229,18 +262,21 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
     last = len(example.messages) - 1
     ending = places[-1].after if places and places[-1].piece.turn == last else ""
     answers, unlearned, note = [], [], ""
+    learns = learns_thoughts(tokenizer)
     for i, turn in enumerate(example.messages):
         if turn["role"] != "assistant" or turn.get("weight", 1) == 0:
             continue
         own = by_turn.get(i, [])
-        calls = sum(place.piece.kind == "call" for place in own)
-        if calls < len(turn.get("tool_calls", ())) or not any(place.piece.kind != "thought" for place in own):
+        kinds = [place.piece.kind for place in own]
+        if kinds.count("call") < len(turn.get("tool_calls", ())) or kinds.count("thought") == len(kinds):
             if turn.get("tool_calls") or i == last:
                 raise Unplaced(f"the chat template leaves {'tool calls' if turn.get('tool_calls') else 'answers'} out")
             note = MISSING if turn["content"].strip() else note
             continue
-        thinks = "reasoning_content" in turn or any(is_text for _, is_text in _parts(turn)[:-1])
-        if thinks and not any(place.piece.kind == "thought" for place in own):
+        thinks = not _is_plain(turn) and (
+            "reasoning_content" in turn or any(is_text for _, is_text in _parts(turn)[:-1])
+        )
+        if thinks and "thought" not in kinds:
             note = note or THOUGHTLESS
         header = own[0].before
         if opening and opening in header:
@@ -252,7 +288,7 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
         tail = own[-1]
         size = len(tail.after) if tail is places[-1] and i == last else _end(tokenizer, turn, tail.after, ending)
         answers.append((start, tail.end + size))
-        if not learns_thoughts(tokenizer):
+        if not learns:
             stop = max((place.end for place in own if place.piece.kind == "thought"), default=start)
             content = next((place.start for place in own if place.piece.kind != "thought"), start)
             closed = re.match(r"(?s).*</think>\s*", text[start:content])

@@ -3,6 +3,7 @@
 Here errors of a chat template become ours.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from safebasin.console import printable
+from safebasin.data.example import Example
 from safebasin.data.files import cause
 from safebasin.data.keys import THOUGHTS
 from safebasin.errors import UserError
@@ -119,7 +121,29 @@ def render(
         UserError: no chat template, or one that is not Jinja.
         TemplateFails: a UserError too; the template fails on these messages, or does not read a key of theirs.
     """
-    return _apply(tokenizer, messages, tools, tokenize=False, add_generation_prompt=ask, **variables)
+    how = {"tokenize": False, "add_generation_prompt": ask, **variables}
+    return _apply(tokenizer, _turns(template_text(tokenizer), messages, tools), tools, **how)
+
+
+def render_all(tokenizer: Any, examples: Sequence[Example]) -> list[str | TemplateFails]:
+    """Every row as ``render`` writes it, in one call; where one fails or has tools, each alone, or how it fails."""
+    template = template_text(tokenizer)
+    if all(example.messages and not example.tools for example in examples):
+        with contextlib.suppress(TemplateFails):
+            turns = [_turns(template, example.messages) for example in examples]
+            return _apply(tokenizer, turns, tokenize=False) if turns else []
+    texts: list[str | TemplateFails] = []
+    for example in examples:
+        try:
+            texts.append(render(tokenizer, example.messages, tools=example.tools))
+        except TemplateFails as error:
+            texts.append(error)
+    return texts
+
+
+def has_marks(tokenizer: Any) -> bool:
+    """Whether the template marks what the assistant writes ({% generation %})."""
+    return re.search(r"{%-?\s*generation\s*-?%}", template_text(tokenizer)) is not None
 
 
 def generation_marks(
@@ -130,20 +154,30 @@ def generation_marks(
     Raises:
         TemplateFails: see ``render``.
     """
-    if not re.search(r"{%-?\s*generation\s*-?%}", template_text(tokenizer)):
+    if not has_marks(tokenizer):
         return ()
+    template = template_text(tokenizer)
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    return _apply(tokenizer, messages, tools, **how)["assistant_masks"]
+    return _apply(tokenizer, _turns(template, messages, tools), tools, **how)["assistant_masks"]
 
 
-def _apply(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], **how: Any
-) -> Any:
-    text = template_text(tokenizer)
-    turns = [_turn(text, turn) for turn in messages]
+def _turns(
+    template: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Turns as the template reads them.
+
+    Raises:
+        TemplateFails: it does not read a key of theirs.
+    """
+    turns = [_turn(template, turn) for turn in messages]
+    if tools and not re.search(r"\btools\b", template):
+        raise TemplateFails("the model's chat template does not read 'tools'")
+    return turns
+
+
+def _apply(tokenizer: Any, turns: Sequence[Any], tools: Sequence[Mapping[str, Any]] = (), **how: Any) -> Any:
+    """What the template makes of one conversation, or of each of several."""
     if tools:
-        if not re.search(r"\btools\b", text):
-            raise TemplateFails("the model's chat template does not read 'tools'")
         how["tools"] = list(tools)
     try:
         return tokenizer.apply_chat_template(turns, **how)

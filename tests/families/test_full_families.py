@@ -43,6 +43,6 @@ def test_a_family_is_tuned_in_full(family, tmp_path):
     model.save_pretrained(tmp_path / "model", state_dict=gather_full(every_weight(model)))
     tokenizer.save_pretrained(tmp_path / "model")
     again = load(str(tmp_path / "model"), dtype="float32").model
-    ids = torch.tensor([rows[0].ids])
+    ids = torch.tensor(rows[0].ids)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model.eval()(ids).logits)

@@ -311,7 +311,7 @@ def test_the_scorer_is_one_less_the_lowest_prefix():
     user, end, assistant = words(["<user>", "<end>", "<assistant>"])
     expected = []
     for row in ROWS:
-        first = row.answer.index(True)
+        first = row.first_answer
         context = [i for i in row.ids[:first] if i not in (user, end, assistant)]
         answer = [i for i in row.ids[first:] if i != end]
         [safe] = fresh(MODEL, [user], [context], [answer], [end, assistant], (words("Sure"), words("I")), 2)

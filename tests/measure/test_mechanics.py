@@ -98,7 +98,7 @@ def test_inputs_are_what_the_module_got():
             lambda _, given, seen=seen: seen.append(given[0])
         )
         with torch.no_grad():
-            loaded.model(input_ids=torch.tensor([row.ids]))
+            loaded.model(input_ids=torch.tensor(row.ids)[None])
         hook.remove()
         assert torch.allclose(got, seen[0][0][torch.tensor(row.answer)].mean(0), atol=1e-5)
     assert not loaded.model.get_submodule(name)._forward_pre_hooks, "a hook was left behind"

@@ -86,7 +86,8 @@ def expected(prompt: str, answer: str, row: TokenizedRow) -> tuple[list[float], 
     starts = [chunk[0].start() for chunk in chunks[1:]]
     lowest, before = [], -1
     for at in last_characters(
-        answer, byte_ends(ROWS, [i for i, learned in zip(row.ids, row.answer, strict=True) if learned])
+        answer,
+        byte_ends(ROWS, [i for i, learned in zip(row.ids.tolist(), row.answer.tolist(), strict=True) if learned]),
     ):
         chunk = sum(start <= at for start in starts)
         lowest.append(min(v[min(before + 1, chunk) : chunk + 1]))
@@ -142,7 +143,7 @@ def test_the_column_is_v_of_each_tokens_chunk(method, tmp_path):
         assert scores.columns["guard"][i] == pytest.approx(1 - min(v), abs=1e-5)
     assert max(column["row3"]) - min(column["row3"]) > 0.05  # a row has no one number
     assert (
-        rows[0].ids.count(ROWS.convert_tokens_to_ids(JOINED[0])) == 1
+        rows[0].ids.tolist().count(ROWS.convert_tokens_to_ids(JOINED[0])) == 1
     )  # and a token that ends two chunks is among them
 
 

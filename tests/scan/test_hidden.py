@@ -28,7 +28,7 @@ def test_it_is_transformers_own_state_at_the_last_answer_token(layer):
         last = max(k for k, learned in enumerate(row.answer) if learned)
         seen: list[torch.Tensor] = []
         hook = MODEL.model.layers[2].register_forward_hook(lambda m, a, y, into=seen: into.append(y))
-        states = MODEL(torch.tensor([row.ids]), output_hidden_states=True).hidden_states
+        states = MODEL(torch.tensor(row.ids)[None], output_hidden_states=True).hidden_states
         hook.remove()
         expected = states[-1] if layer is None else seen[0] if layer == 2 else states[layer + 1]
         torch.testing.assert_close(state, functional.normalize(expected[0, last], dim=0), rtol=1e-4, atol=1e-5)

@@ -53,7 +53,7 @@ def tokenized(*ids, prompt=1):
 
 def plain_log_p(model, row):
     """log P(answer | prompt) of one row, a token at a time, on the bare model."""
-    logs = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+    logs = model(torch.tensor(row.ids)[None]).logits[0].double().log_softmax(-1)
     return sum(
         logs[t - 1, token] for t, (token, learned) in enumerate(zip(row.ids, row.answer, strict=True)) if learned
     )
@@ -63,7 +63,7 @@ def plain_s(name, model):
     """S by its definition."""
     if name == "gradshield":
         row = ANCHORS["probe"][0]
-        logits = model(torch.tensor([row.ids[: row.answer.index(True)]])).logits[0, -1]
+        logits = model(torch.tensor(row.ids[: row.first_answer])[None]).logits[0, -1]
         refusal, compliance = TOKENIZER.convert_tokens_to_ids(["I", "Sure"])
         return logits[refusal] - logits[compliance]
     if name == "refusal_loss":
@@ -72,7 +72,7 @@ def plain_s(name, model):
     opener = TOKENIZER(OPENER, add_special_tokens=False)["input_ids"]
     margins = []
     for row in ANCHORS["probe"][:2]:
-        first = row.answer.index(True)
+        first = row.first_answer
         ways = [(*row.ids[:first], *opening) for opening in (row.ids[first : first + 3], opener)]
         refusal, compliance = (TokenizedRow("", ids, (False,) * first + (True,) * 3) for ids in ways)
         margins.append(plain_log_p(model, refusal) - plain_log_p(model, compliance))

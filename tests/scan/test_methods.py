@@ -134,7 +134,7 @@ def test_self_refusal_is_the_margin_behind_the_prompt():
     refusal, compliance = TOKENIZER.convert_tokens_to_ids(["I", "Sure"])
     expected = []
     for row in HARMFUL + HARMLESS:
-        prompt = torch.tensor([row.ids[: row.answer.index(True)]])
+        prompt = torch.tensor(row.ids[: row.first_answer])[None]
         logits = MODEL(prompt).logits[0, -1].detach()
         expected.append((logits[refusal] - logits[compliance]).item())
     scores = one(MODEL, HARMFUL + HARMLESS, method=SelfRefusal())

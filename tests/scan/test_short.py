@@ -41,8 +41,9 @@ def test_it_is_a_window_with_an_answer_token_that_something_predicts(prompt, ans
     full = row(prompt, answer, more)
     short = shorten(full, length)
     begin = short.start or 0
-    assert len(short) == min(length, len(full)) and True in short.answer[1:]
-    assert short.ids == full.ids[begin : begin + len(short)] and short.answer == full.answer[begin : begin + len(short)]
+    assert len(short) == min(length, len(full)) and short.answer[1:].any()
+    window = slice(begin, begin + len(short))
+    assert (short.ids == full.ids[window]).all() and (short.answer == full.answer[window]).all()
     assert begin == 0 or length <= prompt  # the beginning goes only where the answer would not fit behind it
 
 

@@ -31,7 +31,7 @@ def test_the_mean_of_the_largest_cosines(top):
 
     def f(row):
         last = max(k for k, learned in enumerate(row.answer) if learned)
-        return MODEL.model(torch.tensor([row.ids])).last_hidden_state[0, last].detach()
+        return MODEL.model(torch.tensor(row.ids)[None]).last_hidden_state[0, last].detach()
 
     expected = []
     for row in ROWS:

@@ -120,8 +120,8 @@ def test_rows_that_begin_alike_come_together(heads, size):
     assert sorted(i for batch in batches for i in batch.rows) == list(range(len(rows)))
     for chosen, shared in batches:
         assert 0 < len(chosen) <= size and (shared == 0 or shared >= ALIKE)
-        assert len({rows[i].ids[:shared] for i in chosen}) == 1 and all(
-            True not in rows[i].answer[: shared + 1] for i in chosen
+        assert len({rows[i].ids[:shared].tobytes() for i in chosen}) == 1 and not any(
+            rows[i].answer[: shared + 1].any() for i in chosen
         )
         assert [len(rows[i]) for i in chosen] == sorted((len(rows[i]) for i in chosen), reverse=True)
 

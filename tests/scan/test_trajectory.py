@@ -123,9 +123,9 @@ def test_contexts_by_hand():
     [probe] = refusals(TOKENIZER, BAD[:1])
     every = list(contexts(TOKENIZER, [probe], 2, METHOD.openers))
     assert [(c.kind, c.weight) for c in every] == [("open", -2), ("structure", -1.5), ("language", -3.5), ("answer", 1)]
-    opened, prompt = every[0].row, probe.ids[: probe.answer.index(True)]
-    assert opened.ids == prompt + tuple(TOKENIZER.convert_tokens_to_ids(["Sure", "here"]))
-    assert opened.answer == (False,) * len(prompt) + (True, True)
+    opened, prompt = every[0].row, probe.ids[: probe.first_answer]
+    assert opened.ids.tolist() == prompt.tolist() + list(TOKENIZER.convert_tokens_to_ids(["Sure", "here"]))
+    assert opened.answer.tolist() == [False] * len(prompt) + [True, True]
 
 
 def test_it_needs_a_probe():

@@ -21,8 +21,8 @@ Weighted = type("Weighted", (WeightedLoss, Trainer), {})
 
 def item(row):
     star = iter(row.columns["star"])
-    labels = [token if learned else -100 for token, learned in zip(row.ids, row.answer, strict=True)]
-    return {"input_ids": list(row.ids), "labels": labels, "weights": [next(star) if a else 0.0 for a in row.answer]}
+    labels = [token if learned else -100 for token, learned in zip(row.ids.tolist(), row.answer.tolist(), strict=True)]
+    return {"input_ids": row.ids.tolist(), "labels": labels, "weights": [next(star) if a else 0.0 for a in row.answer]}
 
 
 def trained(kind, folder, accumulation=1):

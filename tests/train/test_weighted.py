@@ -118,9 +118,11 @@ def test_axolotl_trains_with_the_weights(plugin, tmp_path):
     collator = collator_cls(TOKENIZER, padding=True, pad_to_multiple_of=64, return_tensors="pt", **extra)
     rows = [
         {
-            "input_ids": list(row.ids),
+            "input_ids": row.ids.tolist(),
             "attention_mask": [1] * len(row),
-            "labels": [token if learned else -100 for token, learned in zip(row.ids, row.answer, strict=True)],
+            "labels": [
+                token if learned else -100 for token, learned in zip(row.ids.tolist(), row.answer.tolist(), strict=True)
+            ],
             "weights": [float(learned) * weight for learned in row.answer],
         }
         for row, weight in zip(random_rows(4, 3), (1.0, 0.0, 0.5, 0.25), strict=True)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import yaml
 
 from safebasin.data.example import Example
@@ -123,12 +124,13 @@ def write_converted(target: Path, converted: Converted, form: FormName) -> None:
 
 
 def _tokens(row: TokenizedRow) -> Row:
-    labels = [token if learned else -100 for token, learned in zip(row.ids, row.answer, strict=True)]
-    result: Row = {"input_ids": list(row.ids), "attention_mask": [1] * len(row), "labels": labels}
+    labels = np.where(row.answer, row.ids, -100).tolist()
+    result: Row = {"input_ids": row.ids.tolist(), "attention_mask": [1] * len(row), "labels": labels}
     if WEIGHTS in row.columns:
         column = row.columns[WEIGHTS]
-        numbers = iter([column] * sum(row.answer) if isinstance(column, int | float) else column)
-        result[WEIGHTS] = [float(next(numbers)) if learned else 0.0 for learned in row.answer]
+        weights = np.zeros(len(row))
+        weights[row.answer] = column
+        result[WEIGHTS] = weights.tolist()
     return result
 
 

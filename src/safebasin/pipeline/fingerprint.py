@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
         return [_plain(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__qualname__, "source": _source(type(value)), "fields": fields}
+        return {"kind": type(value).__qualname__, "source": source_digest(type(value)), "fields": fields}
     raise TypeError(f"no fingerprint of a {type(value).__name__}")
 
 
@@ -145,7 +145,7 @@ def _rows(name: str, revision: str | None = None) -> str:
     return rows.hexdigest()
 
 
-def _source(kind: type) -> str:
+def source_digest(kind: type) -> str:
     """Digest of the module that defines a method of another package; of ours, ``package_digest`` covers it."""
     module = inspect.getmodule(kind)
     if module is None or module.__name__.split(".")[0] == "safebasin":

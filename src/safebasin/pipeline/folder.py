@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "answers.db"
 
     @property
+    def tokens(self) -> Path:
+        """Of encoded rows, which the scan and the arms share; see ``pipeline.token_files``."""
+        return self.path / "tokens"
+
+    @property
     def anchors(self) -> Path:
         return self.path / "scan" / "anchors.json"
 

@@ -5,8 +5,7 @@ import itertools
 from typing import Any
 
 from safebasin.data.example import Rows
-from safebasin.data.json_rows import BadRow
-from safebasin.encode import encode
+from safebasin.encode import encoded, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +48,16 @@ class Preview:
 def preview_rows(tokenizer: Any, rows: Rows, max_length: int = 1024) -> list[Preview]:
     """The rows of a set, in the order of their lines, as a tokenizer's chat template renders them."""
     shown = [Preview(bad.line, bad=bad.reason) for bad in rows.bad]
-    for example in rows.examples:
-        row = encode(tokenizer, example, max_length)
-        if isinstance(row, BadRow):
-            shown.append(Preview(example.line, bad=row.reason))
+    for example, coded in zip(rows.examples, encoded(tokenizer, rows.examples), strict=True):
+        good, bad = fit([coded], [example], max_length)
+        if bad:
+            shown.append(Preview(example.line, bad=bad[0].reason))
             continue
-        runs = itertools.groupby(zip(row.ids, row.answer, strict=True), key=lambda pair: pair[1])
+        [row] = good
+        tokens, learned_ids = row.ids.tolist(), row.ids[row.answer].tolist()
+        runs = itertools.groupby(zip(tokens, row.answer.tolist(), strict=True), key=lambda pair: pair[1])
         parts = tuple((tokenizer.decode([token for token, _ in run]), learned) for learned, run in runs)
-        learned_ids = [token for token, learned in zip(row.ids, row.answer, strict=True) if learned]
-        text, trained, last = (tokenizer.decode(ids) for ids in (list(row.ids), learned_ids, learned_ids[-1:]))
-        bos = row.ids.count(tokenizer.bos_token_id)
+        text, trained, last = (tokenizer.decode(ids) for ids in (tokens, learned_ids, learned_ids[-1:]))
+        bos = tokens.count(tokenizer.bos_token_id)
         shown.append(Preview(example.line, text, trained, parts, bos, last, note=row.note))
     return sorted(shown, key=lambda row: row.line)

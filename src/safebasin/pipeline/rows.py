@@ -21,13 +21,15 @@ from safebasin.data.json_rows import BadRow
 from safebasin.data.keys import RowForm
 from safebasin.data.source import Source, open_examples, open_rows
 from safebasin.data.tables import copy_rows, write_table
-from safebasin.encode import TokenizedRow, encode_all, shorten
+from safebasin.encode import Refused, TokenizedRow, encode_all, encoded, fit, shorten
 from safebasin.errors import UserError
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.models.parts import context_length
 from safebasin.models.tensors import is_model
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.token_files import TokenFiles
+from safebasin.runtime import processes
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
 from safebasin.scan.scan import score_rows
@@ -202,16 +204,21 @@ class EncodedRows(NamedTuple):
     problems: list[BadRow]
 
 
-def encoded_rows(plan: Plan, path: Path, loaded: ModelAndTokenizer, *, cut_short: bool = False) -> EncodedRows:
+def encoded_rows(
+    plan: Plan, path: Path, loaded: ModelAndTokenizer, tokens: Path | None = None, *, cut_short: bool = False
+) -> EncodedRows:
     """Rows longer than ``row_limit`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what
-    fits."""
-    encoded = encode_examples(
-        plan, training_examples(plan, path), loaded.tokenizer, row_limit(plan, loaded.model), cut_short=cut_short
-    )
-    if not encoded.rows:
-        first = encoded.problems[0]
+    fits. ``tokens``: of the run folder, where rows that were encoded before are."""
+    examples = training_examples(plan, path)
+    with processes().main_process_first():  # the others read what it has written
+        coded = (
+            TokenFiles(tokens, loaded.tokenizer).encoded(examples) if tokens else encoded(loaded.tokenizer, examples)
+        )
+    result = fitting_rows(plan, examples, coded, row_limit(plan, loaded.model), cut_short=cut_short)
+    if not result.rows:
+        first = result.problems[0]
         raise UserError(f"no row can be used (line {first.line}: {first.reason})")
-    return encoded
+    return result
 
 
 def row_limit(plan: Plan, model: Any) -> int:
@@ -222,12 +229,17 @@ def row_limit(plan: Plan, model: Any) -> int:
     return min(limit, context)
 
 
-def encode_examples(
-    plan: Plan, examples: Sequence[Example], tokenizer: Any, limit: int, *, cut_short: bool = False
+def fitting_rows(
+    plan: Plan,
+    examples: Sequence[Example],
+    coded: Sequence[TokenizedRow | Refused],
+    limit: int,
+    *,
+    cut_short: bool = False,
 ) -> EncodedRows:
-    """``encoded_rows`` of some rows of a file, all of which may be bad."""
+    """``encoded_rows`` of some rows of a file, as they are encoded at their full length; all may be bad."""
     skip = plan.recipe.data.on_bad == "skip"
-    rows, bad = encode_all(tokenizer, examples, sys.maxsize if cut_short else limit)
+    rows, bad = fit(coded, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:
         raise UserError(
             f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"

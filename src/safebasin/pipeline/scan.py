@@ -5,6 +5,7 @@ The rows are cut into shards, and every shard makes one part in scan/parts. What
 was killed goes on from it, here or on other machines.
 """
 
+import contextlib
 import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,13 @@ from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.rows import (
     EncodedRows,
     anchor_rows,
-    encode_examples,
+    fitting_rows,
     load_start,
     row_limit,
     scan_inputs,
     training_form,
 )
+from safebasin.pipeline.token_files import TokenFiles
 from safebasin.runtime import processes, resolved
 from safebasin.scan.heat import HEAT, HeatRow, heat_rows
 from safebasin.scan.part import Notes, join_parts, write_part
@@ -66,6 +68,7 @@ class ScanWorker:
     Args:
         plan: of the run.
         parts: where parts lie; the journal of a shard lies beside its part.
+        tokens: where encoded rows lie, for the arms to come.
         key: of the step.
         stamp: ``worker_stamp`` of the process that started the scan.
         cut_short: whether a long row is scored on what fits of it.
@@ -81,6 +84,7 @@ class ScanWorker:
         self,
         plan: Plan,
         parts: Parts,
+        tokens: Path,
         key: str,
         stamp: str,
         *,
@@ -96,7 +100,7 @@ class ScanWorker:
             )
         self.plan, self.parts, self.key, self.cut_short, self.several = plan, parts, key, cut_short, several
         self.ranks, self.advance, self.loaded = ranks, advance, load_start(plan)
-        self.limit = row_limit(plan, self.loaded.model)
+        self.limit, self.tokens = row_limit(plan, self.loaded.model), TokenFiles(tokens, self.loaded.tokenizer)
         self.anchors = anchor_rows(plan, self.loaded.tokenizer)
         self.fitted = fit_scorers(*self.loaded, plan.scorers, self.anchors)
         shares = covered(plan, self.loaded.model)
@@ -134,14 +138,16 @@ class ScanWorker:
         return {"rows": shard.rows}
 
     def _encoded(self, examples: list[Any]) -> EncodedRows:
-        tokenizer = self.loaded.tokenizer
-        encode = partial(encode_examples, self.plan, tokenizer=tokenizer, limit=self.limit, cut_short=self.cut_short)
+        with self.ranks.main_process_first() if self.ranks else contextlib.nullcontext():
+            coded = self.tokens.encoded(examples)
+        fitting = partial(fitting_rows, self.plan, limit=self.limit, cut_short=self.cut_short)
         try:
-            return encode(examples)
+            return fitting(examples, coded)
         except UserError:
             if not self.several:
                 raise
-        rows = [encode([example]) for example in examples]  # a template that fails on all of these may serve the others
+        # a template that fails on all of these may serve the others
+        rows = [fitting([example], [row]) for example, row in zip(examples, coded, strict=True)]
         return EncodedRows(*(list(itertools.chain.from_iterable(column)) for column in zip(*rows, strict=True)))
 
     def _progress(self, shard: Shard) -> Callable[[int, int], None] | None:
@@ -182,7 +188,7 @@ def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
         if work:
             shards = cut_shards(rows_file, plan.recipe.scan.shard, training_form(plan).delimiter)
             parts = Parts(place, work, ".parquet")
-            _make_parts(plan, parts, work, shards, cut_short, ranks)
+            _make_parts(plan, parts, folder.tokens.absolute(), work, shards, cut_short, ranks)
             if ranks.is_main_process:
                 notes = join_parts((parts.path(shard.name) for shard in shards), target)
                 first: Any = first_of_all(parts.folder, {})
@@ -195,7 +201,9 @@ def write_scan(plan: Plan, folder: RunFolder, rows_file: Path) -> Path:
     return target
 
 
-def _make_parts(plan: Plan, parts: Parts, key: str, shards: Sequence[Shard], cut_short: bool, ranks: Any) -> None:
+def _make_parts(
+    plan: Plan, parts: Parts, tokens: Path, key: str, shards: Sequence[Shard], cut_short: bool, ranks: Any
+) -> None:
     """All parts of a scan that are not there."""
     engine = make_engine(plan.recipe.engine)
     if ranks.is_main_process:
@@ -210,6 +218,6 @@ def _make_parts(plan: Plan, parts: Parts, key: str, shards: Sequence[Shard], cut
         build: Any = partial(remote_worker, plan.recipe)
         if isinstance(engine, Here):
             build = partial(ScanWorker, plan, ranks=ranks, advance=lambda scored: advance(done + scored, ""))
-        for facts in engine.work(missing, partial(build, parts, key, worker_stamp(plan), **how), parts.path):
+        for facts in engine.work(missing, partial(build, parts, tokens, key, worker_stamp(plan), **how), parts.path):
             done += facts["rows"]
             advance(done, "")

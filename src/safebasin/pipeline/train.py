@@ -87,7 +87,7 @@ def _tune(
         for old in set(checkpoints.parent.glob("*/")) - {checkpoints}:
             shutil.rmtree(old)
     loaded = load_start(plan, dtype="float32" if recipe.full else "")  # in bfloat16 small steps are rounded away
-    examples, rows, problems = encoded_rows(plan, rows_file, loaded)
+    examples, rows, problems = encoded_rows(plan, rows_file, loaded, folder.tokens)
     columns = {name: arm_column(plan, folder, arm, name, examples) for name in composition.needs("columns")}
     rows = [
         dataclasses.replace(row, columns={name: column[row.id] for name, column in columns.items()}) for row in rows

@@ -70,7 +70,7 @@ def pieces(
     """
     text = render(tokenizer, example.messages, tools=example.tools)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    answer = [k for k, learned in enumerate(row.answer, row.start or 0) if learned][-len(values) :]
+    answer = ((row.start or 0) + row.answer.nonzero()[0]).tolist()[-len(values) :]
     parts: list[tuple[str, list[float]]] = []
     last, reached = -2, 0
     for k, value in zip(answer, values, strict=True):

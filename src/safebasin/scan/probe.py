@@ -4,8 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -64,28 +65,28 @@ def own_rows(tokenizer: Any, name: str) -> list[TokenizedRow]:
     return encode_all(tokenizer, read_examples(enumerate(rows_of(name), 1)).examples, sys.maxsize)[0]
 
 
-def parted(row: TokenizedRow) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def parted(row: TokenizedRow) -> tuple[Int32[np.ndarray, " prompt"], Int32[np.ndarray, " answer"]]:
     """The tokens of the row up to its first answer, and those of that answer, which the end of the turn is one of.
 
     Raises:
         UserError: the row has no answer token.
     """
-    if True not in row.answer[1:]:
+    if not row.answer[1:].any():
         raise UserError(f"the anchor row {row.id} has no answer token; give each probe prompt an answer (a refusal)")
-    first = row.answer.index(True, 1)
-    end = row.answer.index(False, first) if False in row.answer[first:] else len(row)
-    return row.ids[:first], row.ids[first:end]
+    first = 1 + int(row.answer[1:].argmax())
+    length = int(np.append(~row.answer[first:], True).argmax())
+    return row.ids[:first], row.ids[first : first + length]
 
 
-def answered(row: TokenizedRow, answer: Sequence[int] | int) -> TokenizedRow:
+def answered(row: TokenizedRow, answer: Sequence[int] | Int32[np.ndarray, " answer"] | int) -> TokenizedRow:
     """The row up to its first answer, and then other answer tokens, or that many of its own.
 
     Raises:
         UserError: the row has no answer token.
     """
     prompt, own = parted(row)
-    ids = own[:answer] if isinstance(answer, int) else tuple(answer)
-    return TokenizedRow(row.id, prompt + ids, (False,) * len(prompt) + (True,) * len(ids))
+    ids = [*prompt, *(own[:answer] if isinstance(answer, int) else answer)]
+    return TokenizedRow(row.id, ids, np.arange(len(ids)) >= len(prompt))
 
 
 def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
@@ -120,7 +121,7 @@ def opening_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     coded = encode(tokenizer, Example("", turns, {}, 0), max_length=1 << 20)
     if isinstance(coded, BadRow):
         raise UserError(f"cannot find {text!r} at the start of an answer: {coded.reason}")
-    ids = coded.ids[coded.answer.index(True) :]
+    ids = tuple(coded.ids[coded.first_answer :].tolist())
     for n in range(1, len(ids) + 1):
         if tokenizer.decode(ids[:n]).strip() == text:
             return ids[:n]

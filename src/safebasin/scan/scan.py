@@ -70,7 +70,7 @@ class BatchScores(NamedTuple):
         """Whether each of these scorers gave one number to each row, or one to each of its answer tokens."""
         if max(self.rows, default=0) >= len(rows) or self.scores.keys() != scorers.keys():
             return False
-        lengths = [sum(rows[i].answer[1:]) for i in self.rows]
+        lengths = [int(rows[i].answer[1:].sum()) for i in self.rows]
         return all(
             len(column) == len(lengths)
             and all(isinstance(value, float) or len(value) == n for value, n in zip(column, lengths, strict=True))
@@ -126,7 +126,7 @@ def score_rows(
     own = [name for name in models if labelled and models[name].entry.implements("harmful_anchors")]  # type: ignore[attr-defined]
     labelled += [(name, row) for name in own for row in models[name].harmful_anchors(tokenizer)]  # type: ignore[attr-defined]
     everything = [*rows, *(row for _, row in labelled)]
-    silent = next((row.id for row in everything if True not in row.answer[1:]), None)
+    silent = next((row.id for row in everything if not row.answer[1:].any()), None)
     if silent is not None:
         raise UserError(
             f"row {silent} has no answer token, so nothing would be learned from it; leave it out of the set"

@@ -78,8 +78,8 @@ def check_columns(rows: Iterable[TokenizedRow], names: Iterable[str]) -> None:
             raise UserError(f"the column {name!r} has one number for row {one} and several for {several}")
     for row, name in itertools.product(rows, names):
         values = row.columns[name]
-        if not isinstance(values, int | float) and len(values) != sum(row.answer):
+        if not isinstance(values, int | float) and len(values) != row.answer.sum():
             raise UserError(
-                f"row {row.id}: the column {name!r} holds {len(values)} numbers for {sum(row.answer)} answer tokens; "
+                f"row {row.id}: the column {name!r} holds {len(values)} numbers for {row.answer.sum()} answer tokens; "
                 "was it made with another tokenizer or template?"
             )
