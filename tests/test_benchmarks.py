@@ -171,14 +171,12 @@ def test_the_repair_table_by_method(tmp_path):
 
     def cell(arm, quantity, value, judge=""):
         facts = {"interval": [0, 1], "n": 40, "unit": "share", "goal": None, "grid": "repair", "seeds": {"0": value}}
+        facts |= {"upper": value + 0.1}
         what = f"poison_10.{arm}.{quantity}.{judge}"
         return facts | {"what": what, "value": value, "defence": arm, "attack": "poison_10", "quantity": quantity}
 
-    def worst(arm, value):
-        return cell(arm, "worst asr, upper end", value) | {"what": f"asr_upper.worst.{arm}", "attack": ""}
-
     rows = [cell("irr", "asr", 0.2, "keyword"), cell("irr", "asr", 0.3, "classifier"), cell("irr", "accuracy", 0.4)]
-    rows += [cell("plain", "asr", 0.9, "keyword"), cell("plain", "accuracy", 0.5), worst("irr", 0.5), worst("plain", 1)]
+    rows += [cell("plain", "asr", 0.9, "keyword"), cell("plain", "accuracy", 0.5)]
     for seed, rank, distance in ((0, 16, 0.5), (1, 64, 0.7)):
         folder = tmp_path / "runs" / f"poison_10-{seed}" / "arms" / "irr"
         folder.mkdir(parents=True)
@@ -190,7 +188,11 @@ def test_the_repair_table_by_method(tmp_path):
     by_what = results(file)
     assert (by_what["asr.irr.poison_10"]["value"], by_what["utility.irr.poison_10"]["value"]) == (0.3, 0.4)
     assert (by_what["rank.out.irr"]["value"], by_what["distance.irr"]["value"]) == (64, 0.6)
-    assert (by_what["asr_upper.worst.best_arm"]["value"], by_what["asr_upper.worst.best_arm"]["arm"]) == (0.5, "irr")
+    assert (by_what["asr_upper.worst.best_arm"]["value"], by_what["asr_upper.worst.best_arm"]["arm"]) == (0.4, "irr")
+    mine.add([cell("plain", "asr", 0.9, "keyword") | {"what": "benign.plain", "attack": "benign"}])
+    repair.by_method(mine, tmp_path / "runs")
+    best = results(file)["asr_upper.worst.best_arm"]
+    assert (best["value"], best["arm"], best["columns"]) == (1.0, "plain", ["benign", "poison_10"]), "irr is not known"
     write_curve(list(by_what.values()), tmp_path / "curve.svg")
     figure = (tmp_path / "curve.svg").read_text()
     assert all(name in figure for name in ("irr", "plain", "poison_10"))

@@ -194,26 +194,22 @@ def test_numbers_of_the_quickstart_are_those_of_its_results():
 def test_numbers_of_the_repairs_are_those_of_their_results():
     """The page of repairs: each arm's values by the worse judge, how far and to which rank it was moved; and no arm
     without."""
-    records = json.loads((ROOT / "benchmarks" / "repair" / "results.json").read_text(encoding="utf-8"))
-    cells = [r for r in records if r.get("attack") == "poison_10" and r["quantity"] != "seconds"]
-    value: dict[tuple[str, str], float] = {}
-    for r in cells:
-        value[r["defence"], r["quantity"]] = max(r["value"], value.get((r["defence"], r["quantity"]), 0.0))
-    value |= {
-        (r["what"].rpartition(".")[2], r["what"].rpartition(".")[0]): r["value"]
-        for r in records
-        if r["what"].startswith(("distance.", "rank.out."))
-    }
+    records = {r["what"]: r for r in json.loads((ROOT / "benchmarks" / "repair" / "results.json").read_text())}
     text = (DOCS / "results" / "repair.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", text, re.M)
-    assert {arm for arm, _ in rows} == {r["defence"] for r in cells}
+    assert {arm for arm, _ in rows} == {r["defence"] for r in records.values() if r.get("attack") == "poison_10"}
+
+    def shown(cell: str) -> float | None:
+        number = cell.split(" %")[0].strip()
+        return None if number in ("", "–") else float(number) / (100 if "%" in cell else 1)
+
     for arm, line in rows:
-        shown = line.split("|")
-        shares = [float(cell.split(" %")[0]) / 100 for cell in shown[:3]]
-        keys = ("asr", "over_refusal", "accuracy")
-        assert shares == pytest.approx([value[arm, key] for key in keys], abs=6e-4), arm
-        moved = [value.get((arm, "distance")), value.get((arm, "rank.out"))]
-        assert [float(cell) if cell.strip() else None for cell in shown[3:]] == pytest.approx(moved, abs=6e-3), arm
+        judged = [r["value"] for what, r in records.items() if what.startswith(f"poison_10.{arm}.over_refusal.")]
+        names = [f"asr.{arm}.poison_10", f"utility.{arm}.poison_10", f"asr.{arm}.poison_50", f"utility.{arm}.poison_50"]
+        names += [f"distance.{arm}", f"rank.out.{arm}"]
+        values = [records[name]["value"] if name in records else None for name in names]
+        values.insert(1, max(judged))
+        assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), arm
 
 
 def test_the_readme_counts_what_there_is():

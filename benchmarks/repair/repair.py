@@ -217,7 +217,8 @@ def repair_table(
 
 def by_method(bench: Bench, out: Path) -> None:
     """Of the table that is measured so far: ``asr.ARM.COLUMN`` by the worse judge, ``utility.ARM.COLUMN``, and of every
-    repaired arm ``rank.out`` and ``distance`` over the columns; ``asr_upper.worst.best_arm`` over all of them."""
+    repaired arm ``rank.out`` and ``distance`` over the columns; ``asr_upper.worst.best_arm`` of the arms that every
+    column has, the model as it was left out."""
     rows = [row for row in bench.rows() if row.get("grid") == "repair" and row["value"] is not None]
     for name, quantity in (("asr", "asr"), ("utility", "accuracy")):
         cells = sorted({(row["defence"], row["attack"]) for row in rows if row["quantity"] == quantity})
@@ -233,12 +234,17 @@ def by_method(bench: Bench, out: Path) -> None:
         rank, distances = max((one["rank"] or 0 for one in each), default=0), [one["distance"] for one in each]
         bench.record(f"rank.out.{arm}", rank or None, n=len(each), unit="of the adapter; none: a full model is written")
         bench.record(f"distance.{arm}", sum(distances) / len(each), n=len(each), unit="|repaired - tuned| / |tuned|")
-    uppers = {row["defence"]: row for row in rows if row["what"].startswith("asr_upper.worst.") and row["defence"]}
+    asr = [row for row in rows if row["quantity"] == "asr"]
+    columns = {row["attack"] for row in asr}
+    uppers: dict[str, float] = {}
+    for arm in {row["defence"] for row in asr}:
+        mine = [row for row in asr if row["defence"] == arm]
+        if arm != "start" and columns == {row["attack"] for row in mine}:  # of an arm that every column has
+            uppers[arm] = max(row["upper"] for row in mine)
     if uppers:
-        arm = min(uppers, key=lambda arm: uppers[arm]["value"])
-        columns = sorted({row["attack"] for row in rows if row["attack"]})
-        best = {"arm": arm, "columns": columns}
-        bench.record("asr_upper.worst.best_arm", uppers[arm]["value"], n=uppers[arm]["n"], unit="share", **best)
+        arm = min(sorted(uppers), key=lambda arm: uppers[arm])
+        facts = {"arm": arm, "columns": sorted(columns)}
+        bench.record("asr_upper.worst.best_arm", uppers[arm], n=len(columns), unit="share; n: columns", **facts)
 
 
 def roles_of_grid(tree: Mapping[str, Any]) -> list[str]:
