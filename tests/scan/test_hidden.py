@@ -50,7 +50,7 @@ def test_a_model_without_a_list_of_blocks():
         config = MODEL.config
 
         def get_decoder(self):
-            return self
+            return torch.nn.Module()
 
     assert list(blocks(MODEL)) == list(MODEL.model.layers)
     with pytest.raises(UserError, match="no list of its 3 blocks"):

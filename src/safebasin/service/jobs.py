@@ -23,6 +23,7 @@ from safebasin.service.schema import CreateJob
 from safebasin.service.store import File, Job, Model, Store, Tenant, add_event, count, move, new_id, own
 
 MINUTES = 10  # within which the client's repetition of a lost request is the same request
+LATE = 10  # seconds: a first try that begins so long after its repetition has made the job is given that job
 KNOBS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
 
 
@@ -103,7 +104,7 @@ def _same(session: Session, tenant: str, body: str, began: float, retry: int, ke
     if retry:
         same = same.where(Job.created > began - 60 * MINUTES)
     else:
-        same = same.where(Job.created >= began, Job.retry > 0)
+        same = same.where(Job.created >= began - LATE, Job.retry > 0)
     return session.exec(same).first()
 
 
