@@ -119,6 +119,15 @@ def test_breadth_first_and_the_model_as_it_was_once_an_attack(stub, tmp_path):
     ]
 
 
+def test_an_attack_may_have_fewer_rows_of_the_task(tmp_path):
+    attacks = {"few": {"attack": "explicit", "poison_share": 0.9, "take": 3}, "all": TREE["attacks"]["explicit"]}
+    recipes = grid_of(tmp_path, attacks=attacks).recipes()
+    assert {name: recipe.data.task.take for (name, _, seed), recipe in recipes.items() if not seed} == {
+        "few": 3,
+        "all": 20,
+    }
+
+
 def test_narrowing_runs_a_part_and_keeps_what_is_known_of_the_rest(stub, tmp_path):
     grid, out = grid_of(tmp_path), tmp_path / "out"
     bench(grid, out, only=["benign"], seeds=[0])

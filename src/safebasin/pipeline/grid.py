@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from safebasin.console import console
@@ -43,6 +43,7 @@ Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attac
 class Attack:
     attack: Spec
     poison_share: float = Field(ge=0, lt=1)
+    take: PositiveInt | None = None  # rows of the task; None: as many as in base. A share of 0.9 takes nine times these
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -100,7 +101,8 @@ class Grid:
         for seed, name in itertools.product(self.seeds, self.attacks):
             for rate in self.rates(name) if seed in (seeds or self.seeds) and name in (only or self.attacks) else ():
                 attack = self.attacks[name]
-                data = dataclasses.replace(base.data, attack=attack.attack, poison_share=attack.poison_share)
+                task = dataclasses.replace(base.data.task, take=attack.take or base.data.task.take)
+                data = dataclasses.replace(base.data, task=task, attack=attack.attack, poison_share=attack.poison_share)
                 train = base.train | ({} if rate is None else {"learning_rate": rate})
                 start = base.arms if (seed, rate) == (self.seeds[0], self.rates(name)[0]) else {}
                 recipe = dataclasses.replace(base, data=data, train=train, seed=seed, arms={**start, **arms})
