@@ -45,7 +45,7 @@ def quickstart() -> dict[str, Any]:
 def composition() -> dict[str, Any]:
     """STAR-DSS and SafeGrad together, cut by two scorers, on the same rows."""
     tree, own = quickstart(), yaml.safe_load((HERE / "recipes" / "own.yaml").read_text(encoding="utf-8"))
-    tree["scan"] = {"scorers": [{"gradshield": {"depth": 0.25}}, {"dsa": {"guard": "builtin"}}]}
+    tree["scan"] = {"scorers": ["trajectory", {"dsa": {"guard": "builtin"}}]}
     tree["arms"] = {"start": {}, "defended": own["arms"]["defended"]}
     tree["train"] |= {
         "align_share": 0.5,
