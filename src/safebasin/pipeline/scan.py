@@ -152,7 +152,14 @@ class ScanWorker:
 
     def _progress(self, shard: Shard) -> Callable[[int, int], None] | None:
         advance, sharing = self.advance, self.ranks.num_processes if self.ranks else 1
-        return (lambda done, _: advance(min(done * sharing, shard.rows))) if advance else None
+        if advance is None:
+            return None
+
+        def show(done: int, of: int) -> None:
+            """The anchors, which the first shard has beside its rows, count as a part of them."""
+            advance(min(done * sharing * shard.rows // of, shard.rows))
+
+        return show
 
 
 def remote_worker(recipe: Recipe, *more: Any, **how: Any) -> ScanWorker:
