@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cyclopts
@@ -192,24 +193,38 @@ def test_numbers_of_the_quickstart_are_those_of_its_results():
 
 
 def test_numbers_of_the_repairs_are_those_of_their_results():
-    """The page of repairs: each arm's values by the worse judge, how far and to which rank it was moved; and no arm
-    without."""
+    """The page of repairs: every arm in three tables, by the worse judge; how far and to which rank an arm was
+    moved."""
     records = {r["what"]: r for r in json.loads((ROOT / "benchmarks" / "repair" / "results.json").read_text())}
+    arms = {r["defence"] for r in records.values() if r.get("grid") == "repair" and r["value"] is not None}
     text = (DOCS / "results" / "repair.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", text, re.M)
-    assert {arm for arm, _ in rows} == {r["defence"] for r in records.values() if r.get("attack") == "poison_10"}
+
+    def refused(arm: str, column: str) -> float | None:
+        names = [name for name in records if name.startswith(f"{column}.{arm}.over_refusal.")]
+        return max((records[name]["value"] for name in names if records[name]["value"] is not None), default=None)
+
+    def value(name: str) -> float | None:
+        return records[name]["value"] if name in records else None
 
     def shown(cell: str) -> float | None:
         number = cell.split(" %")[0].strip()
         return None if number in ("", "–") else float(number) / (100 if "%" in cell else 1)
 
-    for arm, line in rows:
-        judged = [r["value"] for what, r in records.items() if what.startswith(f"poison_10.{arm}.over_refusal.")]
-        names = [f"asr.{arm}.poison_10", f"utility.{arm}.poison_10", f"asr.{arm}.poison_50", f"utility.{arm}.poison_50"]
-        names += [f"distance.{arm}", f"rank.out.{arm}"]
-        values = [records[name]["value"] if name in records else None for name in names]
-        values.insert(1, max(judged))
-        assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), arm
+    cells: dict[str, Callable[[str, str], float | None]] = {
+        "Attack success": lambda arm, column: value(f"asr.{arm}.{column}"),
+        "Task accuracy": lambda arm, column: value(f"utility.{arm}.{column}"),
+        "Look-alikes refused": refused,
+    }
+    for title, of in cells.items():
+        table = text.split(f"## {title}\n")[1].split("\n#")[0]
+        head = next(line for line in table.splitlines() if line.startswith("| arm"))
+        columns = re.findall(r"`(\w+)`", head)
+        rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
+        assert {arm for arm, _ in rows} == arms, title
+        for arm, line in rows:
+            values = [of(arm, column) for column in columns]
+            values += [value(f"distance.{arm}"), value(f"rank.out.{arm}")] if "rank" in head else []
+            assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), (title, arm)
 
 
 def test_the_readme_counts_what_there_is():
