@@ -510,6 +510,7 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, capsys):
     assert (
         out / "explicit-0" / "arms" / "plain" / "adapter" / "adapter_model.safetensors"
     ).stat().st_mtime_ns == before
+    assert [file.relative_to(out) for file in out.rglob("answers.db")] == [Path("answers.db")]  # one for all folders
     first = (out / "grid.json").read_text()
     assert run(*words) == 0
     assert tuned == ["plain", "steady", "steady"]

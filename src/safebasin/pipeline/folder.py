@@ -45,6 +45,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; the run needs a folder: --out DIR")
         self.path = path
+        self.answer_cache = path / "answers.db"  # a grid's folders share one
         self.manifest: dict[str, Any] = dict(read_manifest(path))
 
     # --- paths
@@ -57,10 +58,6 @@ class RunFolder:
     @property
     def scores(self) -> Path:
         return self.path / "scan" / "scores.parquet"
-
-    @property
-    def answer_cache(self) -> Path:
-        return self.path / "answers.db"
 
     @property
     def tokens(self) -> Path:

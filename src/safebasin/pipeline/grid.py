@@ -204,6 +204,7 @@ class CellWorker:
 
     def __call__(self, item: RunItem, path: Path) -> Facts:
         with Run(item.recipe, path, self.judges) as run:
+            run.folder.answer_cache = path.with_name("answers.db")  # the model as it was answers every attack alike
             for other in item.others:
                 run.folder.adopt(path.with_name(other), ("data", "scan", "cut.*"))
             try:
