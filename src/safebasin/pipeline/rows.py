@@ -254,11 +254,13 @@ def fitting_rows(
 
 
 def encoded_set(
-    plan: Plan, source: Source, tokenizer: Any, format_messages: Any = tuple, *, any_length: bool = False
+    plan: Plan, source: Source, tokenizer: Any, format_rows: Any = list, *, any_length: bool = False
 ) -> list[TokenizedRow]:
-    """The rows of a set beside the task, none of which may be bad; ``format_messages`` is applied to each
-    conversation."""
-    examples = [dataclasses.replace(e, messages=format_messages(e.messages)) for e in open_examples(source)]
+    """The rows of a set beside the task, none of which may be bad; ``format_rows`` is applied to the
+    conversations."""
+    examples = open_examples(source)
+    written = format_rows([example.messages for example in examples])
+    examples = [dataclasses.replace(each, messages=messages) for each, messages in zip(examples, written, strict=True)]
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if any_length else plan.recipe.data.max_length)
     if bad:
         raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")

@@ -94,8 +94,8 @@ def _tune(
     ]
     encoded: dict[str, Sequence[Any]] = {"task": rows}
     for stream in composition.needs("streams"):
-        format_messages = composition.format_messages if stream == "align" else tuple
-        encoded[stream] = encoded_set(plan, getattr(recipe.data, stream), loaded.tokenizer, format_messages)
+        format_rows = composition.align_rows if stream == "align" else list
+        encoded[stream] = encoded_set(plan, getattr(recipe.data, stream), loaded.tokenizer, format_rows)
     args = training_arguments(plan.arguments(arm), checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
     reference = None

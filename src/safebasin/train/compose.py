@@ -51,6 +51,10 @@ class Composition:
                     names = f"{components[component].entry.name} and {method.entry.name}"
                     raise UserError(f"train: {names} both define the {words}; keep one of them")
                 components[component] = method
+            if method.entry.implements("align_rows") and not any("align" in each.entry.streams for each in methods):
+                raise UserError(
+                    f"train: {method.entry.name} needs a method beside it that reads alignment rows: safegrad"
+                )
         return cls(methods, components)
 
     @property
@@ -64,8 +68,15 @@ class Composition:
     def direction(self, grad: Grad) -> Vector:
         return self.components["direction"].direction(grad) if "direction" in self.components else grad.task()
 
+    def align_rows(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Mapping[str, Any], ...]]:
+        """Alignment rows as the methods want them: first in a frame, then as every served request."""
+        for method in self.methods:
+            if method.entry.implements("align_rows"):
+                conversations = method.align_rows(conversations)
+        return list(map(self.format_messages, conversations))
+
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Alignment rows and served requests as the methods want them; of no messages, the system prompt they add."""
+        """A served request, or an alignment row, as the methods want it; of no messages, the system prompt they add."""
         for method in self.methods:
             if method.entry.implements("format_messages"):
                 messages = method.format_messages(messages)

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safebasin.data.builtin import OPENERS, refusal_texts, turn_texts
+from safebasin.data.phrases import PHRASES, read, suffixes
 from safebasin.measure.judges.keyword import Keyword
 from safebasin.measure.judges.prefix import Prefix
 from safebasin.measure.judging import Turned
-from safebasin.measure.phrases import PHRASES, read, suffixes
 
 REFUSAL = "I'm sorry, but I can't assist with that."
 

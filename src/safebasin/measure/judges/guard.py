@@ -15,11 +15,11 @@ import torch
 
 from safebasin.batch import by_length, collate
 from safebasin.data.example import Example
+from safebasin.data.phrases import covered, plain, refusal, suffixes
 from safebasin.encode import encode_all
 from safebasin.guards.side import SHIPPED, SideGuard
 from safebasin.measure import judge
 from safebasin.measure.judging import Turned
-from safebasin.measure.phrases import covered, plain, refusal, suffixes
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.parts import context_length
 

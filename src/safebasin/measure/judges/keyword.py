@@ -11,9 +11,9 @@ Latin is unscored.
 
 from collections.abc import Sequence
 
+from safebasin.data.phrases import covered, read
 from safebasin.measure import judge
 from safebasin.measure.judging import Turned
-from safebasin.measure.phrases import covered, read
 
 
 def phrase_scores(answers: Sequence[str], characters: int | None = None) -> list[float | None]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pydantic import PositiveInt
 
+from safebasin.data.phrases import plain, read
 from safebasin.measure import judge
 from safebasin.measure.judges.keyword import phrase_scores
-from safebasin.measure.phrases import plain, read
 
 
 @judge("prefix", paper="arXiv:2310.03693")
