@@ -256,11 +256,8 @@ def fitting_rows(
 def encoded_set(
     plan: Plan, source: Source, tokenizer: Any, format_rows: Any = list, *, any_length: bool = False
 ) -> list[TokenizedRow]:
-    """The rows of a set beside the task, none of which may be bad; ``format_rows`` is applied to the
-    conversations."""
-    examples = open_examples(source)
-    written = format_rows([example.messages for example in examples])
-    examples = [dataclasses.replace(each, messages=messages) for each, messages in zip(examples, written, strict=True)]
+    """The rows of a set beside the task, as ``format_rows`` makes them; none may be bad."""
+    examples = format_rows(open_examples(source))
     rows, bad = encode_all(tokenizer, examples, sys.maxsize if any_length else plan.recipe.data.max_length)
     if bad:
         raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safebasin.data.example import Example
 from safebasin.errors import UserError
 from safebasin.train import method as registry
 from safebasin.train.loss import nll
@@ -68,12 +69,12 @@ class Composition:
     def direction(self, grad: Grad) -> Vector:
         return self.components["direction"].direction(grad) if "direction" in self.components else grad.task()
 
-    def align_rows(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[Mapping[str, Any], ...]]:
-        """Alignment rows as the methods want them: first in a frame, then as every served request."""
+    def align_rows(self, examples: Sequence[Example]) -> list[Example]:
+        """Alignment rows as the methods want them: more of them, and then each as a served request."""
         for method in self.methods:
             if method.entry.implements("align_rows"):
-                conversations = method.align_rows(conversations)
-        return list(map(self.format_messages, conversations))
+                examples = method.align_rows(examples)
+        return [dataclasses.replace(each, messages=self.format_messages(each.messages)) for each in examples]
 
     def format_messages(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
         """A served request, or an alignment row, as the methods want it; of no messages, the system prompt they add."""
