@@ -44,6 +44,7 @@ def test_every_other_name_of_transformers_is_refused(name):
 
 def test_a_name_that_nobody_has_is_refused():
     refusal({"learning_rates": 1.0}, "unknown key 'learning_rates'")
+    refusal({"align_share": 0.5}, r"align_share holds for all arms: set train\.align_share")  # as an arm's settings
 
 
 def tuned(folder, **changes) -> dict[str, Any]:
