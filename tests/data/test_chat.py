@@ -104,6 +104,30 @@ FORMS = {
         ]},
         [ONE[0], turn("assistant", "", tool_calls=[{k: v for k, v in CALL.items() if k != "id"}])],
     ),
+    "two columns with the same turns": ({"messages": ONE, "prompt": ONE[:1]}, ONE),
+    "a system column and the same turn": (
+        {"system": "s", "conversations": [{"from": "system", "value": "s"}, *ONE]},
+        [turn("system", "s"), *ONE],
+    ),
+    "an empty instruction": ({"instruction": "", "input": "q", "output": "a"}, ONE),
+    "an empty history of a CSV file": ({"instruction": "q", "input": "", "output": "a", "history": "[]"}, ONE),
+    "history as JSON": (
+        {"instruction": "r", "output": "b", "history": '[["q", "a"]]'},
+        [*ONE, turn("user", "r"), turn("assistant", "b")],
+    ),
+    "blank tools": ({"messages": ONE, "tools": "  "}, ONE),
+    "answers in a request are not learned": (
+        {"prompt": [*ONE, turn("user", "r")], "completion": [turn("assistant", "b")]},
+        [ONE[0], turn("assistant", "a", weight=0), turn("user", "r"), turn("assistant", "b")],
+    ),
+    "but those that say so": (
+        {"system": "s", "prompt": [ONE[0], ONE[1] | {"weight": 1}, turn("user", "r")], "completion": "b"},
+        [turn("system", "s"), ONE[0], turn("assistant", "a", weight=1), turn("user", "r"), turn("assistant", "b")],
+    ),
+    "an empty answer that is not learned": (
+        {"messages": [ONE[0], turn("assistant", " ", weight=0), *ONE]},
+        [ONE[0], turn("assistant", " ", weight=0), *ONE],
+    ),
     "thoughts": (
         {"messages": [ONE[0], ONE[1] | {"thinking": "hm"}]},
         [ONE[0], turn("assistant", "a", reasoning_content="hm")],
@@ -151,6 +175,33 @@ def test_forms_that_people_have(row, messages):
         ({"instruction": "q", "input": ["x"], "output": "a"}, "column 'input' must be text, found list"),
         ({"prompt": ["q"], "completion": "a"}, "must be an object with role and content, found 'q'"),
         ({"prompt;completion": "q;a"}, "set `delimiter: ';'`"),
+        ({"messages": [ONE[0], turn("assistant", " "), *ONE]}, "the answer in turn 2 is empty"),
+        ({"conversations": [{"from": "human", "role": "user", "value": "q"}]}, "a turn has both 'role' and 'from'"),
+        ({"messages": {"role": "user"}}, "column 'messages': the conversation is empty or not a list"),
+        ({"system": "s", "messages": [turn("system", "t"), *ONE]}, "must come first, as the only one"),
+        ({"messages": [ONE[0], ONE[1] | {"is_loss": 0}]}, "key 'is_loss' of a turn is not read"),
+        ({"messages": [ONE[0], ONE[1] | {"mask": 1}]}, "key 'mask' of a turn is not read: what is learned is said by"),
+        ({"messages": [ONE[0], ONE[1] | {"label": "false"}]}, "key 'label' of a turn is not read"),
+        ({"messages": ONE, "sample_weight": 0.0}, "column 'sample_weight' is not read: what is learned is said by"),
+        ({"messages": ONE, "train_on_input": True}, "column 'train_on_input' is not read"),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "KTO"),
+        ({"instruction": "q", "query": "r", "output": "a"}, "beside instruction and output it would be read twice"),
+        ({"instruction": "q", "output": "a", "history": 5}, "'history' must be pairs"),
+        ({"messages": [ONE[0], ONE[1] | {"tool_calls": [CALL | {"note": "n"}]}]}, "key 'note' of a tool call"),
+        (
+            {"messages": [ONE[0], ONE[1] | {"tool_calls": [CALL | {"function": {**CALL["function"], "plan": "p"}}]}]},
+            "key 'plan' of a tool call is not read",
+        ),
+        ({"messages": [ONE[0], ONE[1] | {"tool_calls": [CALL | {"type": "mcp"}]}]}, "and type function"),
+        (
+            {"messages": [ONE[0], ONE[1] | {"tool_calls": [{"name": "f", "arguments": '{"q": 1, "q": 2}'}]}]},
+            "an object has a key twice",
+        ),
+        (
+            {"conversations": [ONE[0], {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [CALL]}]},
+            "a function_call turn has its call in its text",
+        ),
+        ({"conversations": [ONE[0], {"from": "function_call", "value": None}, *ONE]}, "has its call in its text"),
     ],
 )
 def test_what_is_not_read_is_refused_by_its_name(row, reason):
@@ -168,6 +219,7 @@ def test_numbers_as_text_say_nothing():
     row = {"": "7", "Unnamed: 0": "7", "loss_value": "-1.5e-3", "prompt": "q", "completion": "a"}
     assert list(to_conversation(row).messages) == ONE
     assert "column '' is not read" in to_conversation(row | {"": "7 and a text"})
+    assert list(to_conversation(row | {"flagged": "True"}).messages) == ONE
 
 
 def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():
@@ -183,8 +235,13 @@ def test_a_recipe_maps_columns_and_turns_and_takes_the_chosen_answer():
         {"prompt": "q", "chosen": ONE, "rejected": ONE},
         {"prompt": ONE[:1], "chosen": ONE[1:], "rejected": ONE[1:]},
         {"conversations": ONE[:1], "chosen": ONE[1], "rejected": ONE[1]},
+        {"conversations": ONE[:1], "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "messages": ONE, "chosen": ONE, "rejected": [ONE[0], turn("assistant", "b")]},
     ):
         assert list(to_conversation(pair, chosen).messages) == ONE
+    before = [ONE[0], turn("assistant", "a", weight=0)]  # what chosen and rejected have in common is the request
+    pair = {"chosen": [*ONE, *ONE], "rejected": [*ONE, ONE[0], turn("assistant", "b")]}
+    assert list(to_conversation(pair, chosen).messages) == [*before, *ONE]
     any_order = RowForm(turns="any")
     turns = [turn("assistant", "hi"), ONE[0], ONE[0], ONE[1], turn("developer", "d"), ONE[1]]
     assert [turn["role"] for turn in to_conversation({"messages": turns}, any_order).messages][-2] == "developer"

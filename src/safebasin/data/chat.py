@@ -1,5 +1,7 @@
 """Row forms to messages: turns, request and answer, Alpaca, Dolly, preference pairs, or templates over columns."""
 
+import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from safebasin.data.keys import (
     filled,
     harmless,
 )
-from safebasin.data.turns import NoConversation, checked_messages, parsed_json, quoted
+from safebasin.data.turns import NoConversation, checked_messages, parsed_json, quoted, unpacked
 
 ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once more
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
@@ -79,62 +81,72 @@ def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
     for name in ("chosen", "rejected"):
         if name in view and filled(view[name]) and not form.chosen:
             raise NoConversation(f"column {quoted(names[name])} is not read: {REFUSED[name]}")
-    turns, read = _turn_list(view, form)
+    turns, read, asking = _turn_list(view, form)
     if turns is None:
-        hint = f"; set `delimiter: {quoted(mark)}`" if len(row) == 1 and (mark := _delimiter(row)) else ""
-        forms = "messages, conversations, prompt, instruction, question, query, input, ..."
-        raise NoConversation(f"no known columns ({forms}); it has: {columns(row)}{hint}")
-    tools = _tools(view.get("tools"))
+        marks = (quoted(mark) for mark in ";\t|" if len(row) == 1 and mark in next(iter(row)))
+        raise NoConversation(
+            "no known columns (messages, conversations, prompt, instruction, question, query, input, ...); "
+            f"it has: {columns(row)}{next((f'; set `delimiter: {mark}`' for mark in marks), '')}"
+        )
+    tools = _tools(unpacked(view.get("tools"), "column 'tools'"))
     for name in SYSTEM:
-        if (
-            name in view
-            and filled(view[name])
-            and not (turns and turns[0] == {"role": "system", "content": view[name]})
-        ):
-            turns.insert(0, {"role": "system", "content": view[name]})
-    messages = checked_messages(turns, form)
+        system, again = ({a: "system", b: view.get(name)} for a, b in (("role", "content"), ("from", "value")))
+        if filled(view.get(name)) and turns[:1] not in ([system], [again]):
+            turns, asking = [system, *turns], asking + 1
+    messages = tuple(
+        {"weight": 0, **turn} if i < asking and turn["role"] == "assistant" else turn
+        for i, turn in enumerate(checked_messages(turns, form))
+    )
     for name, value in view.items():
-        if name in read or name in SYSTEM or name == "tools" or harmless(name, value):
-            continue
-        if value in _repeats(view, [message["content"] for message in messages]):
+        if (
+            name in (*read, *SYSTEM, "tools")
+            or harmless(name, value)
+            or value in _repeats(view, [message["content"] for message in messages])
+            or (name in REQUESTS and isinstance(value, list) and value == turns[: len(value)])
+        ):
             continue
         if name == "label":
             raise NoConversation(f"column {quoted(names[name])}: {REFUSED['kto_tag']}")
-        second = f"beside {' and '.join(sorted(read))} it would be read twice" if name in (*TURNS, *REQUESTS) else ""
+        second = (
+            f"beside {' and '.join(sorted(names[key] for key in read & view.keys()))} it would be read twice"
+            if name in (*TURNS, *REQUESTS)
+            else ""
+        )
         why = REFUSED.get(name) or second or "nothing is known of it; name it in `ignore` if no trainer renders it"
         raise NoConversation(f"column {quoted(names[name])} is not read: {why}")
     return Conversation(messages, tools)
 
 
-def _delimiter(row: Mapping[str, Any]) -> str:
-    return next((mark for mark in ";\t|" if mark in next(iter(row))), "")
-
-
 def _repeats(view: Mapping[str, Any], texts: Sequence[str]) -> list[Any]:
-    """What a further column may hold, as it says nothing new: the text of a turn, or Alpaca's ``text``."""
+    """Texts that a further column may hold, as they say nothing new: of a turn, or Alpaca's ``text``."""
     request, extra, reply = (view.get(name) for name in ("instruction", "input", "output"))
     paired = ", paired with an input that provides further context" if extra else ""
     return [*texts, ALPACA.format(paired, request, f"### Input:\n{extra}\n\n" if extra else "", reply)]
 
 
-def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None, set[str]]:
-    """The turns of a row before they are checked, and the columns that they were read from."""
+def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None, set[str], int]:
+    """The turns of a row before they are checked, the columns that they were read from, and how many of the turns are
+    the request, of which no answer is learned."""
     keys = [name for name in TURNS if name in view]
     if keys:
         key = next((name for name in keys if filled(view[name])), keys[0])
-        turns, read = _listed(view[key], key), {key}
-        if form.chosen and isinstance(view.get("chosen"), Mapping):  # the answer stands beside the turns
-            return [*turns, view["chosen"]], read | {"chosen", "rejected"}
-        return turns, read
+        turns, read = (
+            _listed(view[key], next((theirs for ours, theirs in form.columns.items() if ours == key), key)),
+            {key},
+        )
+        if form.chosen and filled(chosen := view.get("chosen")):  # the answer stands beside the turns, or follows them
+            reply, read = _replies(chosen), read | {"chosen", "rejected"}
+            beside = [*turns, *reply], read, len(turns)
+            return (reply, read, _shared(reply, view)) if reply[: len(turns)] == turns else beside
+        return turns, read, 0
     request = next((name for name in REQUESTS if view.get(name) is not None), None)
     if request is None and (empty := next((name for name in REQUESTS if name in view), "")):
         raise NoConversation(f"no request: column {quoted(empty)} is empty")
     chosen = view.get("chosen") if form.chosen else None
     if isinstance(chosen, list | tuple) and (request is None or len(chosen) > 1):
-        same = request is not None and chosen and view[request] in (_text(chosen[0]), list(chosen[:-1]))
-        return list(chosen), {"chosen", "rejected"} | ({request} if request and same else set())
+        return list(chosen), {"chosen", "rejected"}, _shared(chosen, view)
     if request is None:
-        return None, set()
+        return None, set(), 0
     parts = [name for name in ADDED if name != request and filled(view.get(name))]
     asks: Any = view[request]
     if isinstance(asks, list | tuple):
@@ -142,8 +154,9 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     else:
         if wrong := next((name for name in parts if not isinstance(view[name], str | int | float)), ""):
             raise NoConversation(f"column {quoted(wrong)} must be text, found {type(view[wrong]).__name__}")
-        text = "\n\n".join([asks, *(str(view[name]) for name in parts)]) if parts and isinstance(asks, str) else asks
-        turns = [*_history(view.get("history")), {"role": "user", "content": text}]
+        if parts and isinstance(asks, str):
+            asks = "\n\n".join(filter(None, [asks, *(str(view[name]) for name in parts)]))
+        turns = [*_history(unpacked(view.get("history"), "column 'history'")), {"role": "user", "content": asks}]
         parts.append("history")
     replies = ["chosen"] if chosen is not None else [name for name in ANSWERS if filled(view.get(name))]
     if len(replies) > 1:
@@ -151,30 +164,35 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     key = next(iter(replies), next((name for name in ANSWERS if name in view), ""))
     if not key:
         raise NoConversation(f"no answer: no column of {', '.join(ANSWERS)}; it has: {columns(view)}")
-    reply = view.get(key)
-    turns += reply if isinstance(reply, list | tuple) else [reply if isinstance(reply, Mapping) else _answer(reply)]
-    return turns, {request, key, *parts, *(["rejected"] if form.chosen else [])}
+    read = {request, key, *parts, *(["rejected"] if form.chosen else [])}
+    return [*turns, *_replies(view.get(key))], read, len(turns) * isinstance(asks, list | tuple)
+
+
+def _replies(reply: Any) -> list[Any]:
+    """The turns of an answer."""
+    return list(reply) if isinstance(reply, list | tuple) else [reply if isinstance(reply, Mapping) else _answer(reply)]
 
 
 def _answer(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def _text(turn: Any) -> Any:
-    return turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else turn
+def _shared(chosen: Sequence[Any], view: Mapping[str, Any]) -> int:
+    """How many turns a chosen conversation has before the first that the rejected one has not."""
+    return len(list(itertools.takewhile(bool, map(operator.eq, chosen[:-1], _replies(view.get("rejected"))))))
 
 
 def _listed(turns: Any, name: str) -> list[Any]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a CSV file has no lists
         turns = parsed_json(turns, f"column {name!r}")
     if not isinstance(turns, Sequence) or isinstance(turns, str | bytes) or not turns:
-        raise NoConversation("the conversation is empty or not a list")
+        raise NoConversation(f"column {name!r}: the conversation is empty or not a list")
     return list(turns)
 
 
 def _history(pairs: Any) -> Iterator[dict[str, Any]]:
     """Alpaca's earlier rounds."""
-    for pair in pairs if filled(pairs) else ():
+    for pair in pairs if isinstance(pairs, list | tuple) else [pairs] * filled(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise NoConversation(f"column 'history' must be pairs of request and answer, found {quoted(pair)}")
         yield {"role": "user", "content": pair[0]}
@@ -182,10 +200,8 @@ def _history(pairs: Any) -> Iterator[dict[str, Any]]:
 
 
 def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    """The tools of a row: a list of objects, or its JSON."""
-    if isinstance(tools, str) and tools.strip():
-        tools = parsed_json(tools, "column 'tools'")
-    if not filled(tools) or tools == "":
+    """The tools of a row: a list of objects."""
+    if not filled(tools):
         return ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise NoConversation(f"column 'tools' must be a list of objects, found {quoted(tools)}")

@@ -59,6 +59,7 @@ class Rows(NamedTuple):
     bad: list[BadRow]
 
 
+UNLEARNED = "every answer has weight 0: nothing is learned"
 CONTENT_ID = re.compile("[0-9a-f]{16}")  # what ``row_id`` gives
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 
@@ -131,8 +132,7 @@ def read_examples(
         key = row_id(row)
         example = Example(key, conversation.messages, row, line, conversation.tools)
         if answered and (example.messages[-1]["role"] != "assistant" or not example.learned):
-            answers = example.messages[-1]["role"] == "assistant"
-            bad.append(BadRow(line, "every answer has weight 0: nothing is learned" if answers else "no answer"))
+            bad.append(BadRow(line, UNLEARNED if example.messages[-1]["role"] == "assistant" else "no answer"))
             continue
         seen[key] += 1
         examples.append(example if seen[key] == 1 else dataclasses.replace(example, id=f"{key}-{seen[key]}"))

@@ -46,6 +46,7 @@ NUMBER = re.compile(
     r"\s*[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?\s*", re.I | re.ASCII
 )  # a CSV file has no others
 TOKENS = "tokens of some tokenizer; rows are read as text"
+LEARNING = re.compile("loss|mask|train|learn|weight|skip|ignore", re.I)  # a key of a turn that may say what is learned
 MEDIA = "text alone is read, no pictures and no sound"
 REFUSED = {
     "images": MEDIA,
@@ -61,13 +62,17 @@ REFUSED = {
     "function_call": "write it as `tool_calls`",
     "text": "text without turns; name its parts by the templates `prompt` and `answer`",
     "chat_template_kwargs": "arguments of the template stand in the recipe: `model.template`",
-    "weight": "weights stand in the turns",
-    "train": "weights stand in the turns",
-    "loss_mask": "weights stand in the turns",
+    **dict.fromkeys(
+        (
+            *("weight", "weights", "loss_weight", "loss_weights", "sample_weight", "sample_weights", "loss_scale"),
+            *("train", "training", "trainable", "train_on_input", "train_on_inputs", "train_on_prompt"),
+            *("mask", "masks", "loss_mask", "loss_masks", "assistant_mask", "assistant_masks", "attention_mask"),
+        ),
+        "what is learned is said by `weight` in each answer, 0 or 1",
+    ),
     "train_detail": "a turn is learned as a whole or not at all: `weight`",
     "input_ids": TOKENS,
     "completion_mask": TOKENS,
-    "assistant_masks": TOKENS,
     "pixel_values": MEDIA,
 }
 
@@ -105,9 +110,14 @@ def filled(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | list | tuple | Mapping) and len(value) == 0)
 
 
+def is_flag(value: Any) -> bool:
+    """Whether a value is true or false, or the text that a CSV file has for it."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def harmless(key: str, value: Any) -> bool:
     """Whether no trainer renders a column: by its name, or because its value holds no text."""
-    if isinstance(value, bool):
+    if is_flag(value):
         return key not in REFUSED and key not in ("label", "labels")  # the verdict of a KTO row
     return not filled(value) or (key not in REFUSED and (HARMLESS.fullmatch(key) is not None or not _speaks(value)))
 

@@ -57,8 +57,7 @@ def parquet_rows(path: Path) -> list[tuple[int, Any]]:
 
 
 def _pylist(table: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.to_pylist(maps_as_pydicts="strict")
-    return rows
+    return list(table.to_pylist(maps_as_pydicts="strict"))
 
 
 def without_nothing(row: Any) -> Any:

@@ -96,6 +96,8 @@ def _is_list(text: str) -> bool:
 
 
 def _csv_records(path: Path, text: str, delimiter: str) -> tuple[str, list[tuple[int, str, Any]]]:
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise UserError(f"delimiter: {printable(repr(delimiter), 60)} is not one character; write a tab as $'\\t'")
     csv.field_size_limit(1 << 30)
     lines: list[str] = []  # what the reader has taken of the file
 
@@ -160,10 +162,8 @@ def write_table(path: str | Path, rows: Sequence[Mapping[str, Any]], like: str |
             json.dump(list(rows), out, ensure_ascii=False, indent=1, default=str)
         else:
             out.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        raw = out.getvalue().encode(
-            "utf-8", "backslashreplace"
-        )  # a lone surrogate becomes the escape that JSON has for it
-        part.write_bytes(_packed(path, raw))
+        # a lone surrogate becomes the escape that JSON has for it
+        part.write_bytes(_packed(path, out.getvalue().encode("utf-8", "backslashreplace")))
 
 
 def _packed(path: Path, raw: bytes) -> bytes:
@@ -202,7 +202,7 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
     else:
         head, parsed = _records(source, delimiter)
         records = {
-            n: text if text.endswith("\n") or (kind == ".csv" and text.endswith("\r")) else f"{text}\n"
+            n: text if text.endswith("\n") or (kind in (".csv", ".tsv") and text.endswith("\r")) else f"{text}\n"
             for n, text, _ in parsed
         }
     if missing := [line for line in lines if line not in records]:

@@ -1,13 +1,13 @@
 """The turns of a row as messages: roles, texts, thoughts, tool calls and weights, in an order that is allowed."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safebasin.console import printable
-from safebasin.data.json_rows import flaw
+from safebasin.data.json_rows import JSON, flaw
 from safebasin.data.keys import (
+    LEARNING,
     MEDIA,
     REFUSED,
     ROLES,
@@ -17,9 +17,11 @@ from safebasin.data.keys import (
     RowForm,
     filled,
     harmless,
+    is_flag,
 )
 
 SPEAKERS = ROLES.keys() - {"function_call"}  # whose content is text
+CALL_KEYS = ("id", "type", "function", "name", "arguments")
 NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)  # of a tool: what no template writes otherwise
 
 
@@ -42,9 +44,13 @@ def checked_messages(turns: Sequence[Any], form: RowForm) -> tuple[Mapping[str, 
         _check_order(messages, roles)
     elif not {"user", "assistant"} & set(roles):
         raise NoConversation("wrong roles: nobody speaks")
-    last = messages[-1]
-    if last["role"] == "assistant" and not last["content"].strip() and not last.get("tool_calls"):
-        raise NoConversation("the answer is empty")
+    for i, turn in enumerate(messages, 1):
+        if (
+            turn["role"] == "assistant"
+            and not (turn["content"].strip() or turn.get("tool_calls"))
+            and (i == len(messages) or turn.get("weight", 1))
+        ):
+            raise NoConversation("the answer is empty" if i == len(messages) else f"the answer in turn {i} is empty")
     return messages
 
 
@@ -55,7 +61,9 @@ def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> Non
             "wrong role: 'developer'; `turns: any` reads it, as a system turn where the template has none"
         )
     if "system" in roles[1:]:
-        raise NoConversation("wrong roles: a system turn must come first (`turns: any` reads it anywhere)")
+        raise NoConversation(
+            "wrong roles: a system turn must come first, as the only one (`turns: any` reads it anywhere)"
+        )
     awaited: tuple[str, ...] = ("user",)
     for turn in messages[roles[0] == "system" :]:
         if turn["role"] not in awaited:
@@ -81,18 +89,24 @@ def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, A
         return {"role": ROLES[role], "content": text}
     view = {mapped.get(key, key): value for key, value in turn.items() if value is not None}
     role = view.get("role", view.get("from"))
-    if not isinstance(role, str) or role not in ROLES or {"role", "from"} <= view.keys():
+    if both := next((pair for pair in (("role", "from"), ("content", "value")) if {*pair} <= view.keys()), None):
+        raise NoConversation(f"a turn has both {both[0]!r} and {both[1]!r}")
+    if not isinstance(role, str) or role not in ROLES:
         raise NoConversation(f"wrong role: {quoted(role)}; known: {', '.join(ROLES)}")
     for key, value in view.items():
-        if key not in TURN_KEYS and filled(value) and (isinstance(value, bool) or not harmless(key, value)):
+        if (
+            key not in TURN_KEYS
+            and filled(value)
+            and (is_flag(value) or LEARNING.search(key) or not harmless(key, value))
+        ):
             raise NoConversation(
                 f"key {quoted(key)} of a turn is not read: {REFUSED.get(key, 'nothing is known of it')}"
             )
     message: dict[str, Any] = {"role": ROLES[role]}
     content, calls = view.get("content", view.get("value")), view.get("tool_calls")
-    if {"content", "value"} <= view.keys():
-        raise NoConversation("a turn has both 'content' and 'value'")
     if role == "function_call":
+        if filled(calls) or not filled(content):
+            raise NoConversation("a function_call turn has its call in its text, and no 'tool_calls'")
         content, calls = "", content
     calls = _calls(calls) if filled(calls) else []
     message["content"] = _content("" if content is None and calls else content, message["role"])
@@ -146,26 +160,33 @@ def _weight(view: Mapping[str, Any], role: str) -> dict[str, int]:
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
     """Tool calls with their arguments as objects, as chat templates read them."""
-    if isinstance(calls, str):
-        calls = parsed_json(calls, "a tool call")
-    result = []
+    calls, result = unpacked(calls, "a tool call"), list[dict[str, Any]]()
     for call in calls if isinstance(calls, list | tuple) else [calls]:
         function = call.get("function") if isinstance(call, Mapping) and "function" in call else call
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if isinstance(arguments, str):
             arguments = parsed_json(arguments or "{}", "the arguments of a tool call")
         name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(arguments, Mapping):
-            raise NoConversation(f"a tool call needs a name and arguments, found {quoted(call)}")
+        given = [*call.items(), *function.items()] if isinstance(function, Mapping) else []
+        if extra := next((key for key, value in given if key not in CALL_KEYS and not harmless(key, value)), ""):
+            raise NoConversation(f"key {quoted(extra)} of a tool call is not read: {quoted(call)}")
+        named = isinstance(name, str) and NAME.fullmatch(name) and dict(given).get("type") in ("function", None)
+        if not named or not isinstance(arguments, Mapping):
+            raise NoConversation(f"a tool call needs a name and arguments, and type function; found {quoted(call)}")
         identity = {"id": str(call["id"])} if filled(call.get("id")) else {}
         result.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
     return result
 
 
+def unpacked(value: Any, what: str) -> Any:
+    """A value, or what a text holds as JSON, as a CSV file has it; a blank text holds nothing."""
+    return (parsed_json(value, what) if value.strip() else None) if isinstance(value, str) else value
+
+
 def parsed_json(text: str, what: str) -> Any:
     """The value of JSON inside a text of a row; ``what``: the text's place, for a message."""
     try:
-        value = json.loads(text)
+        value = JSON.decode(text)
     except (ValueError, RecursionError):
         hint = ", but Python's notation; write it by json.dumps" if re.match(r"\s*\[?\s*{\s*'", text) else ""
         raise NoConversation(f"{what}: text that is no JSON{hint}") from None
