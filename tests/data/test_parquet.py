@@ -114,3 +114,14 @@ def test_parquet_columns_whose_values_changed_get_a_type_of_their_own(tmp_path):
     with pytest.raises(UserError, match="column 'x'"):
         write_table(tmp_path / "mixed.parquet", [{"x": 1}, {"x": "text"}])
     assert not list(tmp_path.glob("mixed*"))
+
+
+def test_a_cut_copies_columns_that_arrow_cannot_take(tmp_path):
+    """String views, which Polars writes; runs of rows, in the order that is asked for."""
+    table = pyarrow.table({"prompt": pyarrow.array(["q", "r", "s", "t"], pyarrow.string_view())})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for lines in ([1, 3, 4], [4, 2], []):
+        copy_rows(tmp_path / "part.parquet", tmp_path / "rows.parquet", lines)
+        part = pyarrow.parquet.read_table(tmp_path / "part.parquet")
+        assert part.schema == table.schema
+        assert part["prompt"].to_pylist() == ["qrst"[line - 1] for line in lines]

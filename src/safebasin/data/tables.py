@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,13 +193,11 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
     """
     path, source = Path(path), row_file(source)
     kind = kind_of(source)
-    records: Mapping[int, str | None] = {}
     if kind == ".parquet":
         table = arrow_table(source)
-        records = dict.fromkeys(range(1, len(table) + 1))
+        records: Mapping[int, str | None] = dict.fromkeys(range(1, len(table) + 1))
     elif kind == ".json":
-        values = dict(enumerate(_json_list(source), 1))
-        records = dict.fromkeys(values)
+        records = values = dict(enumerate(_json_list(source), 1))
     else:
         head, parsed = _records(source, delimiter)
         records = {
@@ -211,12 +210,13 @@ def copy_rows(path: str | Path, source: str | Path, lines: Sequence[int], delimi
         if kind == ".parquet":
             import pyarrow.parquet
 
-            pyarrow.parquet.write_table(table.take([line - 1 for line in lines]), part)
+            # slices, as a table with a column of string views (Polars) has no `take`
+            runs = (list(run) for _, run in itertools.groupby(enumerate(lines), lambda pair: pair[1] - pair[0]))
+            parts = [table.slice(0, 0), *(table.slice(run[0][1] - 1, len(run)) for run in runs)]
+            pyarrow.parquet.write_table(pyarrow.concat_tables(parts), part)
         elif kind == ".json":
-            write = [values[line] for line in lines]
-            part.write_bytes(
-                _packed(path, json.dumps(write, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
-            )
+            text = json.dumps([values[line] for line in lines], ensure_ascii=False, indent=1)
+            part.write_bytes(_packed(path, text.encode("utf-8", "backslashreplace")))
         else:
             mark = "\ufeff" if read_bytes(source).startswith(b"\xef\xbb\xbf") else ""
             part.write_bytes(_packed(path, (mark + head + "".join(records[line] or "" for line in lines)).encode()))
