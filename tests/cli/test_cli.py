@@ -405,6 +405,8 @@ def test_all_rows_cut_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert run(*words, "--threshold", "1") == 0
     assert (tmp_path / "out" / "train.jsonl").read_text() == '{"prompt": "q", "completion": "a"}\n'
+    assert run(*words, "--threshold", "1", "--columns", '{"messages": "prompt"}') == 1
+    assert "no row can be used (line 1: column 'prompt': the conversation" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_recipe_survives_being_written():

@@ -181,6 +181,9 @@ def test_forms_that_people_have(row, messages):
         ({"system": "s", "messages": [turn("system", "t"), *ONE]}, "must come first, as the only one"),
         ({"messages": [ONE[0], ONE[1] | {"is_loss": 0}]}, "key 'is_loss' of a turn is not read"),
         ({"messages": [ONE[0], ONE[1] | {"mask": 1}]}, "key 'mask' of a turn is not read: what is learned is said by"),
+        ({"messages": [ONE[0] | {"name": {"first": "x"}}, ONE[1]]}, "key 'name' of a turn is not read"),
+        ({"prompt": "q", "completion": 3}, "the content of a turn (assistant) must be text, found int"),
+        ({"prompt,completion": "q,a"}, "set `delimiter: ','`"),
         ({"messages": [ONE[0], ONE[1] | {"label": "false"}]}, "key 'label' of a turn is not read"),
         ({"messages": ONE, "sample_weight": 0.0}, "column 'sample_weight' is not read: what is learned is said by"),
         ({"messages": ONE, "train_on_input": True}, "column 'train_on_input' is not read"),
@@ -211,7 +214,17 @@ def test_what_is_not_read_is_refused_by_its_name(row, reason):
 def test_a_template_shows_no_list():
     form = RowForm(prompt="{q}", answer="{a|b}")
     assert to_conversation({"q": "q", "a": None, "b": 3}, form).messages[1]["content"] == "3"
-    assert "no column 'a|b'" in to_conversation({"q": "q", "a": ["x"]}, form)
+    assert "no column 'a|b' with a text" in to_conversation({"q": "q", "a": ["x"]}, form)
+
+
+def test_a_template_names_any_column():
+    """Of a table of Excel too; what stands in braces and is no column is not learned as it stands."""
+    form = RowForm(prompt="{Question Text}", answer="{a.b|best-answer}")
+    row = {"Question Text": "q", "best-answer": "a"}
+    assert list(to_conversation(row, form).messages) == ONE
+    assert "no column 'a.b|best-answer'" in to_conversation({"Question Text": "q", "a": {"b": 1}}, form)
+    literal = '{"x": {}} \\boxed{}'
+    assert to_conversation(row, RowForm(prompt=literal, answer="a")).messages[0]["content"] == literal
 
 
 def test_numbers_as_text_say_nothing():

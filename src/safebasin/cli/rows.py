@@ -153,17 +153,19 @@ def cut_verb(
 ) -> int:
     """Cut a scored data set; the rows that stay are written in the format they came in."""
     from safebasin.data.example import read_examples
+    from safebasin.data.files import shown
     from safebasin.scan.cut import cut_rows, write_cut
     from safebasin.scan.scores import read_scores, unscored_rows
 
     rows = read_examples(data, form)
+    if not rows.examples:
+        raise UserError(f"{shown(data)}: no row can be used (line {rows.bad[0].line}: {rows.bad[0].reason})")
     how: dict[str, Any] = {"estimator": estimator, "max_share": max_share, "unscored": "leave"}
     result = cut_rows(rows.examples, read_scores(scores, tokens=False), scorer, threshold, **how)
     path = write_cut(out_, data, rows, result, scorer, unscored=unscored_rows(scores), delimiter=form.delimiter)
     stay, go = len(result.remaining), len(result.removed)
-    refused = len(rows.examples) + len(rows.bad) - stay - go
     say(f"{stay} rows stay, {go} go (threshold {result.threshold:.6g}): {path}")
-    if refused:
+    if refused := len(rows.examples) + len(rows.bad) - stay - go:
         say(f"{refused} rows are refused and left out: they cannot be used; cut.json has their lines and reasons")
     return 0
 

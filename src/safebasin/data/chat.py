@@ -61,7 +61,7 @@ def columns(row: Mapping[str, Any]) -> str:
 def _filled_in(row: Mapping[str, Any], form: RowForm) -> Conversation:
     """By templates: they say what is read."""
     if missing := lacking(form.prompt + form.answer, row):
-        raise NoConversation(f"no column {missing!r}; it has: {columns(row)}")
+        raise NoConversation(f"no column {missing!r} with a text or a number; it has: {columns(row)}")
     turns = [{"role": "user", "content": fill(form.prompt, row)}]
     if form.answer:
         turns.append({"role": "assistant", "content": fill(form.answer, row)})
@@ -83,7 +83,7 @@ def _read(row: Mapping[str, Any], form: RowForm) -> Conversation:
             raise NoConversation(f"column {quoted(names[name])} is not read: {REFUSED[name]}")
     turns, read, asking = _turn_list(view, form)
     if turns is None:
-        marks = (quoted(mark) for mark in ";\t|" if len(row) == 1 and mark in next(iter(row)))
+        marks = (quoted(mark) for mark in ";\t|," if len(row) == 1 and mark in next(iter(row)))
         raise NoConversation(
             "no known columns (messages, conversations, prompt, instruction, question, query, input, ...); "
             f"it has: {columns(row)}{next((f'; set `delimiter: {mark}`' for mark in marks), '')}"
@@ -170,11 +170,11 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
 
 def _replies(reply: Any) -> list[Any]:
     """The turns of an answer."""
-    return list(reply) if isinstance(reply, list | tuple) else [reply if isinstance(reply, Mapping) else _answer(reply)]
-
-
-def _answer(text: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
+    return (
+        list(reply)
+        if isinstance(reply, list | tuple)
+        else [reply if isinstance(reply, Mapping) else {"role": "assistant", "content": reply}]
+    )
 
 
 def _shared(chosen: Sequence[Any], view: Mapping[str, Any]) -> int:
@@ -196,7 +196,7 @@ def _history(pairs: Any) -> Iterator[dict[str, Any]]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise NoConversation(f"column 'history' must be pairs of request and answer, found {quoted(pair)}")
         yield {"role": "user", "content": pair[0]}
-        yield _answer(pair[1])
+        yield {"role": "assistant", "content": pair[1]}
 
 
 def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:

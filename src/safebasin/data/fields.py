@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-FIELD = re.compile(r"{(\w+(?:\|\w+)*)}")
+FIELD = re.compile(r"{(\w[\w .-]*(?:\|\w[\w .-]*)*)}")
 
 
 def lacking(template: str, row: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]], roles: list[str]) -> Non
         if turn["role"] not in awaited:
             order = printable(", ".join(roles), 200)
             raise NoConversation(
-                "wrong roles: a tool turn answers no tool call"
+                "wrong roles: a tool turn answers no tool call (`turns: any` reads it anywhere)"
                 if turn["role"] == "tool"
                 else f"wrong roles: user and assistant must alternate, user first; found {order}; or set `turns: any`"
             )
@@ -95,7 +95,7 @@ def _message(turn: Any, mapped: Mapping[str, str], form: RowForm) -> dict[str, A
         raise NoConversation(f"wrong role: {quoted(role)}; known: {', '.join(ROLES)}")
     for key, value in view.items():
         if (
-            key not in TURN_KEYS
+            (key not in TURN_KEYS or (key in ("tool_call_id", "name") and isinstance(value, Mapping | list | tuple)))
             and filled(value)
             and (is_flag(value) or LEARNING.search(key) or not harmless(key, value))
         ):
@@ -141,7 +141,7 @@ def _content(content: Any, role: str) -> str:
         if all(isinstance(text, str) for text in texts):
             return "".join(texts)
     if not isinstance(content, str):
-        raise NoConversation(f"the content of a turn must be text, found {type(content).__name__}")
+        raise NoConversation(f"the content of a turn ({role}) must be text, found {type(content).__name__}")
     return content
 
 

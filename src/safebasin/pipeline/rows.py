@@ -176,7 +176,8 @@ def usable_rows(plan: Plan, source: Source) -> Rows:
             f"{source.path}: {len(rows.bad)} rows cannot be used ({listed}); mend them, or set data.on_bad: skip"
         )
     if not rows.examples:
-        raise UserError(f"{source.path}: no row can be used")
+        first = rows.bad[0]
+        raise UserError(f"{source.path}: no row can be used (line {first.line}: {first.reason})")
     return rows
 
 
