@@ -110,6 +110,14 @@ FORMS = {
         [turn("system", "s"), *ONE],
     ),
     "an empty instruction": ({"instruction": "", "input": "q", "output": "a"}, ONE),
+    "turns as JSON": (
+        {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'},
+        ONE,
+    ),
+    "JSON that is no turns": (
+        {"prompt": '[{"from": "Oslo"}]', "completion": '[{"role": "x", "content": "a"}]'},
+        [turn("user", '[{"from": "Oslo"}]'), turn("assistant", '[{"role": "x", "content": "a"}]')],
+    ),
     "an empty history of a CSV file": ({"instruction": "q", "input": "", "output": "a", "history": "[]"}, ONE),
     "history as JSON": (
         {"instruction": "r", "output": "b", "history": '[["q", "a"]]'},

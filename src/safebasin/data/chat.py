@@ -1,5 +1,6 @@
 """Row forms to messages: turns, request and answer, Alpaca, Dolly, preference pairs, or templates over columns."""
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from safebasin.data.keys import (
 )
 from safebasin.data.turns import NoConversation, checked_messages, parsed_json, quoted, unpacked
 
+WHO, WHAT = {"role", "from"}, {"content", "value"}  # keys of a turn
 ALPACA = (  # the column ``text`` of Alpaca rows: what their columns say, once more
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n{}"
@@ -148,7 +150,8 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     if request is None:
         return None, set(), 0
     parts = [name for name in ADDED if name != request and filled(view.get(name))]
-    asks: Any = view[request]
+    asks: Any = _turns_in(view[request])
+    packed = asks is not view[request]
     if isinstance(asks, list | tuple):
         turns, parts = list(asks), []
     else:
@@ -165,7 +168,18 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     if not key:
         raise NoConversation(f"no answer: no column of {', '.join(ANSWERS)}; it has: {columns(view)}")
     read = {request, key, *parts, *(["rejected"] if form.chosen else [])}
-    return [*turns, *_replies(view.get(key))], read, len(turns) * isinstance(asks, list | tuple)
+    reply = _turns_in(view.get(key)) if packed else view.get(key)
+    return [*turns, *_replies(reply)], read, len(turns) * isinstance(asks, list | tuple)
+
+
+def _turns_in(text: Any) -> Any:
+    """The turns that a text is as JSON, as a CSV file has them; anything else as it is."""
+    if isinstance(text, str) and text.lstrip().startswith("["):
+        with contextlib.suppress(NoConversation):
+            turns = parsed_json(text, "")
+            if turns and all(isinstance(turn, dict) and turn.keys() & WHO and turn.keys() & WHAT for turn in turns):
+                return turns
+    return text
 
 
 def _replies(reply: Any) -> list[Any]:
