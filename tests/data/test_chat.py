@@ -16,11 +16,16 @@ VALUES = st.recursive(
     | st.sampled_from([USER, BOT, [USER, BOT], [], {}, {"from": "human", "value": "q"}, datetime.date(2020, 1, 1)]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "weight", "x"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "weight", "x", "tool_calls", "name"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=6,
 )
 NAMES = ["messages", "conversations", "instruction", "input", "output", "system", "prompt", "completion", "answer", "x"]
+NAMES += ["history", "tools", "context", "chosen", "rejected", "label"]
 
 
 @given(
@@ -28,7 +33,7 @@ NAMES = ["messages", "conversations", "instruction", "input", "output", "system"
     st.sampled_from(["", "{x}", "{x|prompt}: {y}"]),
 )
 def test_any_row_is_a_conversation_or_a_reason(row, template):
-    turns = to_conversation(row, RowForm(prompt=template, answer=template))
+    turns = to_conversation(row, RowForm(prompt=template, answer=template, chosen=template == ""))
     if isinstance(turns, str):
         assert turns and "\n" not in turns and len(turns) < 500
         turns.encode()

@@ -168,8 +168,8 @@ def _turn_list(view: Mapping[str, Any], form: RowForm) -> tuple[list[Any] | None
     if not key:
         raise NoConversation(f"no answer: no column of {', '.join(ANSWERS)}; it has: {columns(view)}")
     read = {request, key, *parts, *(["rejected"] if form.chosen else [])}
-    reply = _turns_in(view.get(key)) if packed else view.get(key)
-    return [*turns, *_replies(reply)], read, len(turns) * isinstance(asks, list | tuple)
+    answer = _turns_in(view.get(key)) if packed else view.get(key)
+    return [*turns, *_replies(answer)], read, len(turns) * isinstance(asks, list | tuple)
 
 
 def _turns_in(text: Any) -> Any:
