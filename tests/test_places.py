@@ -96,6 +96,28 @@ def test_every_answer_and_its_end_are_learned(name):
     assert learned(tokenizer, first).rstrip() == EXPECTED[name].split("two")[0].split("<think>")[0].rstrip()
 
 
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+ENDS = {  # template -> what is learned of (q, one, r, two), by hand: answers and ends of turns, no header, no line behind
+    HEAD + "<|im_end|>\n{% endfor %}<|im_start|>assistant": "\none<|im_end|>\ntwo<|im_end|>",
+    HEAD + "<|im_end|><|eot|>{% endfor %}<|im_start|>assistant": "\none<|im_end|><|eot|>\ntwo<|im_end|><|eot|>",
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}": "<|user|>one<|end|><|user|>two<|end|>",
+    HEAD + "{{ '<|return|>' if loop.last else '<|own|>\n' }}{% endfor %}": "<|im_start|>assistant\none<|own|>"
+    "<|im_start|>assistant\ntwo<|return|>",
+    "S. " + HEAD + "{{ '<|return|>' if loop.last else '@@end\n' }}{% endfor %}": "<|im_start|>assistant\none@@end\n"
+    "<|im_start|>assistant\ntwo<|return|>",
+    CHATML.replace("m.content", "m.content.lstrip('\n')"): "one<|im_end|>two<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_the_end_of_a_turn_is_learned_and_what_opens_the_next_is_not(template):
+    example = conversation("q", "\none" if "lstrip" in template else "one", "r", "two")
+    tokenizer = tokenizer_of(template)
+    tokenizer.eos_token = "<|eot|>" if "<|eot|>" in template else "<s>"
+    row = encode(tokenizer, example, 10_000)
+    assert learned(tokenizer, example) == ENDS[template] and "only the last" not in row.note
+
+
 PIECES = st.lists(st.sampled_from(["a", " ", "\n", "é", "{{", "### user:\n", "assistant", "<b>", "one"]), max_size=6)
 TEXT = PIECES.map("".join)
 

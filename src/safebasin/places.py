@@ -9,6 +9,7 @@ renderings whatever its turns. Where that fails, the last answer alone is learne
 import functools
 import itertools
 import json
+import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_P
 
 def _forms(text: str) -> Iterator[str]:
     yield text
-    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
+    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
@@ -286,7 +287,7 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
             header = header.removesuffix(tags)
             start = own[0].start - len(tags) - (len(prefix) if not opening and header.endswith(prefix) else 0)
         tail = own[-1]
-        size = len(tail.after) if tail is places[-1] and i == last else _end(tokenizer, turn, tail.after, ending)
+        size = _end(tokenizer, turn, tail.after, None if tail is places[-1] and i == last else ending)
         answers.append((start, tail.end + size))
         if not learns:
             stop = max((place.end for place in own if place.piece.kind == "thought"), default=start)
@@ -303,18 +304,67 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
     return Places(sorted(answers), contents, sorted(unlearned), note)
 
 
-def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str) -> int:
-    """How much of what follows an answer inside a conversation ends its turn: what ends the last one, or all up to the
-    first special token."""
+def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str | None) -> int:
+    """How much of what follows an answer ends its turn, without white space behind its last control token.
+
+    Args:
+        ending: what ends the last turn of this conversation; None for that turn itself, which ends with all but what
+            opens the next answer. Inside a conversation it is what ends the last one, else what ends one there, else
+            all up to the first special token.
+    """
+    control, special = control_tokens(tokenizer).pattern, control_tokens(tokenizer).special
+    inner, trailer = _endings(tokenizer, template_text(tokenizer))
     calls = turn.get("tool_calls", ())
-    if ending and not calls and tail.startswith(ending):
-        return len(ending)
-    first = 0
-    for arguments in (call["function"]["arguments"] for call in calls[-1:]):
-        forms = {json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))}
-        first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
-    match = control_tokens(tokenizer).special.search(tail, first)
-    return match.end() if match else first
+    if ending is None:
+        size = len(tail.removesuffix(trailer))
+    elif form := next((form for form in (ending, inner) if form and not calls and tail.startswith(form)), ""):
+        size = len(form)
+    else:
+        first = 0
+        for arguments in (call["function"]["arguments"] for call in calls[-1:]):
+            forms = {
+                json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))
+            }
+            first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
+        match = special.search(tail, first) or control.search(tail, first)
+        size = match.end() if match else first
+    ends = [match.end() for match in control.finditer(tail, 0, size)]
+    return ends[-1] if ends and tail[ends[-1] : size].isspace() else size
+
+
+@functools.lru_cache(maxsize=8)
+def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
+    """What ends an answer that a request follows, and what a template writes behind the last one to open the next,
+    where it does so unasked; "" where there is none, or it cannot be seen.
+
+    >>> _endings(tokenizer, template_text(tokenizer))
+    ('<|im_end|>\\n', '')
+    """
+    try:
+        split = _rendered(tokenizer, template, "Qz", ("user", "assistant") * 2)
+    except TemplateFails:
+        return "", ""
+    if split[1::2] != ["0", "1", "2", "3"]:
+        return "", ""
+    begin, asked, behind, _, last = split[::2]
+    pattern = f"{control_tokens(tokenizer).pattern.pattern}|[\\s\\S]"  # a header begins between two of these
+    start, middle, final = (re.findall(pattern, text) for text in (begin, behind, last))
+    header = os.path.commonprefix([start[::-1], middle[::-1]])
+    shared = os.path.commonprefix([middle, final])
+    if tokenizer.eos_token in shared:
+        inner = "".join(shared[: len(shared) - shared[::-1].index(tokenizer.eos_token)])
+    elif any(map(str.isalnum, "".join(header))) and len(header) < len(middle):
+        inner = "".join(middle[: -len(header)])
+    else:
+        match = control_tokens(tokenizer).special.search(behind)
+        inner = behind[: match.end()] if match else ""
+    rest = last.removeprefix(inner) if inner and not behind.startswith(last) else last
+    return inner, rest if rest != last and rest.strip() and rest.strip() in asked else ""
+
+
+def opening_of(tokenizer: Any) -> str:
+    """What the chat template opens an answer with when it asks for one; "" where it opens none."""
+    return _openings(tokenizer, template_text(tokenizer))[0]
 
 
 @functools.lru_cache(maxsize=8)
@@ -346,9 +396,10 @@ def _last_alone(tokenizer: Any, example: Example, text: str) -> Places:
         before = render(tokenizer, example.messages[:-1], ask=True, tools=example.tools)
     except TemplateFails:
         before = text
-    if text.startswith(before) and len(before) < len(text):
-        return Places([(len(before), len(text))], [], [], note)
+    end = len(text.removesuffix(_endings(tokenizer, template_text(tokenizer))[1]))
+    if text.startswith(before) and len(before) < end:
+        return Places([(len(before), end)], [], [], note)
     content = _parts(last)[-1][0].strip()
     if not content or last.get("tool_calls") or content not in text:
         raise Unplaced("the chat template rewrites the last answer: it cannot be found in it")
-    return Places([(text.rindex(content), len(text))], [], [], note)
+    return Places([(text.rindex(content), end)], [], [], note)
