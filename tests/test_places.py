@@ -97,14 +97,12 @@ def test_every_answer_and_its_end_are_learned(name):
 
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-ENDS = {  # template -> what is learned of (q, one, r, two), by hand: answers and ends of turns, no header, no line behind
+ENDS = {  # template -> what is learned of (q, one, r, two), by hand: answers and ends, no header, no line behind
     HEAD + "<|im_end|>\n{% endfor %}<|im_start|>assistant": "\none<|im_end|>\ntwo<|im_end|>",
     HEAD + "<|im_end|><|eot|>{% endfor %}<|im_start|>assistant": "\none<|im_end|><|eot|>\ntwo<|im_end|><|eot|>",
     "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}": "<|user|>one<|end|><|user|>two<|end|>",
-    HEAD + "{{ '<|return|>' if loop.last else '<|own|>\n' }}{% endfor %}": "<|im_start|>assistant\none<|own|>"
-    "<|im_start|>assistant\ntwo<|return|>",
-    "S. " + HEAD + "{{ '<|return|>' if loop.last else '@@end\n' }}{% endfor %}": "<|im_start|>assistant\none@@end\n"
-    "<|im_start|>assistant\ntwo<|return|>",
+    HEAD + "{{ '<|return|>' if loop.last else '<|own|>\n' }}{% endfor %}": "one<|own|>two<|return|>",
+    "S. " + HEAD + "{{ '<|return|>' if loop.last else '@@end\n' }}{% endfor %}": "one@@end\ntwo<|return|>",
     CHATML.replace("m.content", "m.content.lstrip('\n')"): "one<|im_end|>two<|im_end|>",
 }
 
@@ -243,9 +241,13 @@ def test_the_clock_of_a_template_stands_still():
     default = tokenizer_of(clock)
     pin_template(default, {})
     assert template_date(default) == "2026-01-01" and template_date(tokenizer_of(CHATML)) is None
-    for wrong in ({"date": "soon"}, {"a b": 1}, {"thinkin": True}):
+    wrong = ({"date": "soon"}, {"a b": 1}, {"thinkin": True}, {"thinking": "no"}, {"learn_thoughts": "off"})
+    for arguments in (*wrong, {"add_generation_prompt": False}, {"messages": 1}):
         with pytest.raises(UserError, match=r"model\.template"):
-            pin_template(tokenizer_of(clock), wrong)
+            pin_template(tokenizer_of(clock), arguments)
+    compares = tokenizer_of("{{ thinking == 'no' }} {{ strftime_now('%B %-d, %e') }}" + CHATML)
+    pin_template(compares, {"thinking": "no", "date": "2024-07-06"})
+    assert render(compares, conversation("q", "a").messages).startswith("True July 6,  6<")
 
 
 def test_a_row_of_many_turns_needs_two_renderings():

@@ -9,7 +9,6 @@ renderings whatever its turns. Where that fails, the last answer alone is learne
 import functools
 import itertools
 import json
-import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -349,8 +348,10 @@ def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
     begin, asked, behind, _, last = split[::2]
     pattern = f"{control_tokens(tokenizer).pattern.pattern}|[\\s\\S]"  # a header begins between two of these
     start, middle, final = (re.findall(pattern, text) for text in (begin, behind, last))
-    header = os.path.commonprefix([start[::-1], middle[::-1]])
-    shared = os.path.commonprefix([middle, final])
+    header, shared = (
+        [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))]
+        for texts in ((start[::-1], middle[::-1]), (middle, final))
+    )
     if tokenizer.eos_token in shared:
         inner = "".join(shared[: len(shared) - shared[::-1].index(tokenizer.eos_token)])
     elif any(map(str.isalnum, "".join(header))) and len(header) < len(middle):

@@ -26,6 +26,7 @@ from safebasin.report.limits import Gate, parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.spread import make_engine
+from safebasin.template import check_arguments
 from safebasin.train.compose import Composition
 from safebasin.train.ema import read_ema
 from safebasin.train.settings import check_settings, training_arguments
@@ -81,6 +82,7 @@ class Plan:
             raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
         make_engine(recipe.engine)
+        check_arguments(recipe.model.template)
         if unknown := [arm for arm in (self.served_by.models if self.served_by else ()) if arm not in recipe.arms]:
             raise UserError(
                 f"measure.engine.endpoint.models: no arm {unknown[0]!r}; there are: {', '.join(recipe.arms)}"
