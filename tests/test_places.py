@@ -201,6 +201,20 @@ def test_the_tags_of_a_thought_are_learned_where_the_template_has_no_opening():
         assert learned(tokenizer, conversation("q", f"{thought}two")) == f" {thought}two</s>"
 
 
+def test_an_answer_begins_where_the_prompt_leaves_off():
+    """A prompt that opens a thought which this answer has not, or has closed: what closes it is learned, and so are the
+    first words of a tool call."""
+    ask = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    call = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments.q }}{% endfor %}"
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}" + call + "<|im_end|>\n{% endfor %}" + ask
+    )
+    assert learned(tokenizer, conversation("q", "one")) == "</think>one<|im_end|>"
+    function = {"type": "function", "function": {"name": "look", "arguments": {"q": "x"}}}
+    assert learned(tokenizer, conversation("q", "", tool_calls=[function])) == "</think><call>look x<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "note"),
     [

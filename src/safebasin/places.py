@@ -279,8 +279,11 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
         if thinks and "thought" not in kinds:
             note = note or THOUGHTLESS
         header = own[0].before
-        if opening and opening in header:
-            start = own[0].start - len(header) + header.rindex(opening) + len(opening)
+        head = opening  # a template may open a thought, or close one, where this answer has none or another
+        while head not in header and (shorter := re.sub(r"(?:\s|</?think>)\Z", "", head)) != head:
+            head = shorter
+        if head and head in header:
+            start = own[0].start - len(header) + header.rindex(head) + len(head)
         else:
             tags = _tags(turn, header)
             header = header.removesuffix(tags)
@@ -316,7 +319,9 @@ def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str | None)
     calls = turn.get("tool_calls", ())
     if ending is None:
         size = len(tail.removesuffix(trailer))
-    elif form := next((form for form in (ending, inner) if form and not calls and tail.startswith(form)), ""):
+    elif form := next(
+        (form for form in (ending.removesuffix(trailer), inner) if form and not calls and tail.startswith(form)), ""
+    ):
         size = len(form)
     else:
         first = 0
@@ -397,10 +402,10 @@ def _last_alone(tokenizer: Any, example: Example, text: str) -> Places:
         before = render(tokenizer, example.messages[:-1], ask=True, tools=example.tools)
     except TemplateFails:
         before = text
-    end = len(text.removesuffix(_endings(tokenizer, template_text(tokenizer))[1]))
-    if text.startswith(before) and len(before) < end:
-        return Places([(len(before), end)], [], [], note)
+    if text.startswith(before) and len(before) < len(text):
+        return Places([(len(before), len(before) + _end(tokenizer, last, text[len(before) :], None))], [], [], note)
     content = _parts(last)[-1][0].strip()
     if not content or last.get("tool_calls") or content not in text:
         raise Unplaced("the chat template rewrites the last answer: it cannot be found in it")
-    return Places([(text.rindex(content), end)], [], [], note)
+    start = text.rindex(content)
+    return Places([(start, start + _end(tokenizer, last, text[start:], None))], [], [], note)

@@ -55,7 +55,8 @@ def tuned(folder, **changes) -> dict[str, Any]:
         def on_log(self, args, state, control, logs=None, **_):
             records.append((state.global_step, sorted(logs)))
 
-    args = training_arguments(BASE | {"logging_steps": 2} | changes, folder)
+    steps = {"logging_steps": 2} if changes.get("logging_strategy", "steps") == "steps" else {}
+    args = training_arguments(BASE | steps | changes, folder)
     streams = streams_of({"task": random_rows(12, 1)}, args, PAD)
     host = OracleTrainer(adapted(), args, SFT, streams)
     host.add_callback(Tracker())

@@ -288,7 +288,7 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
     if unknown := next((name for name in adapter if name not in names), ""):
         raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
     if unread := next((name for name in adapter if name in UNREAD), ""):
-        raise UserError(f"train.adapter.{unread} has no effect here; leave it out")
+        raise UserError(f"train.adapter: {unread} has no effect here; leave it out")
     if init.startswith("pissa_niter"):
         raise UserError(f"train.adapter: {RANDOM_INIT}")
     if init in NEEDS_DATA:
