@@ -350,7 +350,7 @@ def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
         return "", ""
     if split[1::2] != ["0", "1", "2", "3"]:
         return "", ""
-    begin, asked, behind, _, last = split[::2]
+    begin, between, behind, _, last = split[::2]
     pattern = f"{control_tokens(tokenizer).pattern.pattern}|[\\s\\S]"  # a header begins between two of these
     start, middle, final = (re.findall(pattern, text) for text in (begin, behind, last))
     header, shared = (
@@ -365,7 +365,7 @@ def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
         match = control_tokens(tokenizer).special.search(behind)
         inner = behind[: match.end()] if match else ""
     rest = last.removeprefix(inner) if inner and not behind.startswith(last) else last
-    return inner, rest if rest != last and rest.strip() and rest.strip() in asked else ""
+    return inner, rest if rest != last and rest.strip() and rest.strip() in between else ""
 
 
 def opening_of(tokenizer: Any) -> str:

@@ -203,7 +203,6 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"optim": "sgd", "optim_args": "momentum"}, "optim_args"),
         ({"report_to": "nobody"}, "'nobody' is not installed"),
         ({"fsdp": True, "fsdp_config": "/nowhere.json"}, "/nowhere.json"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "no effect without train.gradient_checkpointing"),
         (
             {"activation_checkpointing_kwargs": {"use_reentrant": False}},
             "activation_checkpointing_kwargs has no effect",

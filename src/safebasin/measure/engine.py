@@ -110,6 +110,7 @@ def make_served(spec: str | Mapping[str, Any]) -> Served | None:
     if name == "hf" and not fields:
         return None
     if name != "endpoint":
-        fields_of = " with fields" if name == "hf" else ""
-        raise UserError(f"measure.engine: there is no {name!r}{fields_of}; there are: hf, and endpoint with its fields")
+        raise UserError(
+            f"measure.engine: there is no {name!r}{' with fields' * (name == 'hf')}; there are: hf, and endpoint with its fields"
+        )
     return validated(Served, fields, "measure.engine.endpoint")

@@ -228,14 +228,16 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
     for name in unread.get(args.lr_scheduler_type, ()):
         if settings.get(name):
             raise UserError(f"train.{name} has no effect with this train.lr_scheduler_type; leave it out")
-    checkpointing = args.gradient_checkpointing or settings.get("activation_checkpointing")
-    saves, logs = str(args.save_strategy.value), str(args.logging_strategy.value)
     for needed, read, names in (
-        ("gradient_checkpointing", checkpointing, ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")),
+        (
+            "gradient_checkpointing",
+            args.gradient_checkpointing or settings.get("activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ),
         ("fsdp", args.fsdp, ("fsdp_config",)),
-        ("save_strategy: steps", saves == "steps", ("save_steps",)),
-        ("save_strategy", saves != "no", ("save_total_limit",)),
-        ("logging_strategy: steps", logs == "steps", ("logging_steps",)),
+        ("save_strategy: steps", args.save_strategy == "steps", ("save_steps",)),
+        ("save_strategy", args.save_strategy != "no", ("save_total_limit",)),
+        ("logging_strategy: steps", args.logging_strategy == "steps", ("logging_steps",)),
         (
             "report_to",
             args.report_to,
