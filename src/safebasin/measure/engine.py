@@ -111,6 +111,7 @@ def make_served(spec: str | Mapping[str, Any]) -> Served | None:
         return None
     if name != "endpoint":
         raise UserError(
-            f"measure.engine: there is no {name!r}{' with fields' * (name == 'hf')}; there are: hf, and endpoint with its fields"
+            f"measure.engine: there is no {name!r}{' with fields' * (name == 'hf')}; there are: hf, and endpoint with its"
+            " fields"
         )
     return validated(Served, fields, "measure.engine.endpoint")
