@@ -143,6 +143,12 @@ def test_what_a_plan_refuses_without_a_model(change, words):
         Plan.of(parse(MINIMAL, "r.yaml", [adapter, change]))
 
 
+def test_rows_that_are_not_mixed_in_are_said(capsys):
+    for change, words in (("data.poison={path: builtin:opened}", "data.poison has no effect"), ("seed=1", "")):
+        Plan.of(parse(MINIMAL, "r.yaml", [change]))
+        assert words in (text := capsys.readouterr().err) and bool(words) == ("poison" in text)
+
+
 def test_a_set_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(UserError, match="--set x/y: it stands twice"):

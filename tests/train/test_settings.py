@@ -212,7 +212,7 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"save_strategy": "no", "save_total_limit": 3}, "save_total_limit has no effect"),
         ({"logging_strategy": "epoch", "logging_steps": 3}, "logging_steps has no effect"),
         ({"report_to": "none", "run_name": "mine"}, "run_name has no effect without train.report_to"),
-        ({"align_share": 0.5}, "not in the settings of one"),
+        ({"align_share": 0.5}, "not the settings of one"),
         ({"fp16": True}, "fp16 is refused"),
         ({"deepspeed": "zero.json"}, "DeepSpeed steps inside its own backward"),
     ],

@@ -94,6 +94,11 @@ class Plan:
         steps, warmup = recipe.train.get("max_steps", -1), recipe.train.get("warmup_steps", 0)
         if steps > 0 and "num_train_epochs" in recipe.train:
             line("train.num_train_epochs has no effect beside train.max_steps")
+        at_test_time = any(self.attack.entry.implements(name) for name in ("ask", "system", "prefill"))
+        if not recipe.data.poison_share and (
+            recipe.data.poison or (recipe.data.attack != "explicit" and not at_test_time)
+        ):
+            line(f"data.{'poison' if recipe.data.poison else 'attack'} has no effect: data.poison_share is 0")
         if 0 < steps <= warmup:
             line(f"train.warmup_steps is {warmup:g} of {steps} steps: the learning rate is never reached")
         for name, composition in self.compositions.items():
