@@ -219,6 +219,7 @@ def test_an_answer_begins_where_the_prompt_leaves_off():
     ("name", "text", "note"),
     [
         ("the prompt opens a thought", "<think>hm</think>two", "leaves thoughts out"),
+        ("the prompt opens a thought", "two", "asks with an open thought"),
         ("no control token", "two", "nothing teaches the model to stop"),
         ("chatml", "<think>hm</think>two", ""),
         ("earlier thoughts go", "two", ""),

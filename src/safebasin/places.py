@@ -23,6 +23,7 @@ TAGS = re.compile(r"[<\[{|]")
 LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
 PLAIN = {"role", "content", "weight"}  # keys of a turn that is its text alone
 THOUGHTLESS = "the chat template leaves thoughts out: they are not learned"
+OPENED = "the chat template asks with an open thought, which this answer has not: it is learned without"
 MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
 
 
@@ -282,6 +283,8 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
         head = opening  # a template may open a thought, or close one, where this answer has none or another
         while head not in header and (shorter := re.sub(r"(?:\s|</?think>)\Z", "", head)) != head:
             head = shorter
+        if "<think>" in opening[len(head) :] and i == last:
+            note = note or OPENED
         if head and head in header:
             start = own[0].start - len(header) + header.rindex(head) + len(head)
         else:
