@@ -256,7 +256,8 @@ def _forms(text: str) -> Iterator[str]:
 
 def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]) -> Places:
     """The learned spans: from what opens an answer to what ends its turn."""
-    opening, prefix = _openings(tokenizer, template_text(tokenizer))
+    template = template_text(tokenizer)
+    opening, prefix = _openings(tokenizer, template)
     by_turn: dict[int, list[_Place]] = {}
     for place in places:
         by_turn.setdefault(place.piece.turn, []).append(place)
@@ -292,7 +293,7 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
             header = header.removesuffix(tags)
             start = own[0].start - len(tags) - (len(prefix) if not opening and header.endswith(prefix) else 0)
         tail = own[-1]
-        size = _end(tokenizer, turn, tail.after, None if tail is places[-1] and i == last else ending)
+        size = _end(tokenizer, template, turn, tail.after, None if tail is places[-1] and i == last else ending)
         answers.append((start, tail.end + size))
         if not learns:
             stop = max((place.end for place in own if place.piece.kind == "thought"), default=start)
@@ -309,30 +310,31 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
     return Places(sorted(answers), contents, sorted(unlearned), note)
 
 
-def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str | None) -> int:
-    """How much of what follows an answer ends its turn, without white space behind its last control token.
+def _end(tokenizer: Any, template: str, turn: Mapping[str, Any], tail: str, ending: str | None) -> int:
+    """How much of what follows an answer, behind the arguments of its tool calls, ends its turn; see ``_end_size``."""
+    calls, first = turn.get("tool_calls", ()), 0
+    for arguments in (call["function"]["arguments"] for call in calls[-1:]):
+        forms = {json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))}
+        first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
+    return _end_size(tokenizer, template, tail, "" if calls and ending else ending, first)
+
+
+@functools.lru_cache(maxsize=256)
+def _end_size(tokenizer: Any, template: str, tail: str, ending: str | None, first: int = 0) -> int:
+    """How much of a text ends a turn, without white space behind its last control token; many rows have the same.
 
     Args:
         ending: what ends the last turn of this conversation; None for that turn itself, which ends with all but what
             opens the next answer. Inside a conversation it is what ends the last one, else what ends one there, else
-            all up to the first special token.
+            all up to the first special token behind ``first``.
     """
     control, special = control_tokens(tokenizer).pattern, control_tokens(tokenizer).special
-    inner, trailer = _endings(tokenizer, template_text(tokenizer))
-    calls = turn.get("tool_calls", ())
+    inner, trailer = _endings(tokenizer, template)
     if ending is None:
         size = len(tail.removesuffix(trailer))
-    elif form := next(
-        (form for form in (ending.removesuffix(trailer), inner) if form and not calls and tail.startswith(form)), ""
-    ):
+    elif form := next((f for f in (ending.removesuffix(trailer), inner) if f and not first and tail.startswith(f)), ""):
         size = len(form)
     else:
-        first = 0
-        for arguments in (call["function"]["arguments"] for call in calls[-1:]):
-            forms = {
-                json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))
-            }
-            first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
         match = special.search(tail, first) or control.search(tail, first)
         size = match.end() if match else first
     ends = [match.end() for match in control.finditer(tail, 0, size)]
@@ -401,14 +403,18 @@ def _last_alone(tokenizer: Any, example: Example, text: str) -> Places:
     if last["role"] != "assistant" or last.get("weight", 1) == 0:
         raise Unplaced("the chat template rewrites its texts: the answers cannot be found in it")
     note = LAST_ALONE if len(example.learned) > 1 else ""
+
+    def size(text: str) -> int:
+        return _end_size.__wrapped__(tokenizer, template_text(tokenizer), text, None)  # a long text is not stored
+
     try:
         before = render(tokenizer, example.messages[:-1], ask=True, tools=example.tools)
     except TemplateFails:
         before = text
     if text.startswith(before) and len(before) < len(text):
-        return Places([(len(before), len(before) + _end(tokenizer, last, text[len(before) :], None))], [], [], note)
+        return Places([(len(before), len(before) + size(text[len(before) :]))], [], [], note)
     content = _parts(last)[-1][0].strip()
     if not content or last.get("tool_calls") or content not in text:
         raise Unplaced("the chat template rewrites the last answer: it cannot be found in it")
     start = text.rindex(content)
-    return Places([(start, start + _end(tokenizer, last, text[start:], None))], [], [], note)
+    return Places([(start, start + size(text[start:]))], [], [], note)
