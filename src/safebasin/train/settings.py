@@ -228,7 +228,7 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
     for name in unread.get(args.lr_scheduler_type, ()):
         if settings.get(name):
             raise UserError(f"train.{name} has no effect with this train.lr_scheduler_type; leave it out")
-    for needed, read, names in (
+    for needed, read, without in (
         (
             "gradient_checkpointing",
             args.gradient_checkpointing or settings.get("activation_checkpointing"),
@@ -244,8 +244,8 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
             ("run_name", "project", *(name for name in Settings.__annotations__ if "trackio" in name)),
         ),
     ):
-        if not read and (unread := next((name for name in names if settings.get(name) is not None), "")):
-            raise UserError(f"train.{unread} has no effect without train.{needed}; leave it out")
+        if not read and (idle := next((name for name in without if settings.get(name) is not None), "")):
+            raise UserError(f"train.{idle} has no effect without train.{needed}; leave it out")
     installed = get_available_reporting_integrations()
     for tracker in args.report_to or ():
         if tracker not in installed:
