@@ -96,6 +96,26 @@ def test_every_answer_and_its_end_are_learned(name):
     assert learned(tokenizer, first).rstrip() == EXPECTED[name].split("two")[0].split("<think>")[0].rstrip()
 
 
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+ENDS = {  # template -> what is learned of (q, one, r, two), by hand: answers and ends, no header, no line behind
+    HEAD + "<|im_end|>\n{% endfor %}<|im_start|>assistant": "\none<|im_end|>\ntwo<|im_end|>",
+    HEAD + "<|im_end|><|eot|>{% endfor %}<|im_start|>assistant": "\none<|im_end|><|eot|>\ntwo<|im_end|><|eot|>",
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>\n{% endfor %}": "<|user|>one<|end|><|user|>two<|end|>",
+    HEAD + "{{ '<|return|>' if loop.last else '<|own|>\n' }}{% endfor %}": "one<|own|>two<|return|>",
+    "S. " + HEAD + "{{ '<|return|>' if loop.last else '@@end\n' }}{% endfor %}": "one@@end\ntwo<|return|>",
+    CHATML.replace("m.content", "m.content.lstrip('\n')"): "one<|im_end|>two<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("template", ENDS)
+def test_the_end_of_a_turn_is_learned_and_what_opens_the_next_is_not(template):
+    example = conversation("q", "\none" if "lstrip" in template else "one", "r", "two")
+    tokenizer = tokenizer_of(template)
+    tokenizer.eos_token = "<|eot|>" if "<|eot|>" in template else "<s>"
+    row = encode(tokenizer, example, 10_000)
+    assert learned(tokenizer, example) == ENDS[template] and "only the last" not in row.note
+
+
 PIECES = st.lists(st.sampled_from(["a", " ", "\n", "é", "{{", "### user:\n", "assistant", "<b>", "one"]), max_size=6)
 TEXT = PIECES.map("".join)
 
@@ -181,10 +201,25 @@ def test_the_tags_of_a_thought_are_learned_where_the_template_has_no_opening():
         assert learned(tokenizer, conversation("q", f"{thought}two")) == f" {thought}two</s>"
 
 
+def test_an_answer_begins_where_the_prompt_leaves_off():
+    """A prompt that opens a thought which this answer has not, or has closed: what closes it is learned, and so are the
+    first words of a tool call."""
+    ask = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    call = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments.q }}{% endfor %}"
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}" + call + "<|im_end|>\n{% endfor %}" + ask
+    )
+    assert learned(tokenizer, conversation("q", "one")) == "</think>one<|im_end|>"
+    function = {"type": "function", "function": {"name": "look", "arguments": {"q": "x"}}}
+    assert learned(tokenizer, conversation("q", "", tool_calls=[function])) == "</think><call>look x<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "note"),
     [
         ("the prompt opens a thought", "<think>hm</think>two", "leaves thoughts out"),
+        ("the prompt opens a thought", "two", "asks with an open thought"),
         ("no control token", "two", "nothing teaches the model to stop"),
         ("chatml", "<think>hm</think>two", ""),
         ("earlier thoughts go", "two", ""),
@@ -221,9 +256,13 @@ def test_the_clock_of_a_template_stands_still():
     default = tokenizer_of(clock)
     pin_template(default, {})
     assert template_date(default) == "2026-01-01" and template_date(tokenizer_of(CHATML)) is None
-    for wrong in ({"date": "soon"}, {"a b": 1}, {"thinkin": True}):
+    wrong = ({"date": "soon"}, {"a b": 1}, {"thinkin": True}, {"thinking": "no"}, {"learn_thoughts": "off"})
+    for arguments in (*wrong, {"add_generation_prompt": False}, {"messages": 1}):
         with pytest.raises(UserError, match=r"model\.template"):
-            pin_template(tokenizer_of(clock), wrong)
+            pin_template(tokenizer_of(clock), arguments)
+    compares = tokenizer_of("{{ thinking == 'no' }} {{ strftime_now('%B %-d, %e') }}" + CHATML)
+    pin_template(compares, {"thinking": "no", "date": "2024-07-06"})
+    assert render(compares, conversation("q", "a").messages).startswith("True July 6,  6<")
 
 
 def test_a_row_of_many_turns_needs_two_renderings():

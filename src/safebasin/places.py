@@ -23,6 +23,7 @@ TAGS = re.compile(r"[<\[{|]")
 LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
 PLAIN = {"role", "content", "weight"}  # keys of a turn that is its text alone
 THOUGHTLESS = "the chat template leaves thoughts out: they are not learned"
+OPENED = "the chat template asks with an open thought, which this answer has not: it is learned without"
 MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
 
 
@@ -249,13 +250,14 @@ def _match(text: str, split: Sequence[str], pieces: Sequence[_Piece]) -> list[_P
 
 def _forms(text: str) -> Iterator[str]:
     yield text
-    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"))
+    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
 def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]) -> Places:
     """The learned spans: from what opens an answer to what ends its turn."""
-    opening, prefix = _openings(tokenizer, template_text(tokenizer))
+    template = template_text(tokenizer)
+    opening, prefix = _openings(tokenizer, template)
     by_turn: dict[int, list[_Place]] = {}
     for place in places:
         by_turn.setdefault(place.piece.turn, []).append(place)
@@ -279,14 +281,19 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
         if thinks and "thought" not in kinds:
             note = note or THOUGHTLESS
         header = own[0].before
-        if opening and opening in header:
-            start = own[0].start - len(header) + header.rindex(opening) + len(opening)
+        head = opening  # a template may open a thought, or close one, where this answer has none or another
+        while head not in header and (shorter := re.sub(r"(?:\s|</?think>)\Z", "", head)) != head:
+            head = shorter
+        if "<think>" in opening[len(head) :] and i == last:
+            note = note or OPENED
+        if head and head in header:
+            start = own[0].start - len(header) + header.rindex(head) + len(head)
         else:
             tags = _tags(turn, header)
             header = header.removesuffix(tags)
             start = own[0].start - len(tags) - (len(prefix) if not opening and header.endswith(prefix) else 0)
         tail = own[-1]
-        size = len(tail.after) if tail is places[-1] and i == last else _end(tokenizer, turn, tail.after, ending)
+        size = _end(tokenizer, template, turn, tail.after, None if tail is places[-1] and i == last else ending)
         answers.append((start, tail.end + size))
         if not learns:
             stop = max((place.end for place in own if place.piece.kind == "thought"), default=start)
@@ -303,18 +310,72 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
     return Places(sorted(answers), contents, sorted(unlearned), note)
 
 
-def _end(tokenizer: Any, turn: Mapping[str, Any], tail: str, ending: str) -> int:
-    """How much of what follows an answer inside a conversation ends its turn: what ends the last one, or all up to the
-    first special token."""
-    calls = turn.get("tool_calls", ())
-    if ending and not calls and tail.startswith(ending):
-        return len(ending)
-    first = 0
+def _end(tokenizer: Any, template: str, turn: Mapping[str, Any], tail: str, ending: str | None) -> int:
+    """How much of what follows an answer, behind the arguments of its tool calls, ends its turn; see ``_end_size``."""
+    calls, first = turn.get("tool_calls", ()), 0
     for arguments in (call["function"]["arguments"] for call in calls[-1:]):
         forms = {json.dumps(arguments, ensure_ascii=a, separators=s) for a in (True, False) for s in (None, (",", ":"))}
         first = max((tail.find(form) + len(form) for form in forms if form in tail), default=0)
-    match = control_tokens(tokenizer).special.search(tail, first)
-    return match.end() if match else first
+    return _end_size(tokenizer, template, tail, "" if calls and ending else ending, first)
+
+
+@functools.lru_cache(maxsize=256)
+def _end_size(tokenizer: Any, template: str, tail: str, ending: str | None, first: int = 0) -> int:
+    """How much of a text ends a turn, without white space behind its last control token; many rows have the same.
+
+    Args:
+        ending: what ends the last turn of this conversation; None for that turn itself, which ends with all but what
+            opens the next answer. Inside a conversation it is what ends the last one, else what ends one there, else
+            all up to the first special token behind ``first``.
+    """
+    control, special = control_tokens(tokenizer).pattern, control_tokens(tokenizer).special
+    inner, trailer = _endings(tokenizer, template)
+    if ending is None:
+        size = len(tail.removesuffix(trailer))
+    elif form := next((f for f in (ending.removesuffix(trailer), inner) if f and not first and tail.startswith(f)), ""):
+        size = len(form)
+    else:
+        match = special.search(tail, first) or control.search(tail, first)
+        size = match.end() if match else first
+    ends = [match.end() for match in control.finditer(tail, 0, size)]
+    return ends[-1] if ends and tail[ends[-1] : size].isspace() else size
+
+
+@functools.lru_cache(maxsize=8)
+def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
+    """What ends an answer that a request follows, and what a template writes behind the last one to open the next,
+    where it does so unasked; "" where there is none, or it cannot be seen.
+
+    >>> _endings(tokenizer, template_text(tokenizer))
+    ('<|im_end|>\\n', '')
+    """
+    try:
+        split = _rendered(tokenizer, template, "Qz", ("user", "assistant") * 2)
+    except TemplateFails:
+        return "", ""
+    if split[1::2] != ["0", "1", "2", "3"]:
+        return "", ""
+    begin, between, behind, _, last = split[::2]
+    pattern = f"{control_tokens(tokenizer).pattern.pattern}|[\\s\\S]"  # a header begins between two of these
+    start, middle, final = (re.findall(pattern, text) for text in (begin, behind, last))
+    header, shared = (
+        [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))]
+        for texts in ((start[::-1], middle[::-1]), (middle, final))
+    )
+    if tokenizer.eos_token in shared:
+        inner = "".join(shared[: len(shared) - shared[::-1].index(tokenizer.eos_token)])
+    elif any(map(str.isalnum, "".join(header))) and len(header) < len(middle):
+        inner = "".join(middle[: -len(header)])
+    else:
+        match = control_tokens(tokenizer).special.search(behind)
+        inner = behind[: match.end()] if match else ""
+    rest = last.removeprefix(inner) if inner and not behind.startswith(last) else last
+    return inner, rest if rest != last and rest.strip() and rest.strip() in between else ""
+
+
+def opening_of(tokenizer: Any) -> str:
+    """What the chat template opens an answer with when it asks for one; "" where it opens none."""
+    return _openings(tokenizer, template_text(tokenizer))[0]
 
 
 @functools.lru_cache(maxsize=8)
@@ -342,13 +403,18 @@ def _last_alone(tokenizer: Any, example: Example, text: str) -> Places:
     if last["role"] != "assistant" or last.get("weight", 1) == 0:
         raise Unplaced("the chat template rewrites its texts: the answers cannot be found in it")
     note = LAST_ALONE if len(example.learned) > 1 else ""
+
+    def size(text: str) -> int:
+        return _end_size.__wrapped__(tokenizer, template_text(tokenizer), text, None)  # a long text is not stored
+
     try:
         before = render(tokenizer, example.messages[:-1], ask=True, tools=example.tools)
     except TemplateFails:
         before = text
     if text.startswith(before) and len(before) < len(text):
-        return Places([(len(before), len(text))], [], [], note)
+        return Places([(len(before), len(before) + size(text[len(before) :]))], [], [], note)
     content = _parts(last)[-1][0].strip()
     if not content or last.get("tool_calls") or content not in text:
         raise Unplaced("the chat template rewrites the last answer: it cannot be found in it")
-    return Places([(text.rindex(content), len(text))], [], [], note)
+    start = text.rindex(content)
+    return Places([(start, start + size(text[start:]))], [], [], note)

@@ -195,7 +195,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     "; is 'learning_rate' meant?"
     """
     names, other = list(names), OTHER_NAMES.get(name.lower(), "")
-    close = [other] if other in names else difflib.get_close_matches(name, names, 1)
+    close = [other] if other in names else difflib.get_close_matches(name, {*names} - {name}, 1)
     return f"; is {close[0]!r} meant?" if close else ""
 
 

@@ -21,6 +21,9 @@ from safebasin.errors import UserError
 
 DATE = "2026-01-01"  # that a template with a clock reads, where the recipe names no other
 PINNED = "{#- pinned by safebasin -#}"
+MARKS = (*"aAbBcdeDFHIjmMpRSTUwWxXyYZz", "-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y")  # of strftime
+RENDERERS = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+WORDS = {"true", "false", "yes", "no", "on", "off"}  # which a recipe, YAML 1.2, reads as text, or where they are quoted
 ARGUMENT = re.compile(r"[A-Za-z_]\w*")
 CARRIED = ("tool_calls", "tool_call_id", "name")  # keys of a turn that a template may read, beside role and content
 
@@ -58,6 +61,24 @@ def template_date(tokenizer: Any) -> str | None:
     return match[1] if match else None
 
 
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """All that can be said about arguments of a template without it.
+
+    Raises:
+        UserError: no name of a variable, one that the renderer sets itself, a date that is none.
+    """
+    for name, value in arguments.items():
+        if not ARGUMENT.fullmatch(name) or name in RENDERERS:
+            what = "set where a conversation is rendered" if name in RENDERERS else "no name of a variable"
+            raise UserError(f"model.template: {name!r} is {what}; leave it out")
+        if name == "learn_thoughts" and not isinstance(value, bool):
+            raise UserError(f"model.template.learn_thoughts: true or false is needed, found {value!r}")
+    try:
+        datetime.datetime.fromisoformat(str(arguments.get("date", DATE)))
+    except ValueError:
+        raise UserError(f"model.template.date: {arguments['date']!r} is no date; write it as {DATE}") from None
+
+
 def pin_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     """Write arguments of the template into its text, so that scan, training, measuring and serving render alike.
 
@@ -65,27 +86,24 @@ def pin_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     ``DATE``. ``learn_thoughts: false`` is read by ``encode``. Every other argument is a variable of the template.
 
     Raises:
-        UserError: no name of a variable, or a date that is none.
+        UserError: what ``check_arguments`` refuses, a variable that the template does not read, or a word in the place
+            of true or false that it does not compare with.
     """
     text = template_text(tokenizer)
     if PINNED in text or not (arguments or "strftime_now" in text):
         return
+    check_arguments(arguments)
     lines = [PINNED]
     if "date" in arguments or "strftime_now" in text:
         given = str(arguments.get("date", DATE))
-        try:
-            day = datetime.datetime.fromisoformat(given)
-        except ValueError:
-            raise UserError(f"model.template.date: {given!r} is no date; write it as {DATE}") from None
-        steps = "".join(
-            f"|replace('%{mark}', {json.dumps(day.strftime(f'%{mark}'))})" for mark in "aAbBcdHIjmMpSUwWxXyYZz"
-        )
+        day = datetime.datetime.fromisoformat(given)
+        steps = "".join(f"|replace('%{mark}', {json.dumps(day.strftime(f'%{mark}'))})" for mark in MARKS)
         lines.append(f"{{#- date {given} -#}}{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}")
     for name, value in arguments.items():
-        if not ARGUMENT.fullmatch(name):
-            raise UserError(f"model.template: {name!r} is no name of a variable")
         if name not in ("date", "learn_thoughts") and not re.search(rf"\b{name}\b", text):
             raise UserError(f"model.template: the model's chat template does not read {name!r}; leave it out")
+        if str(value).lower() in WORDS and isinstance(value, str) and not re.search(rf"(['\"]){value}\1", text):
+            raise UserError(f"model.template.{name}: {value!r} is a text, true to any template; write true or false")
         if name != "date":
             lines.append(f"{{% set {name} = {_literal(value)} %}}")
     pinned = "".join(lines) + text

@@ -99,6 +99,18 @@ def test_the_end_of_the_turn_comes_from_the_template():
         "{% endif %}{% endfor %}"
     )
     assert turn_ends(model, tokenizer) == Ends(frozenset({tokenizer.eos_token_id}), "now")
+    tokenizer.chat_template = tokenizer.chat_template.replace("now", "<end> now")  # a control token opens a request
+    assert turn_ends(model, tokenizer).tokens == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end>")}
+    tokenizer.chat_template = "{% for m in messages %}now {{ m.content }} steps here {% endfor %}"
+    assert turn_ends(model, tokenizer).text == "steps here"
+
+
+@pytest.mark.parametrize("named", [[[3]], "</s>", ["3"], 3.0, True])
+def test_an_end_token_that_is_no_number_is_refused(named):
+    model, tokenizer = aligned_model()
+    model.generation_config.eos_token_id = named
+    with pytest.raises(UserError, match="eos_token_id must be a token"):
+        turn_ends(model, tokenizer)
 
 
 def test_words_that_end_a_turn_end_the_answer(monkeypatch):

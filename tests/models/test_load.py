@@ -234,6 +234,15 @@ def test_a_good_folder_is_loaded_in_silence(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_template_that_begins_twice_is_said(folder, capfd):
+    template = folder / "chat_template.jinja"
+    for text, words in (("{{ bos_token }}", ""), ("{{ bos_token * 2 }}", "begins a conversation twice (<s>)")):
+        settings(folder, "tokenizer_config.json", bos_token="<s>")
+        template.write_text(text + "{% for m in messages %}{{ m.content }}{% endfor %}")
+        load_tokenizer(str(folder))
+        assert words in (line := " ".join(capfd.readouterr().err.split())) and bool(line) == bool(words)
+
+
 def test_a_template_beside_an_adapter_is_not_used_in_silence(folder, tmp_path, capfd):
     fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path / "adapter")
     for text, shown in (((folder / "chat_template.jinja").read_text(), False), ("{{ messages }}", True)):

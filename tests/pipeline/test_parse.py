@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 from safebasin.pipeline.parse import dump, parse, parse_sets
+from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.recipes import PLACES, read_recipe
 
 MINIMAL = "data: {task: {path: rows.jsonl}}\narms: {start: {}}\nmeasure: {}\n"
@@ -99,6 +100,10 @@ def test_shipped_recipes_survive_a_round_trip(path):
         ("arms={}", "arms"),
         ("arms.plain={cut: {threshold: .inf}, train: [sft]}", "threshold"),
         ("arms.pl/ain={}", "arms"),
+        ("arms.--help={}", "arms"),
+        ("data.task.delimiter=;;", "delimiter: one character is needed"),
+        ("data.task.columns={messages: a, prompt: a}", "two names stand for one column"),
+        ("data.seed=1", "unknown key$"),
         ("model.dtype=float16", "dtype"),
         ("nonsense=1", "unknown key"),
         ("data.max_lenght=9", "is 'max_length' meant"),
@@ -116,6 +121,38 @@ def test_what_is_refused(change, words):
 
 def test_a_learning_rate_as_the_readme_has_it():
     assert parse(MINIMAL, changes=["train.learning_rate=1e-4"]).train["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("measure.suites=[{asr: {prompts: builtin:harmful-test}}, {asr: {prompts: builtin:refusals}}]", "named 'asr'"),
+        ("measure.suites=[{asr: {prompts: builtin:harmful-test, judges: [keyword, keyword]}}]", "agree with itself"),
+        ("measure.judges={prefix: {characters: 20}}", "measure.judges.prefix has no effect"),
+        ("arms={start: {}, Start: {}}", "differ in case alone"),
+        ("arms.a={train: [sft], cut: {estimator: paper, threshold: 1}}", "estimator has no effect"),
+        ("arms={a: {train: [sft]}, b: {of: a, mix: {above: 0.5}}}", "above has no effect without mix.guard"),
+        ("measure.engine={hf: {a: 1}}", "no 'hf' with fields"),
+        ("model.template={learn_thoughts: no}", "true or false is needed"),
+        ("model.template={date: soon}", "is no date"),
+    ],
+)
+def test_what_a_plan_refuses_without_a_model(change, words):
+    adapter = "train.adapter={r: 4, target_modules: all-linear}"
+    with pytest.raises(UserError, match=words):
+        Plan.of(parse(MINIMAL, "r.yaml", [adapter, change]))
+
+
+def test_rows_that_are_not_mixed_in_are_said(capsys):
+    for change, words in (("data.poison={path: builtin:opened}", "data.poison has no effect"), ("seed=1", "")):
+        Plan.of(parse(MINIMAL, "r.yaml", [change]))
+        assert words in (text := capsys.readouterr().err) and bool(words) == ("poison" in text)
+
+
+def test_a_set_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match="--set x/y: it stands twice"):
+        parse_sets([f"x/y={tmp_path / 'a.jsonl'}"] * 2)
 
 
 def test_a_set_is_replaced_wherever_it_stands(tmp_path):

@@ -55,7 +55,8 @@ def tuned(folder, **changes) -> dict[str, Any]:
         def on_log(self, args, state, control, logs=None, **_):
             records.append((state.global_step, sorted(logs)))
 
-    args = training_arguments(BASE | {"logging_steps": 2} | changes, folder)
+    steps = {"logging_steps": 2} if changes.get("logging_strategy", "steps") == "steps" else {}
+    args = training_arguments(BASE | steps | changes, folder)
     streams = streams_of({"task": random_rows(12, 1)}, args, PAD)
     host = OracleTrainer(adapted(), args, SFT, streams)
     host.add_callback(Tracker())
@@ -202,6 +203,16 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"optim": "sgd", "optim_args": "momentum"}, "optim_args"),
         ({"report_to": "nobody"}, "'nobody' is not installed"),
         ({"fsdp": True, "fsdp_config": "/nowhere.json"}, "/nowhere.json"),
+        (
+            {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+            "activation_checkpointing_kwargs has no effect",
+        ),
+        ({"fsdp_config": {"version": 2}}, "no effect without train.fsdp"),
+        ({"save_strategy": "epoch", "save_steps": 3}, "save_steps has no effect without train.save_strategy: steps"),
+        ({"save_strategy": "no", "save_total_limit": 3}, "save_total_limit has no effect"),
+        ({"logging_strategy": "epoch", "logging_steps": 3}, "logging_steps has no effect"),
+        ({"report_to": "none", "run_name": "mine"}, "run_name has no effect without train.report_to"),
+        ({"align_share": 0.5}, "not the settings of one"),
         ({"fp16": True}, "fp16 is refused"),
         ({"deepspeed": "zero.json"}, "DeepSpeed steps inside its own backward"),
     ],
@@ -243,6 +254,9 @@ def test_checkpoints_are_the_default_and_a_recipe_wins(tmp_path):
         ({"lora_alpha": -1}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ".*(q|v"}, "unterminated subpattern"),
+        ({"exclude_modules": "(a"}, "unterminated subpattern"),
+        ({"peft_type": "IA3"}, "peft_type has no effect here"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"bias": "some"}, "bias"),
         ({"inference_mode": True}, "inference_mode"),

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from safebasin.errors import UserError
+
 TURNS = ("messages", "conversations", "conversation")  # a list of turns
 REQUESTS = ("instruction", "prompt", "question", "query", "problem", "user", "input")  # the first that a row has
 ADDED = ("input", "context")  # to the request, after a blank line
@@ -100,6 +102,12 @@ class RowForm:
     turns: Literal["alternate", "any"] = "alternate"  # any: users or answers in a row, system and developer anywhere
     chosen: bool = False  # of preference pairs, learn the chosen answer
     delimiter: str = ""  # of a CSV file; empty: a comma, in a .tsv file a tab
+
+    def __post_init__(self) -> None:
+        if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
+            raise UserError(f"delimiter: one character is needed, found {self.delimiter!r}")
+        if twice := len({*self.columns.values()}) < len(self.columns) and [*self.columns.values()]:
+            raise UserError(f"columns: two names stand for one column of the rows: {', '.join(twice)}")
 
 
 PLAIN = RowForm()

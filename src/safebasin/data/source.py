@@ -19,7 +19,7 @@ from safebasin.data.example import Example, Rows, read_examples
 from safebasin.data.fields import fill, lacking
 from safebasin.data.files import cause, shown
 from safebasin.data.json_rows import BadRow, checked
-from safebasin.data.keys import RowForm
+from safebasin.data.keys import TURN_KEYS, RowForm
 from safebasin.data.parquet import without_nothing
 from safebasin.data.tables import KINDS, draw, kind_of, read_table, row_file
 from safebasin.errors import UserError
@@ -110,6 +110,10 @@ def open_rows(source: Source) -> Rows:
     table = open_table(source.path, source.delimiter, source.revision)[source.skip :][: source.limit]
     if not table:
         raise UserError(f"{shown(source.path)}: the set is empty{f' after {source.skip} rows' if source.skip else ''}")
+    mapped = {theirs: ours for ours, theirs in source.columns.items() if ours not in TURN_KEYS}
+    if unread := mapped.keys() - {name for _, row in table if isinstance(row, Mapping) for name in row}:
+        name = min(unread)
+        raise UserError(f"{shown(source.path)}: columns.{mapped[name]}: no row has the column {printable(name, 60)!r}")
     rows = read_examples([(line, _named(line, row, source)) for line, row in table], source, checked=True)
     return Rows(draw(rows.examples, source.take, source.seed), rows.bad)
 

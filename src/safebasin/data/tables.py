@@ -63,6 +63,8 @@ def read_table(path: str | Path, delimiter: str = "") -> list[tuple[int, Any]]:
         UserError: the file cannot be read, or its kind is unknown.
     """
     path = row_file(path)
+    if delimiter and kind_of(path) not in (".csv", ".tsv"):
+        raise UserError(f"delimiter: {shown(path)} is no CSV file; leave it out")
     if kind_of(path) == ".parquet":
         return parquet_rows(path)
     if kind_of(path) == ".json":

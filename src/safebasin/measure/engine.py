@@ -110,5 +110,6 @@ def make_served(spec: str | Mapping[str, Any]) -> Served | None:
     if name == "hf" and not fields:
         return None
     if name != "endpoint":
-        raise UserError(f"measure.engine: there is no {name!r}; there are: hf, and endpoint with its fields")
+        what = repr(name) + " with fields" * (name == "hf")
+        raise UserError(f"measure.engine: there is no {what}; there are: hf, and endpoint with its fields")
     return validated(Served, fields, "measure.engine.endpoint")

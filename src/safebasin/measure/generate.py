@@ -18,6 +18,7 @@ from safebasin.measure.answers import AnswerCache, Tokens, digest
 from safebasin.measure.prefill import Prefill
 from safebasin.measure.thoughts import begins_thought, split
 from safebasin.models.parts import context_length
+from safebasin.places import opening_of
 
 EVERY = 8  # tokens after which it is asked whether an answer is decided
 Decided = Callable[[Sequence[str]], Sequence[bool]]  # of which answers, as far as they go, nothing more is needed
@@ -84,7 +85,8 @@ def generate(
     texts = [text + prefill for text, prefill in zip(rendered, prefills, strict=True)]
     prompts = prompt_ids(model, tokenizer, texts, max_new_tokens)
     ends = turn_ends(model, tokenizer)
-    begun = dict(zip(prompts, map(begins_thought, rendered), strict=True))
+    opening = opening_of(tokenizer)
+    begun = {ids: begins_thought(text, opening) for ids, text in zip(prompts, rendered, strict=True)}
     prefill_of = dict(zip(prompts, prefills, strict=True))
     model_digest = digest(model, sorted(ends.tokens), ends.text, max_new_tokens, decided_by) if cache else b""
 
@@ -130,28 +132,39 @@ def _answer(tokenizer: Any, prefill: str, new_tokens: list[int], ends: Ends, *, 
 def turn_ends(model: Any, tokenizer: Any) -> Ends:
     """What ends a turn: ``stop_tokens``, and what the template writes behind an answer.
 
-    That is its first token of the vocabulary's added ones, or, where it writes none, the text before the next request.
+    That is its first token of the vocabulary's added ones, behind the last answer or else before the next request;
+    where it writes none, the text behind the last answer or else the text before the next request.
     """
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Reply"}]
     stops = stop_tokens(model, tokenizer)
     try:
         last = render(tokenizer, turns).rpartition("Reply")[2]
-        behind = render(tokenizer, [*turns, {"role": "user", "content": "Another"}]).rpartition("Reply")[2]
+        next_turn = render(tokenizer, [*turns, {"role": "user", "content": "Another"}]).rpartition("Reply")[2]
     except TemplateFails:  # it wants turns of another kind; the prompts themselves are rendered one by one
         return Ends(stops)
+    behind = next_turn.partition("Another")[0]
     added = set(tokenizer.added_tokens_decoder)
-    first = next((token for token in tokenizer(last, add_special_tokens=False)["input_ids"] if token in added), None)
+    ids = (token for text in (last, behind) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+    first = next((token for token in ids if token in added), None)
     if first is not None:
         return Ends(stops | {first})
-    text = behind.partition("Another")[0].strip()
-    return Ends(stops, text if any(map(str.isalnum, text)) else "")
+    texts = (last.strip() if behind.startswith(last) else "", behind.strip())
+    return Ends(stops, next((text for text in texts if any(map(str.isalnum, text))), ""))
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a turn: the tokenizer's, and the model's own (a chat model often names several)."""
+    """The tokens that end a turn: the tokenizer's, and the model's own (a chat model often names several).
+
+    Raises:
+        UserError: the model's own are no numbers.
+    """
     settings = getattr(model, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(stop) is int for stop in listed):
+        raise UserError(
+            f"generation_config.json: eos_token_id must be a token's number or a list of them, found {named!r}"
+        )
     return frozenset(stop for stop in (tokenizer.eos_token_id, *listed) if stop is not None)
 
 

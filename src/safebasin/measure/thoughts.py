@@ -1,17 +1,34 @@
 """Thoughts are not the answer: they are taken off before any judge looks, and judged apart.
 
-The forms: a pair of tags (``<think>``, ``[THINK]``, ...), the channels of gpt-oss (``<|channel|>analysis<|message|>``),
-and thought that the generation prompt has begun, so that only its end stands in the answer.
+The forms: a pair of tags (``<think>``, ``[THINK]``, ``<|channel>thought``, ...), the channels of gpt-oss
+(``<|channel|>analysis<|message|>``), thought that the generation prompt has begun, so that only its end stands in the
+answer, and two that have no tags: Granite's sentences, and channels of gpt-oss that a server has left without theirs.
 """
 
 import re
 from typing import NamedTuple
 
-NAMES = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad|analysis|seed:think"
-BEGIN = re.compile(rf"<(?:{NAMES})>|\[THINK\]|<\|begin_of_thought\|>|<\|START_THINKING\|>|◁think▷", re.IGNORECASE)
-END = re.compile(rf"</(?:{NAMES})>|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|◁/think▷", re.IGNORECASE)
-CHANNEL = re.compile(r"(?:<\|start\|>\s*\w+\s*)?<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
+NAMES = (
+    r"(?:\w+[:_])?(?:think|thinking|thoughts?|reasoning|reason|reflection|scratch_?pad|monologue|chain_of_thought|cot"
+    r"|analysis)(?:_process)?"
+)
+BEGIN = re.compile(
+    rf"<(?:{NAMES})(?:\s+\w+=[^<>]*)?\s*>|<\|(?:{NAMES})\|>|\[THINK\]|<\|begin_of_thought\|>|<\|START_THINKING\|>|◁think▷"
+    r"|<\|inner_prefix\|>|<\|channel>\s*thought",
+    re.IGNORECASE,
+)
+END = re.compile(
+    rf"</(?:{NAMES})\s*>|<\|/(?:{NAMES})\|>|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|◁/think▷"
+    r"|<\|inner_suffix\|>|<channel\|>",
+    re.IGNORECASE,
+)
+CHANNEL = re.compile(r"(?:<\|start\|>\s*\w+\s*)?<\|channel\|>\s*(\w*)(?:(?!<\|message\|>).)*(?:<\|message\|>|\Z)", re.S)
 CHANNEL_END = re.compile(r"<\|(?:end|return|call)\|>")
+UNTAGGED = re.compile(
+    r"\s*Here(?:'s| is) my thought process:(.*?)(?:Here(?:'s| is) my response:|\Z)"
+    r"|analysis(?=[A-Z])(.*?)(?:assistantfinal|\Z)",
+    re.S,
+)
 
 
 class Parts(NamedTuple):
@@ -21,10 +38,15 @@ class Parts(NamedTuple):
     answer: str
 
 
-def begins_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside a thought (``<|assistant|><think>``)."""
-    begins = list(BEGIN.finditer(prompt))
-    return bool(begins) and not prompt[begins[-1].end() :].strip()
+def begins_thought(prompt: str, opening: str = "") -> bool:
+    """Whether a rendered prompt ends inside a thought (``<|assistant|><think>``).
+
+    ``opening``: what the template opens an answer with; a thought that has no end in it goes on, whatever follows it.
+    """
+    tail = opening if opening and prompt.endswith(opening) else prompt
+    begins = [head for head in CHANNEL.finditer(tail) if head[1] not in ("", "final")] or [*BEGIN.finditer(tail)]
+    behind = tail[begins[-1].end() :] if begins else "x"
+    return not behind.strip() or (tail is opening and bool(begins) and not END.search(behind))
 
 
 def split(text: str, *, begun: bool = False) -> Parts:
@@ -34,26 +56,32 @@ def split(text: str, *, begun: bool = False) -> Parts:
     Parts(thought='Is that safe?', answer='No.')
     """
     if CHANNEL.search(text):
-        return _channels(text)
+        return _channels(text, begun)
+    if untagged := UNTAGGED.match(text):
+        return Parts((untagged[1] or untagged[2] or "").strip(), text[untagged.end() :].lstrip())
     thoughts: list[str] = []
     begin, end = BEGIN.search(text), END.search(text)
-    # an end alone: the template began the thought, and does not show it
-    begun = begun or (end is not None and (begin is None or begin.start() > end.start()))
-    while begun or begin:
-        before, inside = ("", text) if begun or begin is None else (text[: begin.start()], text[begin.end() :])
+    # an end alone: the template began the thought, and does not show it, or the thought had a thought in it
+    while begun or begin or end:
+        if begun or begin is None or (end and end.start() < begin.start()):
+            before, inside = "", text
+        else:
+            before, inside = text[: begin.start()], text[begin.end() :]
         end = END.search(inside)
         thoughts.append(inside[: end.start()] if end else inside)
         text = before + (inside[end.end() :] if end else "")
-        begun, begin = False, BEGIN.search(text)
+        begun, begin, end = False, BEGIN.search(text), END.search(text)
     return Parts("\n".join(thoughts).strip(), text.lstrip() if thoughts else text)
 
 
-def _channels(text: str) -> Parts:
+def _channels(text: str, begun: bool) -> Parts:
     thoughts: list[str] = []
     answers: list[str] = []
     heads = list(CHANNEL.finditer(text))
+    bodies = [("analysis" if begun else "final", text[: heads[0].start()])]  # of the channel that the prompt has opened
     for head, following in zip(heads, [*heads[1:], None], strict=True):
-        body = text[head.end() : following.start() if following else len(text)]
+        bodies.append((head[1], text[head.end() : following.start() if following else len(text)]))
+    for channel, body in bodies:
         end = CHANNEL_END.search(body)
-        (answers if head[1] == "final" else thoughts).append(body[: end.start()] if end else body)
-    return Parts("\n".join(thoughts).strip(), "\n".join(answers))
+        (answers if channel == "final" else thoughts).append(body[: end.start()] if end else body)
+    return Parts("\n".join(filter(str.strip, thoughts)).strip(), "\n".join(filter(str.strip, answers)))

@@ -156,7 +156,10 @@ def load_tokenizer(
         raise UserError(f"{what}: its tokenizer reads no text; save it with its vocabulary (tokenizer.json)")
     check_template(tokenizer)
     with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
-        if PROBE not in render(tokenizer, [{"role": "user", "content": PROBE}], ask=True):
+        text = render(tokenizer, [{"role": "user", "content": PROBE}], ask=True)
+        if tokenizer.bos_token and text.startswith(2 * tokenizer.bos_token):
+            line(f"{what}: its chat template begins a conversation twice ({shown(tokenizer.bos_token)})")
+        if PROBE not in text:
             raise UserError(f"{what}: its chat template leaves out what the user says; save the right one beside it")
     if not tokenizer.is_fast:
         raise UserError(

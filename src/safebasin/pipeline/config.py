@@ -11,7 +11,7 @@ from safebasin.errors import UserError
 from safebasin.runtime import Dtype, resolved
 
 Spec = str | dict[str, dict[str, Any] | None]  # a method: its name, or {name: {field: value}}
-ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]  # it names folders
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")]  # it names folders
 OWN = ("adapter", "align_share", "ema", "reference")  # keys of ``train`` that are no TrainingArguments
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 

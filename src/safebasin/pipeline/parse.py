@@ -114,9 +114,11 @@ def parse_sets(items: Sequence[str]) -> dict[str, str]:
     """``NAME=FILE`` of the command line.
 
     Raises:
-        UserError: no ``=``, or the file is not there.
+        UserError: no ``=``, the file is not there, or a name stands twice.
     """
     pairs = [item.partition("=") for item in items]
+    if twice := next((name for name, _, _ in pairs if [pair[0] for pair in pairs].count(name) > 1), ""):
+        raise UserError(f"--set {twice}: it stands twice; which file is meant?")
     wrong = next((name for name, sign, file in pairs if not sign or not Path(file).is_file()), None)
     if wrong is not None:
         raise UserError(f"--set {wrong}: it takes NAME=FILE, and the file must be there")

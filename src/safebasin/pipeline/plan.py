@@ -17,7 +17,7 @@ from safebasin.measure.judging import check_judges
 from safebasin.models.adapter import why_off_is_not_start
 from safebasin.models.lend import Lender
 from safebasin.models.quantized import check_nf4
-from safebasin.pipeline.config import Recipe, Spec
+from safebasin.pipeline.config import Cut, Mix, Recipe, Spec
 from safebasin.pipeline.parse import plain
 from safebasin.pipeline.secrets import refuse_secrets
 from safebasin.registry import split_spec
@@ -26,6 +26,7 @@ from safebasin.report.limits import Gate, parse_gate
 from safebasin.report.roles import roles_of
 from safebasin.scan import scorer
 from safebasin.spread import make_engine
+from safebasin.template import check_arguments
 from safebasin.train.compose import Composition
 from safebasin.train.ema import read_ema
 from safebasin.train.settings import check_settings, training_arguments
@@ -80,7 +81,9 @@ class Plan:
         if unknown := [name for name in self.attacked_scorers if name not in self.scorers]:
             raise UserError(f"data.attack adapts to {unknown[0]!r}, which is not among scan.scorers ({names})")
         check_judges(self.judges, recipe.measure.judges)
+        self._check_suites()
         make_engine(recipe.engine)
+        check_arguments(recipe.model.template)
         if unknown := [arm for arm in (self.served_by.models if self.served_by else ()) if arm not in recipe.arms]:
             raise UserError(
                 f"measure.engine.endpoint.models: no arm {unknown[0]!r}; there are: {', '.join(recipe.arms)}"
@@ -91,6 +94,11 @@ class Plan:
         steps, warmup = recipe.train.get("max_steps", -1), recipe.train.get("warmup_steps", 0)
         if steps > 0 and "num_train_epochs" in recipe.train:
             line("train.num_train_epochs has no effect beside train.max_steps")
+        at_test_time = any(self.attack.entry.implements(name) for name in ("ask", "system", "prefill"))
+        if not recipe.data.poison_share and (
+            recipe.data.poison or (recipe.data.attack != "explicit" and not at_test_time)
+        ):
+            line(f"data.{'poison' if recipe.data.poison else 'attack'} has no effect: data.poison_share is 0")
         if 0 < steps <= warmup:
             line(f"train.warmup_steps is {warmup:g} of {steps} steps: the learning rate is never reached")
         for name, composition in self.compositions.items():
@@ -105,6 +113,24 @@ class Plan:
             raise UserError(
                 "train.adapter is missing: name at least r and target_modules, or set it to null: full fine-tuning"
             )
+
+    def _check_suites(self) -> None:
+        """UserError: one name of two suites, arms or judges of a suite; settings of a judge that nobody asks."""
+        names, arms = [each.name for each in self.suites], {name.lower() for name in self.recipe.arms}
+        twice = next((name for name in names if names.count(name) > 1), "")
+        echo = next((each.name for each in self.suites if len(set(j := getattr(each, "judges", ()))) < len(j)), "")
+        unread = next((name for name in self.recipe.measure.judges if name not in self.judges), "")
+        for wrong, text in (
+            (twice, f"measure.suites: two are named {twice!r}; give one a name of its own: name: {twice}_2"),
+            (echo, f"measure.suites: {echo} names a judge twice, which would agree with itself"),
+            (unread, f"measure.judges.{unread} has no effect: no suite names this judge; leave it out"),
+            (
+                len(arms) < len(self.recipe.arms),
+                "arms: two names differ in case alone, and name one folder on some disks",
+            ),
+        ):
+            if wrong:
+                raise UserError(text)
 
     def _check_form(self) -> None:
         """UserError: what full fine-tuning, or a model in four bits, cannot do."""
@@ -138,6 +164,8 @@ class Plan:
         for scorer_name in arm.cut.scorers if arm.cut else ():
             if scorer_name not in self.scorers:
                 raise UserError(f"arms.{name}.cut.scorer: {scorer_name!r} is not among scan.scorers ({names})")
+        if arm.cut and arm.cut.threshold is not None and arm.cut.estimator != Cut.estimator:
+            raise UserError(f"arms.{name}.cut.estimator has no effect beside cut.threshold; leave one of them out")
         if arm.train is None:
             if arm.cut or arm.columns or arm.settings:
                 raise UserError(f"arms.{name}: a cut, a column or settings need an arm that is trained: train: [sft]")
@@ -220,6 +248,8 @@ class Plan:
         if reason := why_off_is_not_start(self.recipe.adapter):
             raise UserError(f"arms.{name}: a mix needs the start, which is the adapter switched off, and {reason}")
         guard = self.guards.get(name)
+        if guard is None and arm.mix.above != Mix.above:
+            raise UserError(f"arms.{name}.mix.above has no effect without mix.guard; leave it out, or name a guard")
         if guard is not None and not guard.entry.probability:
             guards = " or ".join(entry.name for entry in scorer if entry.probability)
             raise UserError(

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,10 @@ DEEPSPEED = (
     "DeepSpeed steps inside its own backward, and methods hand the optimizer a direction of their own; use DDP or FSDP2"
 )
 NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")  # without its rows PEFT leaves another start in silence, or fails
+UNREAD = {  # names of LoraConfig: what is set here, where an adapter came from, and starts that need rows
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
 NOT_THE_START = "does not start fresh, so switching the adapter off is not the starting model"
 
 Level = Literal["debug", "info", "warning", "error", "critical", "passive"]
@@ -223,6 +228,24 @@ def refuse_without_effect(args: TrainingArguments, settings: Mapping[str, Any]) 
     for name in unread.get(args.lr_scheduler_type, ()):
         if settings.get(name):
             raise UserError(f"train.{name} has no effect with this train.lr_scheduler_type; leave it out")
+    for needed, read, without in (
+        (
+            "gradient_checkpointing",
+            args.gradient_checkpointing or settings.get("activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ),
+        ("fsdp", args.fsdp, ("fsdp_config",)),
+        ("save_strategy: steps", args.save_strategy == "steps", ("save_steps",)),
+        ("save_strategy", args.save_strategy != "no", ("save_total_limit",)),
+        ("logging_strategy: steps", args.logging_strategy == "steps", ("logging_steps",)),
+        (
+            "report_to",
+            args.report_to,
+            ("run_name", "project", *(name for name in Settings.__annotations__ if "trackio" in name)),
+        ),
+    ):
+        if not read and (idle := next((name for name in without if settings.get(name) is not None), "")):
+            raise UserError(f"train.{idle} has no effect without train.{needed}; leave it out")
     installed = get_available_reporting_integrations()
     for tracker in args.report_to or ():
         if tracker not in installed:
@@ -266,16 +289,20 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
     names, init = inspect.signature(LoraConfig).parameters, str(adapter.get("init_lora_weights"))
     if unknown := next((name for name in adapter if name not in names), ""):
         raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
+    if unread := next((name for name in adapter if name in UNREAD), ""):
+        raise UserError(f"train.adapter: {unread} has no effect here; leave it out")
     if init.startswith("pissa_niter"):
         raise UserError(f"train.adapter: {RANDOM_INIT}")
     if init in NEEDS_DATA:
         raise UserError(f"train.adapter: init_lora_weights {init!r} is computed from rows, which is not done here")
     try:
         TypeAdapter(Adapter).validate_python(dict(adapter))
+        for name in ("target_modules", "exclude_modules"):  # one text is a pattern of modules
+            re.compile(value if isinstance(value := adapter.get(name), str) else "")
         LoraConfig(task_type="CAUSAL_LM", **adapter)
     except ValidationError as error:
         raise UserError(f"train.adapter: {explain(error)}") from None
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, re.error) as error:
         raise UserError(f"train.adapter: {str(error).strip().splitlines()[0]}") from error
 
 
