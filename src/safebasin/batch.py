@@ -170,8 +170,15 @@ def takes_tree(model: Any) -> bool:
         return False
     parameters = inspect.signature(model.forward).parameters
     given = parameters.keys() >= {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+    return given and by_positions(model) and model.config._attn_implementation in ("eager", "sdpa")
+
+
+def by_positions(model: PreTrainedModel) -> bool:
+    """Whether attention is full in every layer and goes by the positions that it is given. A window and ALiBi count
+    places, and a recurrent state has none."""
     full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    return given and full and model.config._attn_implementation in ("eager", "sdpa")
+    given = "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
+    return full and given and "local" not in (getattr(model.config, "attention_layers", None) or ())  # of GPT-Neo
 
 
 def _drops(module: nn.Module) -> bool:

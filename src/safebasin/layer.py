@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from safebasin.data.files import atomic_write, cause, regular_file, shown
+from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # how safetensors names the kinds of plain weights
@@ -58,17 +59,42 @@ def open_tensors(path: str | Path) -> Iterator[Any]:
         raise UserError(f"{shown(path)} cannot be read: {cause(error)}") from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads of a folder: model.safetensors or those of its index; with neither, all.
+
+    Raises:
+        UserError: the index cannot be read, names a file elsewhere, or stands beside another set of weights.
+    """
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [one] if one.exists() else sorted(folder.glob("*.safetensors"))
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else [""]
+    if wrong := [name for name in names if not name or Path(name).name != name]:
+        raise UserError(f"{shown(index)} names {shown(repr(wrong[0]))}, which is no file of its folder")
+    if one.exists() and names != [one.name]:
+        raise UserError(
+            f"{shown(index)} names other files, and {one.name} is there too: two sets of weights; remove one"
+        )
+    return [folder / name for name in names]
+
+
 def tensor_files(folder: str | Path) -> dict[str, Path]:
     """The tensors of a model folder: name -> the safetensors file that holds it.
 
     Raises:
-        UserError: not a folder, or one without readable safetensors.
+        UserError: not a folder, or one without readable safetensors; a tensor that stands in two files.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{shown(folder)} is not a folder of weights; download the model first and give its folder")
     files: dict[str, Path] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(Path(folder)):
         with open_tensors(path) as file:
+            if twice := files.keys() & file.keys():
+                raise UserError(
+                    f"{shown(path)} holds {min(twice)}, as does {files[min(twice)].name}; remove one of them"
+                )
             files |= dict.fromkeys(file.keys(), path)
     if not files:
         raise UserError(
@@ -92,14 +118,14 @@ def float_shape(files: Mapping[str, Path], name: str, folder: str | Path) -> tup
         return tuple(part.get_shape())
 
 
-def tensor_kinds(folder: str | Path, files: str = "*.safetensors") -> dict[str, str]:
+def tensor_kinds(files: Iterable[Path]) -> dict[str, str]:
     """The kind of every stored tensor as safetensors names it ("BF16", "I8", ...): name -> kind.
 
     Raises:
         UserError: a file that cannot be read.
     """
     kinds: dict[str, str] = {}
-    for path in sorted(Path(folder).glob(files)):
+    for path in files:
         with open_tensors(path) as file:
             kinds |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
     return kinds

@@ -8,13 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tiny import LORA, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_settings, attach, fresh_adapter, merged
+from safebasin.train.settings import check_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -80,6 +91,9 @@ KINDS = {
     "embedding of a tied model": LORA | {"target_modules": ["q_proj", "embed_tokens"]},
     "modules to save": LORA | {"modules_to_save": ["lm_head"]},
     "biases": LORA | {"bias": "lora_only"},
+    "tokens": LORA | {"trainable_token_indices": [3, 7]},
+    "tokens of both ends": LORA | {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [2]}},
+    "patterns": LORA | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
 }
 
 
@@ -131,6 +145,60 @@ def test_a_small_update_lives_beside_bfloat16_weights_and_not_inside(tmp_path):
     assert lost > 0.25 * change > 0
 
 
+def moved(config, folder: Path):
+    """A tiny model with an adapter of any kind that says something, saved."""
+    model, generator = get_peft_model(tiny_model(), config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+@pytest.mark.parametrize(
+    "config",
+    [
+        LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        LoKrConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        RandLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        TrainableTokensConfig(token_indices=[3, 5], task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: str(config.peft_type.value),
+)
+def test_other_kinds_of_adapters(config, tmp_path, capfd):
+    expected = logits(moved(config, tmp_path))
+    capfd.readouterr()
+    beside = attach(tiny_model(), tmp_path)
+    assert capfd.readouterr().err == ""
+    assert torch.equal(logits(beside), expected)
+    assert torch.allclose(logits(merged(beside)), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_without_a_place_in_the_weights_is_refused_where_it_is_merged(tmp_path):
+    """A bias of B where the layer has none."""
+    config = LoraConfig(task_type="CAUSAL_LM", lora_bias=True, **LORA)
+    expected = logits(moved(config, tmp_path))
+    beside = attach(tiny_model(), tmp_path)
+    assert torch.equal(logits(beside), expected)
+    with pytest.raises(UserError, match=r"as part of the weights.*no bias"):
+        merged(beside)
+
+
+@pytest.mark.parametrize("own", [{"alora_invocation_tokens": [3, 4]}, {"layer_replication": [[0, 2], [1, 3]]}])
+def test_an_adapter_that_is_no_change_of_the_weights_is_refused(own, tmp_path):
+    """Without its prompt an aLoRA is switched off: the base would be measured under its name."""
+    moved(LoraConfig(task_type="CAUSAL_LM", **LORA, **own), tmp_path)
+    assert next(iter(own)) in refused(tmp_path)
+    with pytest.raises(UserError, match=next(iter(own))):
+        check_adapter(LORA | own)
+
+
 DAMAGES = {
     "random factors of the weights": (lambda f: settings(f, init_lora_weights="pissa_niter_4"), "takes random factors"),
     "names of another model": (lambda f: renamed(f, "model.layers", "model.language_model.layers"), "of another model"),
@@ -147,6 +215,7 @@ DAMAGES = {
     ),
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), "of another model"),
     "modules of another model": (lambda f: settings(f, target_modules=["c_attn"]), "c_attn"),
+    "no scale by a pattern": (lambda f: settings(f, alpha_pattern={".*": 0}), "changes nothing"),
     "no scale": (lambda f: settings(f, lora_alpha=0), "changes nothing"),
     "another rank": (lambda f: settings(f, r=2), "size mismatch"),
     "unknown kind": (lambda f: settings(f, peft_type="IA9"), "IA9"),

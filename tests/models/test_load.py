@@ -26,6 +26,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.load import load, load_tokenizer
+from safebasin.models.tensors import Tensors
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,19 @@ def settings(folder: Path, file: str, **changes: Any) -> None:
 def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def sharded(folder: Path, beside: str = "", both: bool = False) -> None:
+    """The weights in two files, the second one at another place; ``both``: the second one holds all tensors."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    heads = {name for name in weights if "head" in name}
+    (folder / beside).mkdir(exist_ok=True)
+    save_file({name: weights[name] for name in heads}, folder / "a.safetensors", {"format": "pt"})
+    rest = {name: 2 * weight for name, weight in weights.items() if both or name not in heads}
+    save_file(rest, folder / beside / "b.safetensors", {"format": "pt"})
+    places = {name: "a.safetensors" if name in heads else f"{beside}b.safetensors" for name in weights}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def family(folder: Path, kind: Any, config: Any, **sizes: Any) -> None:
@@ -112,6 +126,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "x.safetensors",
     ),
     "index cut off": (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{"), "index.json, line 1: not JSON"),
+    "index without a map": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"metadata": {}}'),
+        "names '', which is no",
+    ),
+    "a shard of another folder": (lambda f: sharded(f, beside="../"), "names '../b.safetensors', which is no file"),
+    "a shard in a subfolder": (lambda f: sharded(f, beside="sub/"), "names 'sub/b.safetensors', which is no file"),
+    "a shard lost": (lambda f: (sharded(f), (f / "b.safetensors").unlink()), "no such file"),
+    "a tensor in two shards": (lambda f: sharded(f, both=True), "b.safetensors holds lm_head.weight, as does a.safet"),
+    "two sets of weights": (
+        lambda f: (shutil.copy(f / WEIGHTS, f / "c"), sharded(f), (f / "c").rename(f / WEIGHTS)),
+        "two sets of weights",
+    ),
+    "an end that is a text": (lambda f: settings(f, "generation_config.json", eos_token_id="</s>"), "no token id"),
+    "a list of lists of ends": (lambda f: settings(f, "generation_config.json", eos_token_id=[[1]]), "no token id"),
+    "a window without a size": (lambda f: settings(f, "config.json", layer_types=["sliding_attention"] * 3), "sliding"),
+    "a scale of the rotation": (
+        lambda f: settings(f, "config.json", rope_parameters={"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}),
+        "logits that are no numbers",
+    ),
+    "four bits that are floats": (
+        lambda f: settings(
+            f, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+        ),
+        "cannot load",
+    ),
+    "a length that is a text": (lambda f: settings(f, "tokenizer_config.json", model_max_length="x"), "cannot load"),
     "a block lost": (lambda f: tensors(f, lambda w: {n: t for n, t in w.items() if "layers.1." not in n}), "layers.1"),
     "a tensor lost": (lambda f: tensors(f, lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}), "lm_head"),
     "a block renamed": (
@@ -257,6 +297,38 @@ def test_tensors_of_another_part_are_left_out_by_name(folder, capfd):
     tensors(folder, lambda w: w | inverse | {"value_head.weight": torch.ones(2)})
     load(str(folder), dtype="float32")
     assert "1 tensors beside the language model are left out (value_head)" in " ".join(capfd.readouterr().err.split())
+
+
+def test_files_that_transformers_does_not_read_are_not_read(folder):
+    """A copy beside the weights holds the same names; a repair would take its numbers for the model's."""
+    save_file(
+        {name: (2 * t).to(torch.float8_e4m3fn) for name, t in load_file(folder / WEIGHTS).items()},
+        folder / "model_old.safetensors",
+    )
+    model, files = load(str(folder), dtype="float32").model, Tensors(folder)
+    assert all(torch.equal(files[name], model.get_parameter(name)) for name in files) and len(files) == 30
+
+
+def test_an_adapter_that_names_another_model_is_put_on_this_one_and_said(folder, tmp_path, capfd):
+    fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path / "adapter")
+    for name, shown in (("some/model", False), ("", False), ("some/other-7b", True)):
+        settings(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path=name)
+        load(str(folder), dtype="float32", adapter=tmp_path / "adapter")
+        assert ("names 'some/other-7b' as its model" in " ".join(capfd.readouterr().err.split())) == shown
+
+
+def test_an_adapter_whose_scale_is_no_number_is_refused(folder, tmp_path):
+    """Its weights are numbers, and every logit is not."""
+    fresh_adapter(tiny_model(), LORA, seed=0).save_pretrained(tmp_path)
+    settings(tmp_path, "adapter_config.json", lora_alpha=float("nan"))
+    with pytest.raises(UserError, match=r"with the adapter .* gives logits that are no numbers"):
+        load(str(folder), dtype="float32", adapter=tmp_path)
+
+
+def test_a_tuple_in_the_place_of_an_output(folder):
+    """``return_dict: false`` stands in configurations of old models."""
+    settings(folder, "config.json", return_dict=False)
+    assert load(str(folder), dtype="float32").model(torch.tensor([[5]])).logits.shape == (1, 1, 64)
 
 
 def test_a_tied_head_is_not_missing(folder):

@@ -29,6 +29,10 @@ RANDOM_INIT = (
     "init_lora_weights: pissa_niter takes random factors out of the weights, and loading the adapter takes others; use"
     " pissa, which takes the exact ones"
 )
+OTHERS = {  # settings of an adapter by which it is no change of the model's own weights
+    "alora_invocation_tokens": "alora_invocation_tokens: an aLoRA acts behind some tokens only, and is not read here",
+    "layer_replication": "layer_replication stacks blocks anew: save that model, and tune an adapter of it",
+}
 MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that change the weight that B A is added to
 
 
@@ -41,6 +45,7 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
         UserError: the adapter cannot be read, or is of another model: names, sizes or kinds of its tensors do not meet.
     """
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PromptLearningConfig, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
     what = f"the adapter {shown(adapter)!r}"
     with loading(what):
@@ -54,14 +59,14 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             )
         if str(settings.get("init_lora_weights")).startswith("pissa_niter"):
             raise UserError(f"{what}: {RANDOM_INIT}")
-        if settings.get("lora_alpha") == 0:
-            raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
-        if issubclass(configs[str(kind)], PromptLearningConfig):
+        if reason := next((why for key, why in OTHERS.items() if settings.get(key)), ""):
+            raise UserError(f"{what}: {reason}")
+        if issubclass(configs[str(kind)], PromptLearningConfig) or kind == "ADAPTION_PROMPT":
             raise UserError(f"{what}: {kind} adds tokens to a prompt; adapters of weights are read")
         fields = inspect.signature(configs[str(kind)]).parameters
         if unread := sorted(name for name, value in settings.items() if value and name not in fields):
             line(f"{what}: this peft does not read {shown(', '.join(unread))} of its adapter_config.json")
-        stored = tensor_kinds(folder, WEIGHTS)
+        stored = tensor_kinds([folder / WEIGHTS])
         if packed := sorted(name for name, kind in stored.items() if kind not in FLOATS):
             raise UserError(f"{what}: {shown(packed[0])} is stored as {stored[packed[0]]}, and no weight is")
         tuned: Any = PeftModel.from_pretrained(model, str(folder))
@@ -71,7 +76,11 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
             raise UserError(
                 f"{what} is of another model: {len(strange)} of its tensors do not meet it ({shown(strange[0])})"
             )
-        if any("lora_B" in name for name in stored) and starts_fresh(tuned) and not settings.get("modules_to_save"):
+        scales = [s for layer in tuned.modules() if isinstance(layer, LoraLayer) for s in layer.scaling.values()]
+        if scales and not any(scales):
+            raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
+        fresh = kind == "LORA" and any("lora_B" in name for name in stored) and starts_fresh(tuned)
+        if fresh and not settings.get("modules_to_save"):
             line(f"{what} changes nothing: it is not tuned")
         attached: nn.Module = tuned.get_base_model()  # the model's own class, its layers wrapped
         return attached
@@ -82,28 +91,34 @@ def merged(model: Any) -> Any:
 
     Its logits are those of the adapter beside the weights but for rounding. Weights in four bits become the numbers
     that they stand for. A weight that two layers share is parted where one of them is tuned.
+
+    Raises:
+        UserError: a kind of adapter that has no place in the weights, such as a bias where a layer has none.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     adapted = adapter_settings(model)
     if not adapted and not quantized_layers(model):
         return model
-    model = copy.deepcopy(model)
-    dequantize(model)
-    model = model.float()
-    if not adapted:
-        return model
-    for name, module in reversed(list(model.named_modules())):  # inner layers first: a layer may be wrapped twice
-        if isinstance(module, BaseTunerLayer):
-            layer = module.get_base_layer()
-            for part, weight in list(layer.named_parameters(recurse=False)):
-                setattr(layer, part, nn.Parameter(weight.detach().clone(), requires_grad=False))
-            module.merge()
-            if not name.endswith(".base_layer"):
-                model.set_submodule(name, layer)
-        elif isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(name, module.modules_to_save[module.active_adapter])  # type: ignore[index]
+    with loading("the adapter as part of the weights, where this is asked for"):
+        model = copy.deepcopy(model)
+        dequantize(model)
+        model = model.float()
+        if not adapted:
+            return model
+        for name, module in reversed(list(model.named_modules())):  # inner layers first: a layer may be wrapped twice
+            if isinstance(module, BaseTunerLayer):
+                layer = module.get_base_layer()
+                for part, weight in list(layer.named_parameters(recurse=False)):
+                    setattr(layer, part, nn.Parameter(weight.detach().clone(), requires_grad=False))
+                module.merge()
+                if not name.endswith(".base_layer"):
+                    model.set_submodule(name, module.get_base_layer())  # of LN tuning another one
+            elif isinstance(module, ModulesToSaveWrapper):
+                model.set_submodule(name, module.modules_to_save[module.active_adapter])  # type: ignore[index]
+            elif isinstance(module, TrainableTokensWrapper):
+                model.set_submodule(name, module.token_adapter)
     head: Any = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False  # else saving would drop it

@@ -18,8 +18,8 @@ from safebasin.console import line
 from safebasin.data.files import read_text, shown
 from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
-from safebasin.layer import FLOATS, tensor_files, tensor_kinds
-from safebasin.models.adapter import attach
+from safebasin.layer import FLOATS, tensor_files, tensor_kinds, weight_files
+from safebasin.models.adapter import adapter_settings, attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 from safebasin.models.parts import text_config
@@ -89,6 +89,7 @@ def load(
             ignore_mismatched_sizes=True,  # they are in the report, by name
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
+            return_dict=True,
             **how,
         )
     model, report = loaded
@@ -104,17 +105,22 @@ def with_adapter(loaded: ModelAndTokenizer, adapter: str | Path | None, what: st
     """The model on its device, in eval mode, with an adapter beside its weights where one is given.
 
     Raises:
-        UserError: the adapter cannot be read or is of another model; a weight is not finite.
+        UserError: the adapter cannot be read or is of another model; a weight or a logit is not finite; no forward.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = loaded
     if adapter is not None:
         model = attach(model, adapter)
-        _compare_templates(adapter, tokenizer)
+        what += f" with the adapter {shown(adapter)!r}"
+        _compare(adapter, model, tokenizer)
     model = model.to(device).eval()
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{what} holds weights that are not numbers ({name}); it is broken")
+    ids = torch.tensor([tokenizer(PROBE, add_special_tokens=False)["input_ids"]], device=device)
+    with loading(what), torch.no_grad():  # a configuration that fits the weights may still compute nothing
+        if not torch.isfinite(model(input_ids=ids, use_cache=True).logits).all():
+            raise UserError(f"{what} gives logits that are no numbers; a scale in its settings is wrong")
     return ModelAndTokenizer(model, tokenizer)
 
 
@@ -152,8 +158,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of no files
-        raise UserError(f"{what}: its tokenizer reads no text; save it with its vocabulary (tokenizer.json)")
+        if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of no files
+            raise UserError(f"{what}: its tokenizer reads no text; save it with its vocabulary (tokenizer.json)")
     check_template(tokenizer)
     with contextlib.suppress(TemplateFails):  # a template may refuse a conversation: then its row is bad
         text = render(tokenizer, [{"role": "user", "content": PROBE}], ask=True)
@@ -169,8 +175,11 @@ def load_tokenizer(
     return tokenizer
 
 
-def _compare_templates(adapter: str | Path, tokenizer: Any) -> None:
-    """Say where an adapter was saved with a chat template that is not the model's."""
+def _compare(adapter: str | Path, model: Any, tokenizer: Any) -> None:
+    """Say where an adapter names another model as its base, or was saved with a chat template that is not this one."""
+    bases = {str(settings.get("base_model_name_or_path") or "") for settings in adapter_settings(model).values()}
+    if other := next((base for base in bases if base and Path(base).name != Path(model.name_or_path).name), ""):
+        line(f"the adapter {shown(adapter)!r} names {shown(other)!r} as its model and is put on another")
     path = Path(adapter) / "chat_template.jinja"
     if path.is_file() and PINNED not in (own := read_text(path)) and own.strip() not in template_text(tokenizer):
         line(f"the adapter {shown(adapter)!r} holds a chat template of its own, and the model's is used")
@@ -218,7 +227,7 @@ def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Pat
         says = f"the method {shown(repr(method))}, which is not read here," if method else "no quantization_config"
         left_out = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
         numbers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
-        for name, kind in tensor_kinds(folder).items():
+        for name, kind in tensor_kinds(weight_files(folder)).items():
             if kind not in FLOATS and name not in {*numbers, *spare} and not left_out.search(name):
                 raise UserError(
                     f"cannot load {what}: {shown(name)} is stored as {kind} and its config.json has {says}"
@@ -243,6 +252,9 @@ def _fit_tokenizer(what: str, model: Any, tokenizer: Any) -> None:
     Where only the pad token has none, the tokenizer loses it and pads with another: which one does not matter, as
     padding is masked.
     """
+    ends = getattr(model.generation_config, "eos_token_id", None) or 0
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
+        raise UserError(f"{what}: its generation_config.json has an eos_token_id that is no token id: {ends!r}")
     size = model.get_input_embeddings().weight.shape[0]
     beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= size)
     if beyond and beyond != [tokenizer.pad_token]:

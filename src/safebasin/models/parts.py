@@ -16,8 +16,16 @@ def text_config(model: Any) -> Any:
 
 
 def context_length(model: Any) -> int:
-    """How many tokens a model can hold; ``sys.maxsize`` where its positions have no end (BLOOM's have none)."""
-    return getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
+    """How many tokens a model can hold; ``sys.maxsize`` where its positions have no end (BLOOM's have none).
+
+    With LongRoPE (Phi-3's long ones): how many before it turns all tokens of a batch by other angles, so that a row's
+    numbers would depend on the rows beside it.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    long = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return (long or longest) if rope.get("rope_type") == "longrope" else longest
 
 
 def language_model(model: Any) -> nn.Module:

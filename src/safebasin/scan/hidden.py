@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from safebasin.batch import Batch, by_length, collate
 from safebasin.encode import TokenizedRow
+from safebasin.models.adapter import without_adapter
 from safebasin.models.hooks import captured
-from safebasin.models.parts import blocks
+from safebasin.models.parts import blocks, language_model
 
 ANCHOR_BATCH = 16  # anchor rows in one forward; it changes no number
 
@@ -26,7 +27,7 @@ def last_states(model: Any, batch: Batch, layer: int | None = None) -> Float[Ten
     modules = {} if layer is None else {layer: blocks(model)[layer]}
     inputs = {name: value for name, value in batch.inputs.items() if name != "logits_to_keep"}
     with captured(modules) as outputs:
-        final = model.get_decoder()(**inputs).last_hidden_state
+        final = language_model(without_adapter(model))(**inputs).last_hidden_state
     states = final if layer is None else outputs[layer]
     back = 1 + batch.mask.flip(1).int().argmax(1)  # places from the right end, where all rows end
     last = states[torch.arange(len(states), device=states.device), states.shape[1] - back]

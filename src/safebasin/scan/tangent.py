@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from safebasin.batch import Batch, mask_dtype, pack, sequences, takes_tree
+from safebasin.batch import Batch, by_positions, mask_dtype, pack, sequences, takes_tree
 from safebasin.data.files import cause
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import without_adapter
@@ -156,8 +156,7 @@ class Tangent:
         prefix = tuple(ids[0].tolist())
         if prefix != self._prefix:
             first = torch.zeros(1, dtype=torch.long, device=ids.device)
-            # A window counts places, and between prefix and row there may be padding; a recurrent state has no places.
-            if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+            if not by_positions(without_adapter(model)):  # between prefix and row there may be padding
                 return 0
             cache = model(
                 input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=first

@@ -24,7 +24,7 @@ from transformers.integrations import get_available_reporting_integrations
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from safebasin.errors import UserError
-from safebasin.models.adapter import RANDOM_INIT
+from safebasin.models.adapter import OTHERS, RANDOM_INIT
 from safebasin.registry import explain, nearest
 from safebasin.runtime import hardware
 from safebasin.train.compose import Composition
@@ -291,6 +291,8 @@ def check_adapter(adapter: Mapping[str, Any]) -> None:
         raise UserError(f"train.adapter: unknown key {unknown!r} of peft.LoraConfig{nearest(unknown, names)}")
     if unread := next((name for name in adapter if name in UNREAD), ""):
         raise UserError(f"train.adapter: {unread} has no effect here; leave it out")
+    if reason := next((why for key, why in OTHERS.items() if adapter.get(key)), ""):
+        raise UserError(f"train.adapter: {reason}")
     if init.startswith("pissa_niter"):
         raise UserError(f"train.adapter: {RANDOM_INIT}")
     if init in NEEDS_DATA:
