@@ -4,14 +4,16 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import PAD, random_rows, tiny_model
 from torch import nn
-from transformers import BloomConfig, GPT2Config, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig
+from transformers import BloomConfig, GPT2Config, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D
 
+from safebasin.batch import collate
 from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.parts import blocks, context_length, is_linear, language_model
+from safebasin.scan.hidden import last_states
 from safebasin.scan.source import target_weights
 
 
@@ -30,9 +32,20 @@ class Router(nn.Linear):
         return super().forward(x), x
 
 
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+SIZES |= {"original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(LlamaConfig(max_position_embeddings=96), 96), (GPT2Config(n_positions=64), 64), (BloomConfig(), sys.maxsize)],
+    [
+        (LlamaConfig(max_position_embeddings=96), 96),
+        (GPT2Config(n_positions=64), 64),
+        (BloomConfig(), sys.maxsize),
+        (Phi3Config(**SIZES, rope_parameters=LONG), 32),  # behind them its rotation is another one for all tokens
+        (Phi3Config(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), 64),
+    ],
 )
 def test_how_many_tokens_a_model_holds(config, length):
     assert context_length(Model(config)) == length
@@ -49,6 +62,7 @@ def test_the_text_model_is_found_where_transformers_does_not():
     model = llama4()
     assert model.get_decoder() is model and language_model(model) is model.model
     assert len(blocks(model)) == 2 and language_model(tiny_model()) is not None
+    assert last_states(model, collate(random_rows(2), PAD)).shape == (2, 32)
 
 
 def test_a_router_is_no_linear_layer():

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PAD, answer_nll, gradient_of, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoConfig, MptConfig
 
-from safebasin.batch import ALIKE, by_prefix, collate
+from safebasin.batch import ALIKE, by_positions, by_prefix, collate, takes_tree
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.source import target_weights
@@ -83,6 +84,29 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed, sequence,
         patch.setattr("safebasin.scan.tangent.takes_tree", lambda _: packed)
         fast = derivatives(Tangent(direction), MODEL, rows, shared)
     close(fast, one_by_one(MODEL, rows, direction))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 1}
+PLACES = {  # attention that counts places and not positions: by ALiBi, or in windows that its cache does not know of
+    "falcon": FalconConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+    "mpt": MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
+    "gpt_neo": GPTNeoConfig(**SMALL, num_layers=2, num_heads=4, attention_types=[[["local"], 2]], window_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_where_places_count_a_row_is_scored_as_if_alone(kind):
+    """Neither packed, nor behind a shared prefix and padding."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PLACES[kind], attn_implementation="eager").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)  # sharp enough for a wrong distance to be seen
+    before = row((30, 0), 1).ids
+    rows = [row((4 + 3 * i, 2), i, before) for i in range(3)]
+    direction = random_direction(model, target_weights(model))
+    assert not by_positions(model) and not takes_tree(model)
+    close(derivatives(Tangent(direction), model, rows, 30), one_by_one(model, rows, direction), 2e-3)
 
 
 def test_a_prefix_is_run_once_and_never_mistaken():
