@@ -176,9 +176,12 @@ def takes_tree(model: Any) -> bool:
 def by_positions(model: PreTrainedModel) -> bool:
     """Whether attention is full in every layer and goes by the positions that it is given. A window and ALiBi count
     places, and a recurrent state has none."""
-    full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     given = "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
-    return full and given and "local" not in (getattr(model.config, "attention_layers", None) or ())  # of GPT-Neo
+    return (
+        given
+        and "local" not in (getattr(model.config, "attention_layers", None) or ())  # of GPT-Neo
+        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    )
 
 
 def _drops(module: nn.Module) -> bool:

@@ -79,8 +79,12 @@ def attach(model: nn.Module, adapter: str | Path) -> nn.Module:
         scales = [s for layer in tuned.modules() if isinstance(layer, LoraLayer) for s in layer.scaling.values()]
         if scales and not any(scales):
             raise UserError(f"{what}: its lora_alpha is 0, so that it changes nothing")
-        fresh = kind == "LORA" and any("lora_B" in name for name in stored) and starts_fresh(tuned)
-        if fresh and not settings.get("modules_to_save"):
+        if (
+            kind == "LORA"
+            and not settings.get("modules_to_save")
+            and any("lora_B" in n for n in stored)
+            and starts_fresh(tuned)
+        ):
             line(f"{what} changes nothing: it is not tuned")
         attached: nn.Module = tuned.get_base_model()  # the model's own class, its layers wrapped
         return attached

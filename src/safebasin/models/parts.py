@@ -23,9 +23,8 @@ def context_length(model: Any) -> int:
     """
     config = text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
-    long = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    return (long or longest) if rope.get("rope_type") == "longrope" else longest
+    before = "original_" * (rope.get("rope_type") == "longrope") + "max_position_embeddings"
+    return rope.get(before) or getattr(config, before, None) or sys.maxsize
 
 
 def language_model(model: Any) -> nn.Module:
