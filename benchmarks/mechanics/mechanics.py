@@ -260,7 +260,7 @@ def unit(what: str) -> str:
 def mechanics(
     *,
     bench: Bench,
-    methods: Annotated[tuple[str, ...], Parameter(help="default: all training methods")] = (),
+    methods: Annotated[tuple[str, ...], Parameter(help="default: all training methods that stand alone")] = (),
     seeds: Annotated[int, Parameter(help="worlds; two or more, for an interval")] = 10,
     steps: Annotated[int, Parameter(help="of learning from random weights")] = 300,
     safety: Annotated[int, Parameter(help="steps of safety tuning")] = 600,
@@ -273,7 +273,7 @@ def mechanics(
     """What does safety tuning change, layer by layer, in a world that trains in minutes?"""
     if seeds < 2:
         raise UserError("an interval over seeds needs two or more")
-    names = methods or tuple(entry.name for entry in method)
+    names = methods or tuple(entry.name for entry in method if not entry.implements("align_rows"))
     size = Size(steps, safety, texts, rows, epochs, rate, test)
     bench.facts |= {"setting": size._asdict()}
     worlds = []
