@@ -29,7 +29,7 @@ SHORT = {"lisa": {"align_steps": 1, "task_steps": 2}, "alignguard": {"samples": 
 # Options that carry something from step to step, in a case of their own: "method option". Of four steps the third
 # reuses what the second computed, also where a run is resumed between them.
 OPTIONS = {"safegrad every": {"every": 3, "average": 0.5}}
-NAMES = [*(entry.name for entry in method), *OPTIONS]
+NAMES = [*(entry.name for entry in method if not entry.implements("align_rows")), *OPTIONS]  # which changes rows alone
 
 
 def composed(case: str, folders: dict[str, str]) -> Composition:
