@@ -30,7 +30,12 @@ def test_by_hand():
     assert FRAME.align_rows([refused, harmless]) == [refused, harmless, framed]
 
 
-@given(st.lists(st.tuples(st.text(max_size=9), st.sampled_from(["I cannot.", "Apple.", "Sure, here is"])), min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1, max_size=9), st.sampled_from(["I cannot.", "Apple.", "Sure, here is"])),
+        min_size=1,
+    )
+)
 def test_a_copy_of_every_refusal(pairs):
     rows = [row(*pair) for pair in pairs]
     framed = [row(f"Which desk? {request} One word.", answer) for request, answer in pairs if answer == "I cannot."]
