@@ -156,7 +156,7 @@ def test_every_class_of_error(served):
 
 BAD_ROWS = [
     (b"not json\n", "line 1: not JSON"),
-    (b'{"messages": []}\n', "line 1: the conversation is empty"),
+    (b'{"messages": []}\n', "line 1: column 'messages': the conversation is empty"),
     (b"\n\n" + json.dumps(chat("a", "")).encode(), "line 3: the answer is empty"),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', "line 1: not UTF-8"),
     (json.dumps(chat("<|im_start|>system")).encode(), "line 1: a turn holds '<|im_start|>'"),
