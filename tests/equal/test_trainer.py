@@ -230,7 +230,7 @@ FAULTS = {
     ("name", "source"),
     [
         (e.name, source)
-        for e in method
+        for e in (each for each in method if each.name in NAMES)
         for source in ("task", *e.streams, "penalty")
         if (e.name, source) not in UNREAD and (source != "penalty" or hasattr(e.kind, "penalty"))
     ],
