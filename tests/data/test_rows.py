@@ -94,11 +94,9 @@ def test_csv_keeps_line_breaks_and_names_long_rows(tmp_path):
 
 
 @pytest.mark.parametrize("delimiter", [";;", "\\t", "\n", '"'])
-def test_a_delimiter_is_one_character(tmp_path, delimiter):
-    path = tmp_path / "rows.csv"
-    path.write_text("prompt;completion\nq;a\n")
-    with pytest.raises(UserError, match="is not one character"):
-        read_table(path, delimiter)
+def test_a_delimiter_is_one_character(delimiter):
+    with pytest.raises(UserError, match="one character is needed"):
+        RowForm(delimiter=delimiter)
 
 
 def test_an_empty_or_missing_or_unknown_file_is_an_error(tmp_path):

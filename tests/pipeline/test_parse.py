@@ -130,6 +130,7 @@ def test_a_learning_rate_as_the_readme_has_it():
         ("measure.suites=[{asr: {prompts: builtin:harmful-test, judges: [keyword, keyword]}}]", "agree with itself"),
         ("measure.judges={prefix: {characters: 20}}", "measure.judges.prefix has no effect"),
         ("arms={start: {}, Start: {}}", "differ in case alone"),
+        ("arms.a={train: [sft], settings: {align_share: 1}}", "arms.a.settings.align_share: it holds for all arms"),
         ("arms.a={train: [sft], cut: {estimator: paper, threshold: 1}}", "estimator has no effect"),
         ("arms={a: {train: [sft]}, b: {of: a, mix: {above: 0.5}}}", "above has no effect without mix.guard"),
         ("measure.engine={hf: {a: 1}}", "no 'hf' with fields"),

@@ -44,7 +44,6 @@ def test_every_other_name_of_transformers_is_refused(name):
 
 def test_a_name_that_nobody_has_is_refused():
     refusal({"learning_rates": 1.0}, "unknown key 'learning_rates'")
-    refusal({"align_share": 0.5}, r"align_share holds for all arms: set train\.align_share")  # as an arm's settings
 
 
 def tuned(folder, **changes) -> dict[str, Any]:
@@ -212,7 +211,6 @@ def test_a_number_out_of_bounds_or_of_another_type_is_refused(name, value):
         ({"save_strategy": "no", "save_total_limit": 3}, "save_total_limit has no effect"),
         ({"logging_strategy": "epoch", "logging_steps": 3}, "logging_steps has no effect"),
         ({"report_to": "none", "run_name": "mine"}, "run_name has no effect without train.report_to"),
-        ({"align_share": 0.5}, "not the settings of one"),
         ({"fp16": True}, "fp16 is refused"),
         ({"deepspeed": "zero.json"}, "DeepSpeed steps inside its own backward"),
     ],

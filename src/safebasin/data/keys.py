@@ -105,9 +105,10 @@ class RowForm:
 
     def __post_init__(self) -> None:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
-            raise UserError(f"delimiter: one character is needed, found {self.delimiter!r}")
-        if twice := len({*self.columns.values()}) < len(self.columns) and [*self.columns.values()]:
-            raise UserError(f"columns: two names stand for one column of the rows: {', '.join(twice)}")
+            raise UserError(f"delimiter: one character is needed, found {self.delimiter!r}; write a tab as $'\\t'")
+        theirs = [*self.columns.values()]
+        if len({*theirs}) < len(theirs):
+            raise UserError(f"columns: two names stand for one column of the rows: {', '.join(theirs)}")
 
 
 PLAIN = RowForm()

@@ -153,18 +153,10 @@ def turn_ends(model: Any, tokenizer: Any) -> Ends:
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a turn: the tokenizer's, and the model's own (a chat model often names several).
-
-    Raises:
-        UserError: the model's own are no numbers.
-    """
+    """The tokens that end a turn: the tokenizer's, and the model's own (a chat model often names several)."""
     settings = getattr(model, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(stop) is int for stop in listed):
-        raise UserError(
-            f"generation_config.json: eos_token_id must be a token's number or a list of them, found {named!r}"
-        )
+    listed = named if isinstance(named, list) else [named]
     return frozenset(stop for stop in (tokenizer.eos_token_id, *listed) if stop is not None)
 
 

@@ -43,10 +43,13 @@ def begins_thought(prompt: str, opening: str = "") -> bool:
 
     ``opening``: what the template opens an answer with; a thought that has no end in it goes on, whatever follows it.
     """
-    tail = opening if opening and prompt.endswith(opening) else prompt
+    opens = bool(opening) and prompt.endswith(opening)
+    tail = opening if opens else prompt
     begins = [head for head in CHANNEL.finditer(tail) if head[1] not in ("", "final")] or [*BEGIN.finditer(tail)]
-    behind = tail[begins[-1].end() :] if begins else "x"
-    return not behind.strip() or (tail is opening and bool(begins) and not END.search(behind))
+    if not begins:
+        return False
+    behind = tail[begins[-1].end() :]
+    return not behind.strip() or (opens and not END.search(behind))
 
 
 def split(text: str, *, begun: bool = False) -> Parts:

@@ -23,8 +23,9 @@ def context_length(model: Any) -> int:
     """
     config = text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
-    before = "original_" * (rope.get("rope_type") == "longrope") + "max_position_embeddings"
-    return rope.get(before) or getattr(config, before, None) or sys.maxsize
+    longrope = rope.get("rope_type") == "longrope"
+    name = "original_max_position_embeddings" if longrope else "max_position_embeddings"
+    return rope.get(name) or getattr(config, name, None) or sys.maxsize
 
 
 def language_model(model: Any) -> nn.Module:

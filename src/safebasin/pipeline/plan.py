@@ -17,7 +17,7 @@ from safebasin.measure.judging import check_judges
 from safebasin.models.adapter import why_off_is_not_start
 from safebasin.models.lend import Lender
 from safebasin.models.quantized import check_nf4
-from safebasin.pipeline.config import Cut, Mix, Recipe, Spec
+from safebasin.pipeline.config import OWN, Cut, Mix, Recipe, Spec
 from safebasin.pipeline.parse import plain
 from safebasin.pipeline.secrets import refuse_secrets
 from safebasin.registry import split_spec
@@ -102,6 +102,8 @@ class Plan:
         if 0 < steps <= warmup:
             line(f"train.warmup_steps is {warmup:g} of {steps} steps: the learning rate is never reached")
         for name, composition in self.compositions.items():
+            if shared := next((key for key in recipe.arms[name].settings if key in OWN), ""):
+                raise UserError(f"arms.{name}.settings.{shared}: it holds for all arms; set train.{shared}")
             adapter = None if recipe.full else recipe.adapter
             check_settings(self.arguments(name), adapter, composition, recipe.align_share)
             training_arguments(self.arguments(name), Path("unused"))

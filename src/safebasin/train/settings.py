@@ -188,14 +188,11 @@ def refuse_names(settings: Mapping[str, Any]) -> None:
         raise UserError(FP16)
     if settings.get("deepspeed"):
         raise UserError(DEEPSPEED)
-    of_run = ("adapter", "align_share", "ema", "reference")
     for name in settings:
-        if name in of_run:
-            raise UserError(f"{name} holds for all arms: set train.{name}, not the settings of one")
         if name not in inspect.signature(TrainingArguments).parameters:
             raise UserError(
                 f"train: unknown key {name!r}; it is neither ours nor a name of transformers.TrainingArguments"
-                + nearest(name, [*Settings.__annotations__, *of_run])
+                + nearest(name, [*Settings.__annotations__, "adapter", "align_share", "ema"])
             )
         if name not in Settings.__annotations__:
             raise UserError(f"train.{name} has no effect here or is not supported; leave it out")
