@@ -141,7 +141,7 @@ def learn(model: Any, rows: Sequence[TokenizedRow], steps: int, rate: float, see
     """Plain likelihood, all weights."""
     draw, adam = np.random.default_rng(seed), torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(steps):
-        batch = collate([rows[i] for i in draw.integers(len(rows), size=size)], 0)
+        batch = collate([rows[i] for i in draw.integers(len(rows), size=size)], 0).to(model.device)
         adam.zero_grad()
         (nll(model.train(), batch).sum() / batch.mask.sum()).backward()
         adam.step()

@@ -16,6 +16,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import fresh_adapter
 from safebasin.pipeline.parse import dump, parse
 from safebasin.pipeline.schema import schema
+from safebasin.runtime import Arithmetic
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -96,6 +97,20 @@ def test_a_dry_run_refuses_what_cannot_be_trained(recipe, changes, words, tmp_pa
     assert words in shown
     assert len(shown.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_a_role_is_tuned_in_the_type_of_the_hardware(fast, tmp_path, monkeypatch):
+    seen = []
+
+    def tune(role, model, train, rows):
+        seen.append((model.dtype, train["bf16"]))
+        return tmp_path
+
+    monkeypatch.setattr("safebasin.pipeline.tune_role.tune_role", tune)
+    monkeypatch.setattr("safebasin.runtime.hardware", lambda: Arithmetic(fast, ""))
+    assert run("role", "safe") == run("role", "safe", "--dtype", "float32") == 0
+    assert seen == [("auto", fast == "bfloat16"), ("float32", False)]
 
 
 @pytest.mark.parametrize(

@@ -67,15 +67,15 @@ def test_scores_are_inner_products_of_gradients(loaded):
     v, fitted = gradient_of(model, probe, objective, names), method.fit(model, tokenizer, {})
     truth = []
     for row in rows:
-        batch = collate([row], tokenizer.pad_token_id)
+        batch = collate([row], tokenizer.pad_token_id).to(model.device)
         truth.append(gradient_of(model, batch, lambda m, b: answer_nll(m, b).sum(), names) @ v)
-    batch = collate(rows, tokenizer.pad_token_id)
+    batch = collate(rows, tokenizer.pad_token_id).to(model.device)
     padded = answer_logits(model, batch)[batch.mask]
     assert torch.allclose(target_logits(model, batch), padded, atol=1e-3 * float(padded.abs().max()))
     prefix = next(i for i, ids in enumerate(zip(*(row.ids for row in rows), strict=False)) if len(set(ids)) > 1)
     assert max(map(abs, truth)) > 1e-3
     for shared in (0, prefix):
-        batch = collate(rows, tokenizer.pad_token_id, shared)
+        batch = collate(rows, tokenizer.pad_token_id, shared).to(model.device)
         scores = method.score(model, batch, fitted).sum(1).tolist()
         assert scores == pytest.approx(truth, rel=2e-3, abs=1e-3 * max(map(abs, truth)))
 
@@ -110,7 +110,7 @@ def test_what_is_measured_is_what_was_tuned(folder, method, tmp_path):
     tuned = tune(load(str(folder), dtype="float32"), method, tmp_path / "checkpoints")
     tuned.save_pretrained(tmp_path / "adapter")
     beside = load(str(folder), dtype="float32", adapter=tmp_path / "adapter")
-    batch = collate(rows_of(beside.tokenizer), beside.tokenizer.pad_token_id)
+    batch = collate(rows_of(beside.tokenizer), beside.tokenizer.pad_token_id).to(beside.model.device)
     with torch.no_grad():
         expected, start = (model(**batch.inputs).logits for model in (tuned, load(str(folder), dtype="float32").model))
         assert (expected - start).abs().max() > 1e-3

@@ -46,7 +46,7 @@ def test_an_adapter_a_hook_and_frozen_weights_are_no_one_elses(saved_model, load
     plain, loaded = lender.lend(saved_model, dtype="float32").model, load(saved_model, dtype="float32").model
     assert [name for name, _ in plain.named_modules()] == [name for name, _ in loaded.named_modules()]
     assert all(parameter.requires_grad for parameter in plain.parameters()) and plain.config.use_cache
-    ids = torch.tensor([[5, 6, 7]])
+    ids = torch.tensor([[5, 6, 7]], device=plain.device)
     beside = lender.lend(saved_model, tmp_path / "adapter", dtype="float32").model
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, loaded(input_ids=ids).logits)

@@ -246,7 +246,7 @@ def test_a_causal_model_that_does_not_call_itself_a_decoder_is_loaded(folder):
     model = load(str(folder), dtype="float32").model
     assert model.config.is_decoder is False
     with torch.no_grad():
-        one, other = (model(torch.tensor([[5, 6, last]])).logits[0, :2] for last in (7, 8))
+        one, other = (model(torch.tensor([[5, 6, last]], device=model.device)).logits[0, :2] for last in (7, 8))
     assert torch.equal(one, other)
 
 
@@ -306,7 +306,7 @@ def test_files_that_transformers_does_not_read_are_not_read(folder):
         folder / "model_old.safetensors",
     )
     model, files = load(str(folder), dtype="float32").model, Tensors(folder)
-    assert all(torch.equal(files[name], model.get_parameter(name)) for name in files) and len(files) == 30
+    assert all(torch.equal(files[name], model.get_parameter(name).cpu()) for name in files) and len(files) == 30
 
 
 def test_an_adapter_that_names_another_model_is_put_on_this_one_and_said(folder, tmp_path, capfd):
@@ -328,7 +328,8 @@ def test_an_adapter_whose_scale_is_no_number_is_refused(folder, tmp_path):
 def test_a_tuple_in_the_place_of_an_output(folder):
     """``return_dict: false`` stands in configurations of old models."""
     settings(folder, "config.json", return_dict=False)
-    assert load(str(folder), dtype="float32").model(torch.tensor([[5]])).logits.shape == (1, 1, 64)
+    model = load(str(folder), dtype="float32").model
+    assert model(torch.tensor([[5]], device=model.device)).logits.shape == (1, 1, 64)
 
 
 def test_a_tied_head_is_not_missing(folder):
@@ -354,7 +355,7 @@ def test_a_pad_token_outside_the_embedding_is_replaced_and_no_text_reaches_it(fo
     ids = tokenizer("a[PAD]b")["input_ids"]
     assert max(ids) < 64 and len(ids) > 3  # its letters are read as text
     with torch.no_grad():
-        model(input_ids=torch.tensor([ids]))
+        model(input_ids=torch.tensor([ids], device=model.device))
 
 
 def test_other_tokens_outside_the_embedding_are_refused(folder):

@@ -49,7 +49,7 @@ def test_switched_on_is_the_adapter_beside_the_weights(home):
         with switched_on(model, AdapterUpdates(home / "tuned", Tensors(home / "start"))):
             on = model(IDS).logits
         assert torch.equal(model(IDS).logits, before)
-        assert torch.allclose(on, beside(IDS).logits, atol=1e-4)
+        assert torch.allclose(on, beside(IDS.to(beside.device)).logits.cpu(), atol=1e-4)
 
 
 def test_a_dense_update_is_no_adapter(tmp_path):

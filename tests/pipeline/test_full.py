@@ -76,7 +76,7 @@ def test_an_export_has_the_logits_of_the_arm(home):
     exported = AutoModelForCausalLM.from_pretrained(home / "out", dtype="auto")
     arm = load(str(RunFolder(home / "run").result("defended", full=True)), dtype="float32").model
     with torch.no_grad():
-        assert torch.allclose(exported.eval()(**inputs).logits, arm(**inputs).logits, atol=1e-5)
+        assert torch.allclose(exported.eval()(**inputs).logits, arm(**inputs.to(arm.device)).logits.cpu(), atol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_reference(home, monkeypatch):

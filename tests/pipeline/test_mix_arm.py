@@ -60,7 +60,7 @@ def by_hand(loaded, prompt, share):
     ids = loaded.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
         "input_ids"
     ]
-    first = ids.shape[1]
+    ids, first = ids.to(loaded.model.device), ids.shape[1]
     for _ in range(4):
         tuned = loaded.model(input_ids=ids).logits[:, -1]
         with switched_off(loaded.model):

@@ -49,7 +49,7 @@ def repair(home, out, *methods, model="start", adapter="tuned", roles=("base", "
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits.cpu()
 
 
 LOW = ["shrink", "safe_lora: {tau: 1}", "prune: {share: 0.5}", "safe_merge: {tau: 1.1}", "resta", "lox: {k: 2}"]

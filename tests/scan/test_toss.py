@@ -23,7 +23,7 @@ def adapters(tmp_path_factory):
 
 def plain(model, row) -> list[float]:
     """log P of every answer token of a row, on the bare model."""
-    logs = model(torch.tensor(row.ids)[None]).logits[0].double().log_softmax(-1)
+    logs = model(torch.tensor(row.ids, device=model.device)[None]).logits[0].double().log_softmax(-1)
     return [float(logs[t - 1, row.ids[t]]) for t in range(1, len(row.ids)) if row.answer[t]]
 
 

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from safebasin.cli.options import refuse_processes, say, start_torch
+from safebasin.cli.options import Dtype, refuse_processes, say, start_torch
 from safebasin.errors import UserError
+from safebasin.runtime import resolved
 
 
 def repair_verb(
@@ -77,7 +78,7 @@ def role_verb(
     steps: Annotated[int, Parameter(help="Optimizer steps of four rows.")] = 100,
     learning_rate: Annotated[float, Parameter(help="7e-4 for a model of 135M; 2e-4 is usual at 7B.")] = 7e-4,
     rank: int = 8,
-    dtype: str = "bfloat16",
+    dtype: Dtype = "auto",
 ) -> int:
     """Tune the adapter of a role, once a model.
 
@@ -97,7 +98,7 @@ def role_verb(
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 5,
-        "bf16": dtype == "bfloat16",
+        "bf16": resolved(dtype) == "bfloat16",
     }
     folder = tune_role(role, validate(Model, {"name": model, "dtype": dtype}, "--model"), train, rows)
     say(f"role {role} of {model}: {folder}")
