@@ -95,7 +95,7 @@ def greedy(model, tokenizer, prompt: str, count: int) -> list[int]:
     """Token by token without a cache."""
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
+    )["input_ids"].to(model.device)
     start = ids.shape[1]
     for _ in range(count):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
