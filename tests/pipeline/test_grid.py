@@ -84,7 +84,7 @@ class Stub(Run):
 
     def write_rows(self):
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder.path / "manifest.json", {"machine": "a machine", "model": "tiny", "steps": {}})
+        write_json(self.folder.path / "manifest.json", {"machine": "a machine", "hardware": "a GPU", "model": "tiny", "steps": {}})
         if isinstance(outcome := self.outcomes.get(self.folder.path.name), Exception):
             raise outcome
 
@@ -285,6 +285,7 @@ def test_numbers_over_seeds(stub, tmp_path):
     assert both["kappa"] == pytest.approx(0.6)
     assert (one["value"], one["interval"], one["seeds"]) == (0.2, [0.1, 0.9], {"0": 0.2, "1": None})
     assert {"machine", "date", "seconds", "unscored", "off_task"} <= both.keys()
+    assert both["machine"] == "a machine, a GPU"  # what the run wrote, wherever the table is made
 
 
 def answers(suite, hits, *, judge="keyword"):

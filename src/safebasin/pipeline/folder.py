@@ -11,6 +11,7 @@ wait at the end of each step.
 import contextlib
 import datetime
 import fnmatch
+import os
 import platform
 import shutil
 import time
@@ -128,7 +129,8 @@ class RunFolder:
         with atomic_write(self.path / "run.yaml") as part:
             part.write_text(recipe, encoding="utf-8")
         self.manifest["versions"] = versions()
-        self.manifest["machine"] = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}"
+        python, cores = platform.python_version(), os.cpu_count()
+        self.manifest["machine"] = f"{platform.machine()} {platform.system()}, Python {python}, {cores} cores"
         self.manifest.update(facts)
         self._save()
 

@@ -4,7 +4,6 @@ Intervals are counted again from the answers (``stats.two_level``); two seeds ha
 """
 
 import datetime
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +91,8 @@ def _measured(
         if measured is None:
             raise UserError(f"{path} is missing; measure it again: safebasin bench")
         date = max(datetime.date.fromtimestamp(path.stat().st_mtime).isoformat(), about.get("date", ""))
-        about |= {"machine": f"{manifest.get('machine', 'a machine')}, {os.cpu_count()} cores", "date": date}
+        where = [manifest[key] for key in ("machine", "hardware") if key in manifest]  # as the run wrote it
+        about |= {"machine": ", ".join(where) or "a machine", "date": date}
         for m in measured:
             if not m.category:
                 key = printable(m.suite), printable(m.what), printable(m.judge)
