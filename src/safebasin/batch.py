@@ -26,7 +26,8 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import without_adapter
 
 ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
-SEQUENCE = 512  # tokens of rows in one sequence, beside what they share: attention costs their square
+# Tokens of rows in one sequence, beside what they share: attention costs their square, and few leave a GPU idle.
+SEQUENCE = 4096 if torch.cuda.is_available() else 512
 
 
 @dataclasses.dataclass(frozen=True)
