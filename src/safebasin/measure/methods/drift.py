@@ -26,7 +26,7 @@ from safebasin.measure import suite
 from safebasin.measure.mechanics import prompt_rows
 from safebasin.measure.subject import Subject
 from safebasin.models.load import ModelAndTokenizer
-from safebasin.models.parts import text_config
+from safebasin.models.parts import context_length, text_config
 from safebasin.stats import mean
 
 States = Float[np.ndarray, "prompts layers hidden"]
@@ -40,7 +40,7 @@ class Drift:
     harmful: SetName  # prompts
     harmless: SetName  # prompts
     take: Annotated[int, Field(ge=2)] | None = None  # of each prompt file
-    max_length: PositiveInt = 512  # longer rows are unscored
+    max_length: PositiveInt = 512  # rows longer than it or the context are unscored
     batch_size: PositiveInt = 16
     name: str = "drift"
 
@@ -51,7 +51,7 @@ class Drift:
                 f"{self.name} compares with a start model of the same vocabulary and has none here; measure it in a run"
             )
         examples, bad = open_rows(self.data)
-        rows, long = encode_all(subject.loaded.tokenizer, examples, self.max_length)
+        rows, long = encode_all(subject.loaded.tokenizer, examples, min(self.max_length, context_length(start.model)))
         harmful, harmless = (
             [prompt.text for prompt in open_prompts(path, take=self.take)] for path in (self.harmful, self.harmless)
         )
