@@ -69,9 +69,11 @@ def test_columns_are_mapped_by_preview_scan_cut_and_convert(tmp_path, model, cap
     assert (tmp_path / "cut" / "train.jsonl").read_text() == path.read_text()
     assert run("convert", str(path), "--as", "openai", "--to", str(tmp_path / "other"), *form) == 0
     capsys.readouterr()
-    for wrong in (("--columns", "messages=dialog"), ("--columns", "dialog"), ("--columns.text", "content")):
-        assert run("preview", str(path), "--model", model, *wrong) == 1
-        assert "columns: " in capsys.readouterr().err
+    assert run("preview", str(path), "--model", model, "--columns.text", "content") == 1
+    assert "columns: there is no key 'text'; the keys are messages, " in capsys.readouterr().err
+    for wrong in (["--columns", "messages=dialog"], ["--columns", "{messages: dialog}"]):
+        with pytest.raises(SystemExit, match="1"):
+            run("preview", str(path), "--model", model, *wrong)
 
 
 def test_a_terminal_of_ascii_shows_escapes(tmp_path, model):
