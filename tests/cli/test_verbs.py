@@ -72,7 +72,7 @@ def test_columns_are_mapped_by_preview_scan_cut_and_convert(tmp_path, model, cap
     assert run("preview", str(path), "--model", model, "--columns.text", "content") == 1
     assert "columns: there is no key 'text'; the keys are messages, " in capsys.readouterr().err
     for wrong in (["--columns", "messages=dialog"], ["--columns", "{messages: dialog}"]):
-        with pytest.raises(SystemExit, match="1"):
+        with pytest.raises(SystemExit):
             run("preview", str(path), "--model", model, *wrong)
 
 

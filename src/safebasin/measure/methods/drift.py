@@ -55,12 +55,9 @@ class Drift:
         harmful, harmless = (
             [prompt.text for prompt in open_prompts(path, take=self.take)] for path in (self.harmful, self.harmless)
         )
-        sizes = ((self.data.path, len(rows)), (self.harmful, len(harmful)), (self.harmless, len(harmless)))
-        for path, size in sizes:
-            if size < 2:
-                raise UserError(
-                    f"{self.name}: {path} gives {size} rows within max_length {self.max_length}; two are the least"
-                )
+        sizes = {self.data.path: len(rows), self.harmful: len(harmful), self.harmless: len(harmless)}
+        if few := [f"{path} gives {size} rows" for path, size in sizes.items() if size < 2]:
+            raise UserError(f"{self.name}: {few[0]} within max_length {self.max_length}; two are the least")
         kl = [number for number in self.kl(subject.loaded, start, rows) if np.isfinite(number)]
         value, (low, high) = mean(kl) if len(kl) > 1 else (None, (None, None))
         unscored = len(rows) + len(long) + len(bad) - len(kl)
