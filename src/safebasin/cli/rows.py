@@ -21,13 +21,13 @@ from safebasin.pipeline import yaml12
 class CommandForm(RowForm):
     """``RowForm`` with a mapping that a command line can write."""
 
-    columns: Annotated[  # type: ignore[assignment]
+    columns: Annotated[
         dict[str, str],
         Parameter(
             help="--columns.KEY NAME: how these rows call a key of the table; {messages: dialog} of a recipe is "
             "--columns.messages dialog."
         ),
-    ] = dataclasses.field(default_factory=dict)
+    ] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
 
 
 PLAIN = CommandForm()
