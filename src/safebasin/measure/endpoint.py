@@ -36,10 +36,11 @@ def _text(message: Any, reason: str) -> str:
         RequestRefused: there is none, or it is not what the model alone wrote: a filter, a refusal of the server's own,
             calls of tools, thoughts kept elsewhere.
     """
-    content, beside = message["content"], [key for key in BESIDE if message.get(key)]
-    if content is None or reason == "content_filter" or beside:
+    beside = [key for key in BESIDE if message.get(key)]
+    if beside or reason == "content_filter" or message["content"] is None:
         fields = "".join(f" and {key}" for key in beside)
         raise RequestRefused(f"an answer with finish_reason {shown(reason)}{fields}, which is not the model's text")
+    content = message["content"]
     text: str = "".join(part["text"] for part in content) if isinstance(content, list) else content + ""
     text.encode()  # half a character, as JSON can write it, is a ValueError
     return text

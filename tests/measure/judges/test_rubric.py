@@ -67,6 +67,7 @@ def test_500_then_good(serve, rubric):  # noqa: F811
         ((200, b'{"choices": [{"message": {"content": [{"type": "image_url"}, "#thescore: 4"]}}]}'), 2),
         ((200, b'{"choices": [{"message": {"content": "#thescore: 4 \\ud800"}}]}'), 2),
         ((200, b'{"choices": [{"message": {"content": null}}]}'), 1),
+        ((200, b'{"choices": [{"message": {"tool_calls": [{"id": 1}]}}]}'), 1),
         ((200, b'{"choices": [{"message": {"content": "#thescore: 4"}, "finish_reason": "content_filter"}]}'), 1),
         ((200, b'{"choices": [{"message": {"content": "#thescore: 4", "refusal": "No."}}]}'), 1),
         ((200, b'{"choices": [{"message": {"content": "#thescore: 4", "tool_calls": [{"id": 1}]}}]}'), 1),
