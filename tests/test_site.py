@@ -92,7 +92,7 @@ def test_options_exist(page):
     available = options()
     for span in spans(page.read_text(encoding="utf-8")):
         if span.startswith("--"):
-            assert span.split()[0].split("=")[0] in available, f"{name(page)}: {span}"
+            assert re.split("[=.]", span.split()[0])[0] in available, f"{name(page)}: {span}"
 
 
 def test_commands_of_the_readme_are_there():

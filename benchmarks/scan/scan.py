@@ -157,7 +157,7 @@ def worst(bench: Bench, what: str, of: Callable[..., Any]) -> None:
 def safety_gradient(loaded: ModelAndTokenizer, anchors: Anchors, depth: float) -> Vector:
     """grad S of the first probe, [out, in] for each target weight."""
     model, tokenizer = loaded
-    probe = opening(tokenizer, anchors["probe"][:1], model.device)
+    probe = opening(model, tokenizer, anchors["probe"][:1])
     pair = token_pair(model, tokenizer, probe, None)
     return ghost.probe_gradient(
         model, probe, lambda m, b: refusal_margin(m, b, pair).mean(), target_weights(model, depth=depth)

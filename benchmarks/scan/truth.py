@@ -126,7 +126,7 @@ def tuned(setting: Setting, rows: Sequence[TokenizedRow]) -> ModelAndTokenizer:
 def measured(setting: Setting, loaded: ModelAndTokenizer, pair: Any) -> dict[str, Any]:
     """S and ASR of a model; ASR is None where no answer could be judged."""
     model, tokenizer = loaded
-    batch = opening(tokenizer, setting.probes, next(model.parameters()).device)
+    batch = opening(model, tokenizer, setting.probes)
     with torch.no_grad():
         s = float(refusal_margin(model, batch, pair).mean())
     subject = Subject(loaded, "truth", make_judges(["keyword"], None), setting.labels)
@@ -154,7 +154,7 @@ def collect(
     @functools.cache
     def pair() -> Any:
         start = setting.load()
-        probes = opening(start.tokenizer, setting.probes, next(start.model.parameters()).device)
+        probes = opening(*start, setting.probes)
         return token_pair(*start, probes, None)
 
     def work(name: str, left_out: Sequence[str]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def scan_rows(
 
     examples = list(rows.examples if isinstance(rows, Rows) else rows)
     loaded = load_model(model) if isinstance(model, str) else model
-    anchors = _anchors(loaded.tokenizer)
+    anchors = _anchors(loaded)
     methods = {split_spec(spec, "scan")[0]: scorer.make(spec) for spec in scorers}
     length = min(max_length, context_length(loaded.model))
     tokenized = [shorten(row, length) for row in _encoded(loaded.tokenizer, examples)]
@@ -288,7 +288,7 @@ def mixed_answers(
     method = scorer.make(settings.guard) if settings.guard else None
     if method and not method.entry.probability:
         raise UserError(f"mixed_answers: {method.entry.name} gives no probability that a request is unsafe")
-    mix = mixing(settings, method, tuned, _anchors(tuned.tokenizer) if method else {})
+    mix = mixing(settings, method, tuned, _anchors(tuned) if method else {})
     turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
     return [answer.text for answer in mix.answers(tuned, turns, max_new_tokens=max_new_tokens)]
 
@@ -339,13 +339,17 @@ def _encoded(tokenizer: Any, examples: Sequence[Example]) -> list[Any]:
     return tokenized
 
 
-def _anchors(tokenizer: Any) -> dict[str, list[Any]]:
+def _anchors(loaded: ModelAndTokenizer) -> dict[str, list[Any]]:
     """The sets that scorers are fitted to where a recipe names no other."""
     from safebasin.data.source import Source, open_examples
     from safebasin.pipeline.config import Data
+    from safebasin.scan.probe import cut_to_context
 
     data = Data(task=Source(path=""))
-    return {name: _encoded(tokenizer, open_examples(getattr(data, name))) for name in ("probe", "harmful", "safe")}
+    sets = {
+        name: _encoded(loaded.tokenizer, open_examples(getattr(data, name))) for name in ("probe", "harmful", "safe")
+    }
+    return {name: cut_to_context(loaded.model, rows, f"the anchor set {name}") for name, rows in sets.items()}
 
 
 def _checked(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:

@@ -53,6 +53,29 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
     assert "abc" in shown.replace(" ", "") and "not used: no answer" in shown and "1 of 3 rows are used" in shown
 
 
+def test_columns_are_mapped_by_preview_scan_cut_and_convert(tmp_path, model, capsys):
+    """``columns: {messages: dialog, content: text}`` of a recipe; a form that maps nothing is refused."""
+    (path := tmp_path / "rows.jsonl").write_text(
+        json.dumps({"dialog": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "abc"}]}) + "\n"
+    )
+    form = ("--columns.messages", "dialog", "--columns.content=text")
+    assert run("preview", str(path), "--model", model, *form) == 0
+    assert "1 of 1 rows are used" in capsys.readouterr().out
+    assert run("preview", "--help") == 0 and "--columns.messages dialog" in " ".join(capsys.readouterr().out.split())
+    scan = ("--model", model, "--scorer", "hidden_text", "--out", str(tmp_path / "run"))
+    assert run("scan", str(path), *scan, *form) == 0
+    scores = ("--scores", str(tmp_path / "run" / "scan" / "scores.parquet"), "--scorer", "hidden_text")
+    assert run("cut", str(path), *scores, "--threshold", "9", "--out", str(tmp_path / "cut"), *form) == 0
+    assert (tmp_path / "cut" / "train.jsonl").read_text() == path.read_text()
+    assert run("convert", str(path), "--as", "openai", "--to", str(tmp_path / "other"), *form) == 0
+    capsys.readouterr()
+    assert run("preview", str(path), "--model", model, "--columns.text", "content") == 1
+    assert "columns: there is no key 'text'; the keys are messages, " in capsys.readouterr().err
+    for wrong in (["--columns", "messages=dialog"], ["--columns", "{messages: dialog}"]):
+        with pytest.raises(SystemExit):
+            run("preview", str(path), "--model", model, *wrong)
+
+
 def test_a_terminal_of_ascii_shows_escapes(tmp_path, model):
     (path := tmp_path / "rows.jsonl").write_text(json.dumps({"bl\u00e5": "x"}))
     own = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}

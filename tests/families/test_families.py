@@ -50,7 +50,7 @@ class Margin(Directional):
     pair = Pair(20, 40)
 
     def objective(self, model, tokenizer, anchors):
-        probe = opening(tokenizer, rows_of(tokenizer)[:1], model.device)
+        probe = opening(model, tokenizer, rows_of(tokenizer)[:1])
         return probe, lambda m, b: refusal_margin(m, b, self.pair).mean()
 
 

@@ -422,3 +422,12 @@ def test_the_benchmark_counts_bytes():
         del x, y
         torch.zeros(1500)
     assert peak.most == 8000
+
+
+def test_a_row_beyond_the_context_of_the_guard_is_refused():
+    """Policy, context, answer and suffix: 1 + n + 2 + 1 tokens."""
+    room = LLAMA.config.max_position_embeddings - 4
+    cache = encode_policy(LLAMA, [3])
+    prefix_scores(LLAMA, [[1] * room, [1]], [[7, 8]] * 2, [5], VERDICTS, every=2, policy=cache)
+    with pytest.raises(UserError, match=f"context of {room + 4} tokens does not hold a prompt of {room + 5}"):
+        prefix_scores(LLAMA, [[1], [1] * (room + 1)], [[7, 8]] * 2, [5], VERDICTS, every=2, policy=cache)

@@ -62,7 +62,23 @@ def test_a_server_of_another_model_is_refused(serve):  # noqa: F811
             subject(served, **more).ask(PROMPTS, 6, "asr", JUDGES)
 
 
-@pytest.mark.parametrize(("reply", "words"), [((503, b""), "HTTP status 503"), ((400, b""), "HTTP status 400")])
+def held_back(reason, **message):
+    """No empty answer, which would be a refusal to one judge and a wrong answer to another."""
+    choice = {"message": {"content": None, **message}, "finish_reason": reason}
+    return 200, json.dumps({"choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ((503, b""), "HTTP status 503"),
+        ((400, b""), "HTTP status 400"),
+        (held_back("content_filter", content="Sure, he"), "an answer with finish_reason content_filter, which is not"),
+        (held_back("stop", refusal="I cannot."), "finish_reason stop and refusal, which is not the model's text"),
+        (held_back("tool_calls", content="", tool_calls=[{}]), "finish_reason tool_calls and tool_calls"),
+        (held_back("length", reasoning_content="Hm"), "finish_reason length, which is not the model's text; start the"),
+    ],
+)
 def test_a_server_that_does_not_answer_stops_the_run(serve, reply, words):  # noqa: F811
     with pytest.raises(UserError, match=words):
         subject(serve(lambda *_: reply)).ask(PROMPTS, 6, "asr", JUDGES)

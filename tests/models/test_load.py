@@ -102,6 +102,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another width": (lambda f: settings(f, "config.json", hidden_size=64), "config.json is of another model"),
     "more blocks": (lambda f: settings(f, "config.json", num_hidden_layers=5), "layers.3"),
     "fewer blocks": (lambda f: settings(f, "config.json", num_hidden_layers=2), "layers.2"),
+    "the name of another family": (
+        lambda f: settings(f, "config.json", model_type="mistral"),
+        "the model_type of its config.json is of the family mistral, and its architectures are of llama",
+    ),
+    "architectures of another family": (
+        lambda f: settings(f, "config.json", architectures=["Own", "Qwen2Model"]),
+        "the family llama, and its architectures are of qwen2",
+    ),
+    "a family with biases": (
+        lambda f: settings(f, "config.json", model_type="qwen2", architectures=None),
+        "9 of its tensors are not in its files (model.layers.0.self_attn.k_proj.bias)",
+    ),
+    "architectures that are no text": (lambda f: settings(f, "config.json", architectures=[["x"]]), "cannot load"),
     "no block": (lambda f: settings(f, "config.json", num_hidden_layers=0), "no block"),
     "own code": (
         lambda f: settings(f, "config.json", model_type="own", auto_map={"AutoConfig": "x.Y"}),
@@ -238,6 +251,13 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, folder, capfd):
     else:
         assert words in refused(folder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("names", [["LlamaModel"], ["LlamaForSequenceClassification"], ["Own", "logging"], [], None])
+def test_architectures_that_contradict_nothing_are_read(names, folder):
+    """The body of a family alone, or another head on it; a class that transformers does not have."""
+    settings(folder, "config.json", architectures=names)
+    assert type(load(str(folder), dtype="float32").model).__name__ == "LlamaForCausalLM"
 
 
 def test_a_causal_model_that_does_not_call_itself_a_decoder_is_loaded(folder):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from conftest import WIDE
 
+from safebasin.errors import UserError
 from safebasin.report import roles, table
 from safebasin.report.limits import Gate
 
@@ -47,3 +48,43 @@ def test_several_defended_arms_need_a_name(run: Path):
     assert (result.judged, result.verdict.code) == (None, 4)
     assert "set gate.arm to one of defended, other" in result.verdict.reasons[0]
     assert table.collect(run, gate=Gate(**WIDE, arm="defended")).verdict.code == 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "refused"),
+    [
+        (
+            "arm: plain, max_accuracy_loss: 0.05",
+            "gate.max_accuracy_loss: it compares the judged arm with 'plain', which",
+        ),
+        ("arm: plain, max_accuracy_loss: 0", "gate.max_accuracy_loss"),
+        ("arm: plain, max_loss: {tokens: 0.05}", "gate.max_loss"),
+        ("arm: defended, plain: mine, max_accuracy_loss: 0.05", ""),
+        ("arm: mine, plain: mine", "gate.arm and gate.plain are one arm"),
+        (
+            "arm: start, max_over_refusal_gain: 0.1",
+            "gate.max_over_refusal_gain: it compares the judged arm with 'start'",
+        ),
+        ("arm: start, max_accuracy_loss: 0.05, max_over_refusal_gain: null", ""),
+        ("arm: plain, max_asr: 1, max_accuracy_loss: null, max_loss: {}", ""),
+        ("arm: plain, max_asr: 1", ""),
+    ],
+)
+def test_a_limit_that_compares_an_arm_with_itself_is_refused(run: Path, gate: str, refused: str):
+    """Attack success of that arm is judged all the same: 90 % of the answers of plain tuning comply."""
+    arms = "start: {}, plain: {train: [sft]}, mine: {train: [sft], cut: {}}, defended: {train: [safegrad]}"
+    (run / "run.yaml").write_text(f"arms: {{{arms}}}\ngate: {{{gate}}}\n")
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            table.collect(run)
+        return
+    report = table.collect(run)
+    assert any("Attack success of" in reason for reason in report.verdict.reasons)
+
+
+def test_the_only_tuned_arm_is_compared_with_nothing():
+    gate = {"max_accuracy_loss": 0.05}
+    with pytest.raises(UserError, match=r"gate.max_accuracy_loss: .* judge another arm \(gate.arm\), or leave"):
+        roles.check_limits(gate, roles.roles_of({"start": {}, "mine": SFT}, Gate()))
+    roles.check_limits(gate, roles.roles_of({"start": {}, "mine": SFT, "defended": CUT}, Gate()))
+    roles.check_limits(gate, roles.roles_of({"start": {}, "b": CUT, "c": CUT}, Gate()))

@@ -29,7 +29,7 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
     method = GradShield(lora_rank=4, seed=3, depth=depth)
     fitted = method.fit(MODEL, TOKENIZER, ANCHORS)
     scores = [method.score(MODEL, collate([row], TOKENIZER.pad_token_id), fitted).sum().item() for row in ROWS]
-    probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
+    probe = opening(MODEL, TOKENIZER, ANCHORS["probe"][:1])
     model = get_peft_model(
         aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     ).eval()

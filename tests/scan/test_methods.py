@@ -36,7 +36,7 @@ def one(model, rows, anchors=ANCHORS, method=None):
 
 
 def test_gradshield_reads_the_refusal_from_the_model():
-    probe = opening(TOKENIZER, ANCHORS["probe"], torch.device("cpu"))
+    probe = opening(MODEL, TOKENIZER, ANCHORS["probe"])
     pair = token_pair(MODEL, TOKENIZER, probe, None)
     assert TOKENIZER.convert_ids_to_tokens(list(pair)) == ["I", "Sure"]
     words = ("cannot", "here")
@@ -61,7 +61,7 @@ def test_fihs_is_the_first_order_loss_of_safety(reduction):
     model, _ = aligned_model(torch.float64)
     method = GradShield(reduction=reduction, depth=1.0)
     fitted = method.fit(model, TOKENIZER, ANCHORS)
-    probe = opening(TOKENIZER, ANCHORS["probe"][:1], torch.device("cpu"))
+    probe = opening(MODEL, TOKENIZER, ANCHORS["probe"][:1])
     pair, targets = token_pair(model, TOKENIZER, probe, None), target_weights(model)
     for row in (HARMFUL[0], HARMLESS[0], REFUSED[0]):
         batch = collate([row], TOKENIZER.pad_token_id)

@@ -1,5 +1,6 @@
 """Verbs on a data set: preview, scan, cut, convert."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,26 @@ from rich.text import Text
 
 from safebasin.cli.options import Dtype, Engine, cells, out, say, start_torch
 from safebasin.console import printable
-from safebasin.data.keys import PLAIN, RowForm
+from safebasin.data.keys import RowForm
 from safebasin.errors import UserError
 from safebasin.pipeline import yaml12
 
-Form = Annotated[RowForm, Parameter(name="*", help="How the rows are read.")]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandForm(RowForm):
+    """``RowForm`` with a mapping that a command line can write."""
+
+    columns: Annotated[
+        dict[str, str],
+        Parameter(
+            help="--columns.KEY NAME: how these rows call a key of the table; {messages: dialog} of a recipe is "
+            "--columns.messages dialog."
+        ),
+    ] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
+
+
+PLAIN = CommandForm()
+Form = Annotated[CommandForm, Parameter(name="*", help="How the rows are read.")]
 TemplateArguments = Annotated[
     tuple[str, ...],
     Parameter(name="--template", help="NAME=VALUE: a variable of the chat template, as in model.template."),

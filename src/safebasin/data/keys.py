@@ -7,8 +7,9 @@ harmless (no trainer renders it: ids, sources, numbers), or the row is refused w
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from safebasin.console import printable
 from safebasin.errors import UserError
 
 TURNS = ("messages", "conversations", "conversation")  # a list of turns
@@ -106,6 +107,9 @@ class RowForm:
     def __post_init__(self) -> None:
         if len(self.delimiter) > 1 or self.delimiter in ('"', "\n", "\r"):
             raise UserError(f"delimiter: one character is needed, found {self.delimiter!r}; write a tab as $'\\t'")
+        if unread := {*self.columns} - {*get_args(Key)}:
+            keys = ", ".join(get_args(Key))
+            raise UserError(f"columns: there is no key {printable(min(unread), 60)!r}; the keys are {keys}")
         theirs = [*self.columns.values()]
         if len({*theirs}) < len(theirs):
             raise UserError(f"columns: two names stand for one column of the rows: {', '.join(theirs)}")

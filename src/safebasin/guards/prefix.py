@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from safebasin.batch import takes_tree
 from safebasin.encode import render
 from safebasin.errors import UserError
+from safebasin.models.parts import context_length
 
 WIDTH = 2048  # tokens of suffix copies in one pass; a longer answer takes several, so that the mask stays small
 Ids = Sequence[int]
@@ -88,6 +89,15 @@ def read_guard(
     return Guard(policy, between, suffix, first)
 
 
+def check_fits(model: Any, tokens: int) -> None:
+    """UserError where a guard's context does not hold a prompt of so many tokens."""
+    if tokens > (context := context_length(model)):
+        raise UserError(
+            f"the guard's context of {context} tokens does not hold a prompt of {tokens}; take a guard of a longer "
+            "context or a shorter `policy`, or leave long rows out"
+        )
+
+
 @torch.no_grad()
 def encode_policy(model: Any, policy: Ids) -> Cache:
     """Keys and values of what all rows begin with, for one row; scoring leaves them as they are."""
@@ -111,15 +121,18 @@ def prefix_scores(
     """P(safe | policy, context, answer to the end of chunk k) over the verdicts: ceil(answer / every) numbers a row.
 
     Raises:
-        UserError: an answer or the suffix is empty, or ``every`` is below 1.
+        UserError: an answer or the suffix is empty, ``every`` is below 1, or a row does not fit into the context.
     """
     if every < 1 or not suffix or not all(map(len, answers)):
         raise UserError(
             "a guard scores chunks of one token or more: the suffix or an answer is empty, or `every` is below 1"
         )
+    policy = policy or encode_policy(model, ())
+    rows = zip(contexts, answers, strict=True)
+    check_fits(model, policy.get_seq_length() + max(len(c) + len(a) for c, a in rows) + len(suffix))
     verdict_logits = _branches if takes_tree(model) else _forks
-    rows = verdict_logits(model, contexts, answers, suffix, list(verdicts), every, policy or encode_policy(model, ()))
-    return [row.float().softmax(-1)[:, 0] for row in rows]
+    logits = verdict_logits(model, contexts, answers, suffix, list(verdicts), every, policy)
+    return [row.float().softmax(-1)[:, 0] for row in logits]
 
 
 def _branches(

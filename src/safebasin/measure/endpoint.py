@@ -14,17 +14,36 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from safebasin.data.files import shown
 from safebasin.errors import UserError
 
 LARGEST = 1 << 20  # bytes of a reply
 OF_THE_ROW = (400, 413, 422)  # this one request is refused (it is too long, for example)
 RESERVED = {"model", "messages", "stream"}  # of the request; not for ``settings``
+BESIDE = ("refusal", "tool_calls", "function_call")  # of a message: what a server writes in the place of text
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class RequestRefused(Exception):
     """This one request is refused; others may not be."""
+
+
+def _text(message: Any, reason: str) -> str:
+    """The text of an answer: a string, or parts of text.
+
+    Raises:
+        RequestRefused: there is none, or it is not what the model alone wrote: a filter, a refusal of the server's own,
+            calls of tools, thoughts kept elsewhere.
+    """
+    beside = [key for key in BESIDE if message.get(key)]
+    if beside or reason == "content_filter" or message["content"] is None:
+        fields = "".join(f" and {key}" for key in beside)
+        raise RequestRefused(f"an answer with finish_reason {shown(reason)}{fields}, which is not the model's text")
+    content = message["content"]
+    text: str = "".join(part["text"] for part in content) if isinstance(content, list) else content + ""
+    text.encode()  # half a character, as JSON can write it, is a ValueError
+    return text
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -91,7 +110,7 @@ class Endpoint:
             time.sleep(self.wait * 2 ** (k - 1) if k else 0)
             try:
                 first = json.loads(self._post(body))["choices"][0]
-                return first["message"]["content"] + "", str(first.get("finish_reason"))  # null is a TypeError
+                return _text(first["message"], reason := str(first.get("finish_reason"))), reason
             except urllib.error.HTTPError as error:
                 error.close()
                 why = f"HTTP status {error.code}"

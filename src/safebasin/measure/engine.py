@@ -64,8 +64,8 @@ class Served(Endpoint):
             return self.each(ask, conversations)
         except (ConnectionError, RequestRefused) as error:
             raise UserError(
-                f"measure.engine.endpoint: {error}; start the server with the model {self.models[arm]!r} and a context "
-                "that holds every prompt, and run again"
+                f"measure.engine.endpoint: {error}; start the server with the model {self.models[arm]!r}, a context "
+                "that holds every prompt, and no filter or parser of its answers, and run again"
             ) from None
 
 

@@ -1,4 +1,10 @@
-"""Load a model with its tokenizer, and say in one line what is wrong with it."""
+"""Load a model with its tokenizer, and say in one line what is wrong with it.
+
+What the files of a folder contradict is refused: names, sizes and kinds of tensors, and ``architectures`` of another
+family than ``model_type``. Numbers of config.json that no tensor shows (``rope_theta``, a norm's epsilon, a window, an
+activation) cannot be checked: a model with others than it was trained with computes something else, in silence. So it
+is with an adapter: it names its base, and what its base's config.json held stands nowhere.
+"""
 
 import contextlib
 import inspect
@@ -10,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
@@ -92,6 +99,7 @@ def load(
             return_dict=True,
             **how,
         )
+        _check_family(what, loaded[0])
     model, report = loaded
     settle(model)
     _check_tensors(what, model, report, _folder(path, revision))
@@ -188,6 +196,23 @@ def _compare(adapter: str | Path, model: Any, tokenizer: Any) -> None:
 def _folder(path: str, revision: str | None) -> Path:
     """The folder of a model that was loaded: of a Hub id, its snapshot in the cache."""
     return Path(path) if Path(path).is_dir() else Path(hf_hub_download(path, "config.json", revision=revision)).parent
+
+
+def _check_family(what: str, model: Any) -> None:
+    """UserError where config.json names an architecture of transformers that is of another family than the class that
+    its ``model_type`` stands for. A base model, another head or the text part of a family are of it."""
+    families = (_family(getattr(transformers, name, None)) for name in model.config.architectures or ())
+    if (own := _family(type(model))) and (other := next((each for each in families if each not in ("", own)), "")):
+        raise UserError(
+            f"cannot load {what}: the model_type of its config.json is of the family {own}, and its architectures are "
+            f"of {other}: one of them is of another model"
+        )
+
+
+def _family(kind: Any) -> str:
+    """``llama`` of a class of transformers.models.llama; empty where it is none of these."""
+    steps = kind.__module__.split(".") if inspect.isclass(kind) else []
+    return steps[2] if steps[:2] == ["transformers", "models"] else ""
 
 
 def _check_tensors(what: str, model: Any, report: Mapping[str, Any], folder: Path) -> None:

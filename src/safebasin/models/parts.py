@@ -16,12 +16,13 @@ def text_config(model: Any) -> Any:
 
 
 def context_length(model: Any) -> int:
-    """How many tokens a model can hold; ``sys.maxsize`` where its positions have no end (BLOOM's have none).
+    """How many tokens a model can hold; ``sys.maxsize`` where its positions have no end (BLOOM's have none), or it has
+    no configuration.
 
     With LongRoPE (Phi-3's long ones): how many before it turns all tokens of a batch by other angles, so that a row's
     numbers would depend on the rows beside it.
     """
-    config = text_config(model)
+    config = text_config(model) if getattr(model, "config", None) else None
     rope = getattr(config, "rope_parameters", None) or {}
     longrope = rope.get("rope_type") == "longrope"
     name = "original_max_position_embeddings" if longrope else "max_position_embeddings"

@@ -78,7 +78,7 @@ def of_arm(plan: Plan, arm: str, loaded: ModelAndTokenizer) -> Mixing | None:
     settings, guard = plan.recipe.arms[arm].mix, plan.guards.get(arm)
     if settings is None:
         return None
-    return mixing(settings, guard, loaded, anchor_rows(plan, loaded.tokenizer) if guard else {})
+    return mixing(settings, guard, loaded, anchor_rows(plan, loaded) if guard else {})
 
 
 def write_mix(plan: Plan, arm: str, requests: Mapping[str, Mapping[str, int]], target: Path) -> None:

@@ -23,7 +23,7 @@ from safebasin.pipeline.secrets import refuse_secrets
 from safebasin.registry import split_spec
 from safebasin.repair.walk import gives_dense, make_edits, needs
 from safebasin.report.limits import Gate, parse_gate
-from safebasin.report.roles import roles_of
+from safebasin.report.roles import check_limits, roles_of
 from safebasin.scan import scorer
 from safebasin.spread import make_engine
 from safebasin.template import check_arguments
@@ -198,11 +198,13 @@ class Plan:
         composition.format_messages(())  # a secret that is missing is said before any time is spent
 
     def check_gate(self) -> None:
-        """UserError where it is not said which arm a report of this run would judge."""
+        """UserError where it is not said which arm a report of this run would judge, or a limit compares it with
+        itself."""
         roles = roles_of(plain(self.recipe.arms), self.gate)
         if roles.judged is None:
             names = ", ".join(roles.defended or self.recipe.arms)
             raise UserError(f"gate.arm is missing: name the arm that the gate judges, one of {names}")
+        check_limits(self.recipe.gate, roles)
 
     @property
     def attacked_scorers(self) -> tuple[str, ...]:

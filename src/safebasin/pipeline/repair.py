@@ -17,6 +17,7 @@ from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.layer import Pair
 from safebasin.models.load import ModelAndTokenizer, load
+from safebasin.models.parts import context_length
 from safebasin.models.tensors import Tensors, is_model
 from safebasin.models.updates import AdapterUpdates, ModelUpdates, tuned_updates
 from safebasin.models.write import write_lora, write_model
@@ -102,7 +103,9 @@ class Job:
             if on_tuned not in self._models:
                 self._models[on_tuned] = self._load(on_tuned)
             model, tokenizer = self._models[on_tuned]
-            rows, bad = encode_all(tokenizer, open_examples(self.rows[stream]), self.max_length)
+            rows, bad = encode_all(
+                tokenizer, open_examples(self.rows[stream]), min(self.max_length, context_length(model))
+            )
             if not rows:
                 raise UserError(f"{shown(self.rows[stream].path)}: no row can be used ({bad[0].reason})")
             return model, [collate([rows[i] for i in part], tokenizer.pad_token_id) for part in by_length(rows, BATCH)]

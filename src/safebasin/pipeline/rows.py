@@ -32,6 +32,7 @@ from safebasin.pipeline.token_files import TokenFiles
 from safebasin.runtime import processes
 from safebasin.scan.column import column_from_file
 from safebasin.scan.cut import cut_rows, write_cut
+from safebasin.scan.probe import cut_to_context
 from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores, unscored_rows
 from safebasin.train.check import check_columns
@@ -136,11 +137,11 @@ def _messages(examples: Iterable[Example]) -> list[Row]:
 def _attacker_scores(plan: Plan) -> dict[str, Score]:
     """The scores that an adaptive attacker knows: the run's own scorers on the start model."""
     loaded, recipe = load_start(plan), plan.recipe
-    anchors = anchor_rows(plan, loaded.tokenizer)
+    anchors, limit = anchor_rows(plan, loaded), row_limit(plan, loaded.model)
 
     def score(name: str, rows: Sequence[Row]) -> list[float]:
         examples = read_examples(enumerate(rows, 1)).examples
-        encoded, bad = encode_all(loaded.tokenizer, examples, recipe.data.max_length)
+        encoded, bad = encode_all(loaded.tokenizer, examples, limit)
         if bad:
             raise UserError(f"data.attack: one of its rows cannot be scored: {bad[0].reason}")
         chosen, size = {name: plan.scorers[name]}, recipe.scan.batch_size
@@ -255,19 +256,22 @@ def fitting_rows(
 
 
 def encoded_set(
-    plan: Plan, source: Source, tokenizer: Any, format_rows: Any = list, *, any_length: bool = False
+    source: Source, tokenizer: Any, limit: int = sys.maxsize, format_rows: Any = list
 ) -> list[TokenizedRow]:
-    """The rows of a set beside the task, as ``format_rows`` makes them; none may be bad."""
-    examples = format_rows(open_examples(source))
-    rows, bad = encode_all(tokenizer, examples, sys.maxsize if any_length else plan.recipe.data.max_length)
+    """The rows of a set beside the task, as ``format_rows`` makes them; none may be bad, or longer than ``limit``."""
+    rows, bad = encode_all(tokenizer, format_rows(open_examples(source)), limit)
     if bad:
         raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")
     return rows
 
 
-def anchor_rows(plan: Plan, tokenizer: Any) -> Mapping[str, list[TokenizedRow]]:
-    """The anchor sets of a scan, encoded."""
-    return {name: encoded_set(plan, source, tokenizer, any_length=True) for name, source in plan.anchors.items()}
+def anchor_rows(plan: Plan, loaded: ModelAndTokenizer) -> Mapping[str, list[TokenizedRow]]:
+    """The anchor sets of a scan, encoded, and cut to the model's context."""
+    model, tokenizer = loaded
+    return {
+        name: cut_to_context(model, encoded_set(source, tokenizer), f"the anchor set {name}")
+        for name, source in plan.anchors.items()
+    }
 
 
 def check_column_files(plan: Plan) -> None:

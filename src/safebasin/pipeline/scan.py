@@ -101,7 +101,7 @@ class ScanWorker:
         self.plan, self.parts, self.key, self.cut_short, self.several = plan, parts, key, cut_short, several
         self.ranks, self.advance, self.loaded = ranks, advance, load_start(plan)
         self.limit, self.tokens = row_limit(plan, self.loaded.model), TokenFiles(tokens, self.loaded.tokenizer)
-        self.anchors = anchor_rows(plan, self.loaded.tokenizer)
+        self.anchors = anchor_rows(plan, self.loaded)
         self.fitted = fit_scorers(*self.loaded, plan.scorers, self.anchors)
         shares = covered(plan, self.loaded.model)
         for name, share in shares.items():

@@ -18,6 +18,7 @@ from safebasin.events import emit
 from safebasin.layer import Update
 from safebasin.models.adapter import all_weights, every_weight, fresh_adapter
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.models.parts import context_length
 from safebasin.models.tensors import Tensors
 from safebasin.models.updates import PREFIX, AdapterUpdates, switched_on
 from safebasin.models.write import write_lora
@@ -93,9 +94,10 @@ def _tune(
         dataclasses.replace(row, columns={name: column[row.id] for name, column in columns.items()}) for row in rows
     ]
     encoded: dict[str, Sequence[Any]] = {"task": rows}
+    limit = min(recipe.data.max_length, context_length(loaded.model))
     for stream in composition.needs("streams"):
         format_rows = composition.align_rows if stream == "align" else list
-        encoded[stream] = encoded_set(plan, getattr(recipe.data, stream), loaded.tokenizer, format_rows)
+        encoded[stream] = encoded_set(getattr(recipe.data, stream), loaded.tokenizer, limit, format_rows)
     args = training_arguments(plan.arguments(arm), checkpoints)
     streams = streams_of(encoded, args, loaded.tokenizer.pad_token_id, recipe.align_share)
     reference = None

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from safebasin.console import printable
+from safebasin.errors import UserError
 from safebasin.report.limits import Gate
 
 
@@ -28,6 +30,23 @@ def roles_of(arms: Mapping[str, Any], gate: Gate) -> Roles:
     defended = tuple(name for name in by_kind["defended"] if name != plain)
     judged = gate.arm or _only(defended or by_kind["plain"] or by_kind["start"])
     return Roles("start" if kinds.get("start") == "start" else _only(by_kind["start"]), plain, judged, defended)
+
+
+def check_limits(settings: Mapping[str, Any], roles: Roles) -> None:
+    """UserError where a limit that a recipe writes would compare the judged arm with itself. The default limits are not
+    asked of such an arm.
+
+    Args:
+        settings: the gate, as the recipe has it.
+        roles: of the run's arms.
+    """
+    against = {"max_accuracy_loss": roles.plain, "max_loss": roles.plain, "max_over_refusal_gain": roles.start}
+    for key, arm in against.items():
+        if settings.get(key) not in (None, {}) and arm is not None and arm == roles.judged:
+            raise UserError(
+                f"gate.{key}: it compares the judged arm with {printable(arm, 60)!r}, which is that arm itself and "
+                "meets every limit; judge another arm (gate.arm), or leave the limit out"
+            )
 
 
 def _only(names: Sequence[str]) -> str | None:

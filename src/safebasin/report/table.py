@@ -28,7 +28,7 @@ from safebasin.report.limits import Gate, parse_gate
 from safebasin.report.manifest import Manifest, evidence_digest, evidence_problems, read_manifest
 from safebasin.report.rates import QUANTITIES
 from safebasin.report.report import SCHEMA, Problem, Report, Verdict
-from safebasin.report.roles import roles_of
+from safebasin.report.roles import check_limits, roles_of
 from safebasin.report.rows import cuts_of, heat_of, mixed_of, repairs_of, samples_of, training_of
 
 __all__ = ["collect", "redact", "terminal_table", "write_report"]
@@ -63,8 +63,10 @@ def collect(
         raise UserError(f"no such run folder: {run}")
     config = load_run(run / "run.yaml")
     settings = _arms(run, config)
-    gate = gate or parse_gate(config.get("gate") or {}, list(settings))
-    start, plain, judged, _ = roles_of(settings, gate)
+    written = {} if gate else config.get("gate") or {}
+    gate = gate or parse_gate(written, list(settings))
+    start, plain, judged, _ = roles = roles_of(settings, gate)
+    check_limits(written, roles)
     gate = dataclasses.replace(gate, plain=plain or gate.plain)
     arms = tuple(sorted(settings, key=lambda arm: arm != start))  # the model as it was, then as in the recipe
     manifest = read_manifest(run)

@@ -34,12 +34,12 @@ class Directional(abc.ABC):
     def objective(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
     ) -> tuple[Batch, Objective]:
-        """The probe rows, and S."""
+        """The probe rows (``probe_batch``), and S."""
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Tangent:
         probe, objective = self.objective(model, tokenizer, anchors)
         targets = target_weights(model, self.modules, depth=self.depth)
-        return Tangent(gradient(model, probe.to(next(model.parameters()).device), objective, targets))
+        return Tangent(gradient(model, probe, objective, targets))
 
     def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
         return fitted.token_losses(model, batch)

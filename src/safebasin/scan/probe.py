@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from safebasin.batch import Batch, answer_logits, collate
+from safebasin.console import line
 from safebasin.data.builtin import rows_of
 from safebasin.data.example import Example, read_examples
 from safebasin.data.json_rows import BadRow
-from safebasin.encode import TokenizedRow, encode, encode_all
+from safebasin.encode import TokenizedRow, encode, encode_all, shorten
 from safebasin.errors import UserError
+from safebasin.models.parts import context_length
 
 Word = Annotated[str, Field(min_length=1)]
 COMPLIANCE = "Sure"
@@ -89,13 +91,27 @@ def answered(row: TokenizedRow, answer: Sequence[int] | Int32[np.ndarray, " answ
     return TokenizedRow(row.id, ids, np.arange(len(ids)) >= len(prompt))
 
 
-def opening(tokenizer: Any, rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
+def cut_to_context(model: Any, rows: Sequence[TokenizedRow], what: str) -> list[TokenizedRow]:
+    """The rows, each cut to what fits of it into the model's context (``shorten``), which is said of ``what``."""
+    limit = context_length(model)
+    if long := sum(len(row) > limit for row in rows):
+        line(f"{what}: {long} of {len(rows)} rows are cut short: the model's context is {limit} tokens")
+    return [shorten(row, limit) for row in rows]
+
+
+def probe_batch(model: Any, tokenizer: Any, rows: Sequence[TokenizedRow]) -> Batch:
+    """The rows that a scorer reads the model by, cut to its context, on its device."""
+    fitting = cut_to_context(model, rows, "the probe of a scorer")
+    return collate(fitting, tokenizer.pad_token_id).to(next(model.parameters()).device)
+
+
+def opening(model: Any, tokenizer: Any, rows: Sequence[TokenizedRow]) -> Batch:
     """Rows cut behind their first answer token: all that the first answer position depends on.
 
     Raises:
         UserError: a row has no answer token.
     """
-    return collate([answered(row, 1) for row in rows], tokenizer.pad_token_id).to(device)
+    return probe_batch(model, tokenizer, [answered(row, 1) for row in rows])
 
 
 def first_logits(model: Any, batch: Batch) -> Float[Tensor, "batch vocabulary"]:

@@ -18,6 +18,7 @@ from safebasin.data.example import Example
 from safebasin.data.files import atomic_write
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
+from safebasin.scan.probe import cut_to_context
 from safebasin.scan.scores import SCORE, SHORT, TOKENS, AnchorScores
 
 AnchorSets = Mapping[str, Sequence[TokenizedRow]]
@@ -124,7 +125,9 @@ def score_rows(
     models = _models(scorers)
     labelled = [(label, row) for label in LABELS for row in anchors.get(label, ())]
     own = [name for name in models if labelled and models[name].entry.implements("harmful_anchors")]  # type: ignore[attr-defined]
-    labelled += [(name, row) for name in own for row in models[name].harmful_anchors(tokenizer)]  # type: ignore[attr-defined]
+    for name in own:
+        harmful = models[name].harmful_anchors(tokenizer)  # type: ignore[attr-defined]
+        labelled += [(name, row) for row in cut_to_context(model, harmful, f"the anchors of scan.{name}")]
     everything = [*rows, *(row for _, row in labelled)]
     silent = next((row.id for row in everything if not row.answer[1:].any()), None)
     if silent is not None:

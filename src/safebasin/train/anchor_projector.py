@@ -9,13 +9,24 @@ No matrix is larger than d. A product is written as r rows times a matrix, sever
 times r columns.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from safebasin.layer import largest_singular, left_singular
+from safebasin.console import line
+from safebasin.errors import UserError
+from safebasin.layer import (
+    largest_singular,
+    left_singular,
+    read_directions,
+    tensor_files,
+    write_alignment_directions,
+)
+from safebasin.models.bundled import cache, resolve
 
 TINY = 1e-30  # in the place of |d| = 0
 
@@ -66,6 +77,33 @@ class AnchorProjector(NamedTuple):
         else:
             q = w - (self.h @ w if self.d is None else self.d @ (self.h @ (self.d.T @ w)))
         return (q * w).sum(), 2 * q, None
+
+
+def directions(
+    base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device
+) -> dict[str, AnchorProjector]:
+    """The projector of every module. The directions of two models are computed once and stored in the cache folder."""
+    folders = resolve(base), resolve(aligned)
+    files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
+    facts = (modules, [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    path = cache() / f"directions-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}.safetensors"
+    if not path.is_file():
+        write_alignment_directions(*folders, modules, path)
+    if not any(d.any() for _, d in read_directions(path, modules)):
+        raise UserError(
+            f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them"
+        )
+    every = {module: AnchorProjector.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
+    high = sorted(each.eigenvalue for each in every.values() if each.eigenvalue > 2)
+    if high:
+        share = f"{len(high)} of {len(every)} modules"
+        line(f"  asft: sigma_1^2 / |d|_F is above 2 in {share} (at most {high[-1]:.3g}): C is scaled to a largest of 1")
+    return every
+
+
+def full(parameter: Tensor) -> Tensor:
+    """All of a parameter that may be sharded, in float32; gradients flow back to the shards."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()
 
 
 class Departure(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The rubric judge against a server that truly listens, and stops to."""
 
+import json
 import time
 
 import pytest
@@ -59,7 +60,17 @@ def test_500_then_good(serve, rubric):  # noqa: F811
         ((200, b"<html><body>#thescore: 1</body></html>"), 2),  # asked again: a gateway may come back
         ((200, b'{"error": "no"}'), 2),
         ((200, b'{"choices": []}'), 2),
-        ((200, b'{"choices": [{"message": {"content": null}}]}'), 2),
+        ((200, b'{"choices": [{"message": {}}]}'), 2),
+        ((200, b'{"choices": [{"message": null}]}'), 2),
+        ((200, b'{"choices": [{"message": {"content": 4}}]}'), 2),
+        ((200, b'{"choices": [{"message": {"content": {"text": "#thescore: 4"}}}]}'), 2),
+        ((200, b'{"choices": [{"message": {"content": [{"type": "image_url"}, "#thescore: 4"]}}]}'), 2),
+        ((200, b'{"choices": [{"message": {"content": "#thescore: 4 \\ud800"}}]}'), 2),
+        ((200, b'{"choices": [{"message": {"content": null}}]}'), 1),
+        ((200, b'{"choices": [{"message": {"tool_calls": [{"id": 1}]}}]}'), 1),
+        ((200, b'{"choices": [{"message": {"content": "#thescore: 4"}, "finish_reason": "content_filter"}]}'), 1),
+        ((200, b'{"choices": [{"message": {"content": "#thescore: 4", "refusal": "No."}}]}'), 1),
+        ((200, b'{"choices": [{"message": {"content": "#thescore: 4", "tool_calls": [{"id": 1}]}}]}'), 1),
         ((200, b"[" * 100_000), 2),
         ((200, b"\xff\xfe"), 2),
         ((0, b""), 2),
@@ -105,6 +116,16 @@ def test_a_dead_server_is_given_up(serve, rubric):  # noqa: F811
 def test_one_refused_row_does_not_end_the_others(serve, rubric):  # noqa: F811
     served = serve(lambda n, _: (413, b"too long") if n % 5 else says("#thescore: 3"))
     assert rubric(served).score([str(i) for i in range(10)], ["p"] * 10) == ([None] * 4 + [1.5]) * 2
+
+
+def test_answers_that_are_held_back_end_no_others(serve, rubric, capsys):  # noqa: F811
+    """Four in a row by a filter, more than ``give_up``; parts of text are a text."""
+    parts = {"content": [{"type": "text", "text": "#thescore: "}, {"type": "text", "text": "4"}], "tool_calls": []}
+    held = {"message": {"content": None, "refusal": None}, "finish_reason": "content_filter"}
+    choices = [*[held] * 4, {"message": parts, "finish_reason": None}]
+    served = serve(lambda n, _: (200, json.dumps({"choices": [choices[n - 1]]}).encode()))
+    assert rubric(served).score([*"abcde"], ["p"] * 5) == [None] * 4 + [0.5]
+    assert "4 of 5 answers are unscored: an answer with finish_reason content_filter" in capsys.readouterr().err
 
 
 def test_a_server_that_never_ends_is_left(serve, rubric):  # noqa: F811

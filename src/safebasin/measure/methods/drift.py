@@ -26,7 +26,7 @@ from safebasin.measure import suite
 from safebasin.measure.mechanics import prompt_rows
 from safebasin.measure.subject import Subject
 from safebasin.models.load import ModelAndTokenizer
-from safebasin.models.parts import text_config
+from safebasin.models.parts import context_length, text_config
 from safebasin.stats import mean
 
 States = Float[np.ndarray, "prompts layers hidden"]
@@ -40,7 +40,7 @@ class Drift:
     harmful: SetName  # prompts
     harmless: SetName  # prompts
     take: Annotated[int, Field(ge=2)] | None = None  # of each prompt file
-    max_length: PositiveInt = 512  # longer rows are unscored
+    max_length: PositiveInt = 512  # rows longer than it or the context are unscored
     batch_size: PositiveInt = 16
     name: str = "drift"
 
@@ -51,16 +51,13 @@ class Drift:
                 f"{self.name} compares with a start model of the same vocabulary and has none here; measure it in a run"
             )
         examples, bad = open_rows(self.data)
-        rows, long = encode_all(subject.loaded.tokenizer, examples, self.max_length)
+        rows, long = encode_all(subject.loaded.tokenizer, examples, min(self.max_length, context_length(start.model)))
         harmful, harmless = (
             [prompt.text for prompt in open_prompts(path, take=self.take)] for path in (self.harmful, self.harmless)
         )
-        sizes = ((self.data.path, len(rows)), (self.harmful, len(harmful)), (self.harmless, len(harmless)))
-        for path, size in sizes:
-            if size < 2:
-                raise UserError(
-                    f"{self.name}: {path} gives {size} rows within max_length {self.max_length}; two are the least"
-                )
+        sizes = {self.data.path: len(rows), self.harmful: len(harmful), self.harmless: len(harmless)}
+        if few := [f"{path} gives {size} rows" for path, size in sizes.items() if size < 2]:
+            raise UserError(f"{self.name}: {few[0]} within max_length {self.max_length}; two are the least")
         kl = [number for number in self.kl(subject.loaded, start, rows) if np.isfinite(number)]
         value, (low, high) = mean(kl) if len(kl) > 1 else (None, (None, None))
         unscored = len(rows) + len(long) + len(bad) - len(kl)

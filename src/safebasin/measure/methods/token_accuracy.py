@@ -19,6 +19,7 @@ from safebasin.encode import encode_all
 from safebasin.errors import UserError
 from safebasin.measure import suite
 from safebasin.measure.subject import Subject
+from safebasin.models.parts import context_length
 from safebasin.stats import mean
 
 
@@ -27,14 +28,16 @@ class TokenAccuracy:
     """How many tokens of held-out answers are the model's first choice."""
 
     data: Source
-    max_length: PositiveInt = 512  # longer rows are unscored, and so are rows that cannot be read
+    max_length: PositiveInt = (
+        512  # rows longer than it or the context are unscored, and so are rows that cannot be read
+    )
     batch_size: PositiveInt = 16
     name: str = "token_accuracy"
 
     def measure(self, subject: Subject) -> Iterator[Measurement]:
         model, tokenizer = subject.loaded
         examples, bad = open_rows(self.data)
-        rows, long = encode_all(tokenizer, examples, self.max_length)
+        rows, long = encode_all(tokenizer, examples, min(self.max_length, context_length(model)))
         if len(rows) < 2:
             raise UserError(
                 f"{self.name}: of {self.data.path}, {len(rows)} rows fit max_length {self.max_length}; it needs two"

@@ -39,8 +39,7 @@ class GradShield(Directional):
     def objective(
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
     ) -> tuple[Batch, Objective]:
-        device = next(model.parameters()).device
-        probe = opening(tokenizer, anchor_rows(anchors, "probe", self.probes, "gradshield"), device)
+        probe = opening(model, tokenizer, anchor_rows(anchors, "probe", self.probes, "gradshield"))
         pair = token_pair(model, tokenizer, probe, self.tokens)
         return probe, lambda m, b: refusal_margin(m, b, pair).mean()
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from safebasin.batch import Batch, collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.guards.prefix import Guard, encode_policy, prefix_scores, read_guard
+from safebasin.guards.prefix import Guard, check_fits, encode_policy, prefix_scores, read_guard
 from safebasin.guards.templates import TEMPLATES, Name, Template
 from safebasin.guards.turns import text_ids, turns_of
 from safebasin.models.load import load
@@ -79,8 +79,9 @@ class GuardScore:
         template = TEMPLATES[self.template] if self.template else Template(self.policy, self.verdicts, self.opening)
         guard = read_guard(words, *template)
         hello = text_ids(words, "Hello")
+        ids = [*guard.policy, *hello, *guard.between, *hello, *guard.suffix]
+        check_fits(guard_model, len(ids))
         with torch.no_grad():
-            ids = [*guard.policy, *hello, *guard.between, *hello, *guard.suffix]
             logits = guard_model(torch.tensor([ids], device=guard_model.device)).logits[0, -1]
         answer = logits.float().softmax(-1)
         if answer[list(guard.verdicts)].sum() < MASS:

@@ -65,7 +65,7 @@ class Larf:
 
     @torch.no_grad()
     def _layer(self, model: Any, tokenizer: Any, rows: Sequence[TokenizedRow]) -> int:
-        probe = opening(tokenizer, rows, next(model.parameters()).device)
+        probe = opening(model, tokenizer, rows)
         pair = token_pair(model, tokenizer, probe, self.tokens)
         owned: dict[int, dict[str, Tensor]] = {}
         for name in target_weights(model):

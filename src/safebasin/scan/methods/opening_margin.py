@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from safebasin.batch import Batch, collate
+from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.probe import anchor_rows, answered, opening_ids, opening_margin
+from safebasin.scan.probe import anchor_rows, answered, opening_ids, opening_margin, probe_batch
 
 
 @scorer("opening_margin", paper="arXiv:2605.14194", tokens="sum")
@@ -32,4 +32,4 @@ class OpeningMargin(Directional):
     ) -> tuple[Batch, Objective]:
         rows = anchor_rows(anchors, "probe", self.probes, "opening_margin")
         answers = (self.tokens, opening_ids(tokenizer, self.compliance))
-        return collate([answered(row, a) for a in answers for row in rows], tokenizer.pad_token_id), opening_margin
+        return probe_batch(model, tokenizer, [answered(row, a) for a in answers for row in rows]), opening_margin

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, collate
+from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective
-from safebasin.scan.probe import anchor_rows, answered, log_likelihood
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, probe_batch
 
 
 def mean_log_likelihood(model: Any, batch: Batch) -> Float[Tensor, ""]:
@@ -40,4 +40,4 @@ class RefusalLoss(Directional):
         self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]
     ) -> tuple[Batch, Objective]:
         rows = [answered(row, len(row)) for row in anchor_rows(anchors, "probe", self.probes, "refusal_loss")]
-        return collate(rows, tokenizer.pad_token_id), mean_log_likelihood
+        return probe_batch(model, tokenizer, rows), mean_log_likelihood

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, collate
+from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective, by_turn
-from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, parted
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, parted, probe_batch
 from safebasin.scan.tangent import Tangent
 
 
@@ -54,7 +54,7 @@ class RefusalPlace(Directional):
             likelihood, other = log_likelihood(m, batch).chunk(2)
             return (likelihood - other).mean()
 
-        return collate([*refused, *misplaced], tokenizer.pad_token_id), place
+        return probe_batch(model, tokenizer, [*refused, *misplaced]), place
 
     def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
         return by_turn(super().score(model, batch, fitted), batch.mask, self.opening, self.token_weight)

@@ -29,8 +29,7 @@ class SelfRefusal:
     tokens: tuple[Word, Word] | None = None  # (refusal, compliance); None: as the model itself refuses, against "Sure"
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> Pair:
-        device = next(model.parameters()).device
-        probe = opening(tokenizer, anchor_rows(anchors, "probe", self.probes, "self_refusal"), device)
+        probe = opening(model, tokenizer, anchor_rows(anchors, "probe", self.probes, "self_refusal"))
         return token_pair(model, tokenizer, probe, self.tokens)
 
     @torch.no_grad()

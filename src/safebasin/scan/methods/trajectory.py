@@ -33,11 +33,11 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from safebasin.batch import Batch, collate
+from safebasin.batch import Batch
 from safebasin.encode import TokenizedRow
 from safebasin.scan import scorer
 from safebasin.scan.directional import Directional, Objective, by_turn
-from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows
+from safebasin.scan.probe import anchor_rows, answered, log_likelihood, own_rows, probe_batch
 from safebasin.scan.tangent import Tangent
 
 OPENERS = ("Sure, here is", "Sure, here is", "Sure, here is", "Of course! Here is")
@@ -89,7 +89,7 @@ class Trajectory(Directional):
             likelihood = log_likelihood(m, batch)
             return (likelihood * weights.to(likelihood)).sum()
 
-        return collate([context.row for context in every], tokenizer.pad_token_id), safety
+        return probe_batch(model, tokenizer, [context.row for context in every]), safety
 
     def score(self, model: Any, batch: Batch, fitted: Tangent) -> Float[Tensor, "batch answers"]:
         return by_turn(super().score(model, batch, fitted), batch.mask, self.opening, self.token_weight)

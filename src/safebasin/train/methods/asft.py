@@ -17,7 +17,6 @@ differ, d = 0, C = 0 and the penalty is |s B A|_F^2.
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -25,44 +24,15 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from safebasin.console import line
 from safebasin.errors import UserError
-from safebasin.layer import Pair, open_tensors, read_directions, tensor_files, write_alignment_directions
-from safebasin.models.bundled import BUILTIN, cache, resolve
+from safebasin.layer import Pair, open_tensors, tensor_files
+from safebasin.models.bundled import BUILTIN, resolve
 from safebasin.train import method
-from safebasin.train.anchor_projector import AnchorProjector, Departure
+from safebasin.train.anchor_projector import AnchorProjector, Departure, directions, full
 
 LORA_A = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_A\.(?P<adapter>[^.]+)\.weight")
 BLOCK = re.compile(r"(?P<module>.+\.\d+\..+_proj)\.weight")  # what adapters are put on, as most models name it
-
-
-def directions(
-    base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device
-) -> dict[str, AnchorProjector]:
-    """The projector of every module. The directions of two models are computed once and stored in the cache folder."""
-    folders = resolve(base), resolve(aligned)
-    files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
-    facts = (modules, [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-    path = cache() / f"directions-{hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()}.safetensors"
-    if not path.is_file():
-        write_alignment_directions(*folders, modules, path)
-    if not any(d.any() for _, d in read_directions(path, modules)):
-        raise UserError(
-            f"asft: {aligned!r} and {base!r} hold the same weights, so there is no alignment direction between them"
-        )
-    every = {module: AnchorProjector.of(d.to(device), projector, k) for module, d in read_directions(path, modules)}
-    high = sorted(each.eigenvalue for each in every.values() if each.eigenvalue > 2)
-    if high:
-        share = f"{len(high)} of {len(every)} modules"
-        line(f"  asft: sigma_1^2 / |d|_F is above 2 in {share} (at most {high[-1]:.3g}): C is scaled to a largest of 1")
-    return every
-
-
-def full(parameter: Tensor) -> Tensor:
-    """All of a parameter that may be sharded, in float32; gradients flow back to the shards."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()
 
 
 @method("asft", paper="arXiv:2506.08473", roles=("base",))
