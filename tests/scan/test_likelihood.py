@@ -110,7 +110,7 @@ def test_their_fields_and_defaults():
 @each_method
 def test_the_score_is_the_first_order_loss_of_s(name):
     """S(theta - eta grad L) = S(theta) - eta score + O(eta^2), by a central difference, in float64 but for Llama's
-    norms, which round to float32: so the error of the slope is about 1e-8 / eta."""
+    norms, which round to float32: so the error of the slope is about 1e-8 / eta, and 7e-8 / eta on some processors."""
     model, _ = aligned_model(torch.float64)
     method = METHODS[name]
     fitted, targets = method.fit(model, TOKENIZER, ANCHORS), target_weights(model)
@@ -123,7 +123,7 @@ def test_the_score_is_the_first_order_loss_of_s(name):
                 for weight, direction in step.items():
                     model.get_parameter(weight).add_(sign * eta * direction)
                 moved.append(plain_s(name, model).item())
-        assert (moved[0] - moved[2]) / (2 * eta) == pytest.approx(-score, rel=1e-3, abs=2e-8 / eta)
+        assert (moved[0] - moved[2]) / (2 * eta) == pytest.approx(-score, rel=1e-3, abs=1e-7 / eta)
 
 
 @each_method
