@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = {"train", "scan", "truth", "hidden_text", "kill", "search", "guard", "dsa", "landscape", "mechanics", "rubric"}
 NAMES |= {"quickstart", "forms", "grid", "methods", "repair", "repair_table"}
 NAMES |= {"coverage", "intervals", "judges", "trajectory", "service", "service_end", "scale", "peers", "arithmetic"}
+NAMES |= {"gpu"}
 
 
 def results(path):

@@ -84,7 +84,10 @@ class Stub(Run):
 
     def write_rows(self):
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder.path / "manifest.json", {"machine": "a machine", "hardware": "a GPU", "model": "tiny", "steps": {}})
+        write_json(
+            self.folder.path / "manifest.json",
+            {"machine": "a machine", "hardware": "a GPU", "model": "tiny", "steps": {}},
+        )
         if isinstance(outcome := self.outcomes.get(self.folder.path.name), Exception):
             raise outcome
 
