@@ -28,9 +28,7 @@ class TokenAccuracy:
     """How many tokens of held-out answers are the model's first choice."""
 
     data: Source
-    max_length: PositiveInt = (
-        512  # rows longer than it or the context are unscored, and so are rows that cannot be read
-    )
+    max_length: PositiveInt = 512  # rows beyond it or the context, and rows that cannot be read, are unscored
     batch_size: PositiveInt = 16
     name: str = "token_accuracy"
 
