@@ -37,17 +37,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import recipe
 from benchmarks.harness import Bench, experiment, ratios, seconds, take_turns
-from benchmarks.scan.scan import encoded, plain_epoch
+from benchmarks.scan.scan import encoded, epoch_of, plain_epoch
 from safebasin.data.builtin import rows_of
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
-from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer, load, load_tokenizer
 from safebasin.scan import scorer
 from safebasin.scan.scan import fit_scorers, score_rows
-from safebasin.train.compose import Composition
-from safebasin.train.settings import training_arguments
-from safebasin.train.trainer import OracleTrainer, streams_of
 
 PEAK = 989e12  # FLOP a second: an H100 or H200 (SXM), dense bfloat16, by the datasheet
 TOKENS, ANSWER = 512, 128
@@ -217,7 +213,7 @@ def large(bench: Bench, count: int, batch: int, repeats: int) -> None:
             bench.timing(f"large.{name}.peak_share", share, unit=f"share of {PEAK / 1e12:.0f} TFLOP/s")
 
     measure(ways)
-    measure({"sft": (2.0, tuning(model, tokenizer, rows, batch))})  # the adapter comes last: it stays in the model
+    measure({"sft": (2.0, epoch_of(model, tokenizer, rows, batch))})  # the adapter comes last: it stays in the model
     if torch.cuda.is_available():
         bench.record("large.memory", torch.cuda.max_memory_allocated() / 2**30, n=1, unit="GiB, the most at once")
 
@@ -238,20 +234,6 @@ def forwards(model: Any, rows: Sequence[TokenizedRow], batch: int) -> None:
     for i in range(0, len(rows), batch):
         ids = torch.tensor([row.ids.tolist() for row in rows[i : i + batch]], device=model.device)
         model(input_ids=ids, logits_to_keep=ANSWER + 1, use_cache=False)
-
-
-def tuning(model: Any, tokenizer: Any, rows: Sequence[TokenizedRow], batch: int) -> Callable[[], float]:
-    """The seconds of an epoch of plain tuning of an adapter on all linear layers."""
-    tuned = fresh_adapter(model, recipe.ADAPTER, 0)
-    settings = {"per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": 1e-4}
-    settings |= {"bf16": True, "seed": 0, "save_strategy": "no"}
-
-    def epoch() -> float:
-        args = training_arguments(settings, Path("unused"))
-        streams = streams_of({"task": list(rows)}, args, tokenizer.pad_token_id)
-        return seconds(OracleTrainer(tuned, args, Composition.of(["sft"]), streams).train)
-
-    return epoch
 
 
 @experiment("gpu", replaces=("what",), quick={"part": ("exact",), "arms": ("sft", "safegrad_sft"), "rows": 12})

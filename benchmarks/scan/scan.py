@@ -228,19 +228,29 @@ def one_backward_a_row(
     return scores
 
 
-def plain_epoch(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow]) -> Callable[[], float]:
-    """The seconds of an epoch of plain tuning of a fresh adapter, batch 8, in the type of the hardware."""
-    model = fresh_adapter(load(recipe.MODEL).model, recipe.ADAPTER, 0)
-    settings = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4}
+def epoch_of(model: Any, tokenizer: Any, rows: Sequence[TokenizedRow], batch: int = BATCH) -> Callable[[], float]:
+    """The seconds of an epoch of plain tuning of a fresh adapter on the model, in the type of its weights."""
+    tuned = fresh_adapter(model, recipe.ADAPTER, 0)
+    settings = {"per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": 1e-4}
     settings |= {"bf16": model.dtype == torch.bfloat16, "seed": 0, "save_strategy": "no"}
 
     def epoch() -> float:
         args = training_arguments(settings, Path(tempfile.gettempdir()) / "unused")
-        streams = streams_of({"task": list(rows)}, args, loaded.tokenizer.pad_token_id)
-        with mock.patch("safebasin.batch.padded_because", lambda _: "timed"):
-            return seconds(OracleTrainer(model, args, Composition.of(["sft"]), streams).train)
+        streams = streams_of({"task": list(rows)}, args, tokenizer.pad_token_id)
+        return seconds(OracleTrainer(tuned, args, Composition.of(["sft"]), streams).train)
 
     return epoch
+
+
+def plain_epoch(loaded: ModelAndTokenizer, rows: Sequence[TokenizedRow]) -> Callable[[], float]:
+    """``epoch_of`` on padded rows, batch 8, of the built-in model in the type of the hardware."""
+    epoch = epoch_of(load(recipe.MODEL).model, loaded.tokenizer, rows)
+
+    def padded() -> float:
+        with mock.patch("safebasin.batch.padded_because", lambda _: "timed"):
+            return epoch()
+
+    return padded
 
 
 def encoding(bench: Bench, repeats: int) -> None:
