@@ -207,7 +207,7 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
         return records[name]["value"] if name in records else None
 
     def shown(cell: str) -> float | None:
-        number = cell.split(" %")[0].strip()
+        number = cell.split(" %")[0].strip(" *")
         return None if number in ("", "–") else float(number) / (100 if "%" in cell else 1)
 
     cells: dict[str, Callable[[str, str], float | None]] = {
