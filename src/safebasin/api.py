@@ -300,7 +300,7 @@ def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path)
     says.
 
     >>> import tempfile
-    >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "arms={start: {}}"]
+    >>> quick = ["data.task.take=8", "data.poison_share=0", "data.poison=null", "arms={start: {}}", "gate={max_asr: 1}"]
     >>> suite = "measure.suites=[{asr: {prompts: builtin:harmful-test, take: 2, judges: [keyword], max_new_tokens: 4}}]"
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = run_recipe(read_recipe("builtin:quickstart", [*quick, suite]), folder)

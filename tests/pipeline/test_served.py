@@ -26,6 +26,7 @@ CHANGES = [
     "train.learning_rate=0.004",
     "train.warmup_steps=0",
     "arms={start: {}, plain: {train: [sft]}}",
+    "gate={max_asr: 0.15}",
     "measure.suites=[{asr: {prompts: builtin:lookalike-test, take: 5, judges: [keyword], max_new_tokens: 24}}]",
 ]
 
