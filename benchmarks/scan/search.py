@@ -32,7 +32,7 @@ def cell(share: float, seed: int, out: Path, data: Path, rows: int, change: tupl
     """Search at one share and seed, and tune on the clean rows alone."""
     words = options(share, seed, data, rows, change)
     run_cli("search", RECIPE, "--arm", "defended", "--out", out / "search", *words, codes=(0, 3, 4))
-    clean = ["data.poison_share=0", "data.poison=null", 'arms={"plain": {"train": ["sft"]}}']
+    clean = ["data.poison_share=0", "data.poison=null", "arms={plain: {train: [sft]}}", "gate={max_asr: 1}"]
     run_cli("run", RECIPE, "--out", out / "clean", *words, *(w for each in clean for w in ("--change", each)))
     rounds = json.loads((out / "search" / "search.json").read_text(encoding="utf-8"))
     lines = (out / "clean" / "arms" / "plain" / "measurements.jsonl").read_text(encoding="utf-8").splitlines()
