@@ -16,6 +16,7 @@ so many tokens), plain tuning of an adapter as two (the backward goes to the act
 products are left out.
 """
 
+import copy
 import functools
 import json
 import os
@@ -91,7 +92,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "warmup_steps": 0, 
 
 def run_of(arms: Mapping[str, Sequence[Any]], rows: int) -> dict[str, Any]:
     """The quickstart in float32 with these arms, two steps of plain gradient descent and a few answers."""
-    tree = json.loads(json.dumps(recipe.TREE))
+    tree = copy.deepcopy(recipe.TREE)
     tree["model"]["dtype"] = "float32"
     tree["data"]["task"]["take"] = rows
     tree["scan"]["scorers"] = list(SCORERS)
