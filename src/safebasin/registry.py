@@ -33,9 +33,8 @@ class Entry:
     streams: tuple[str, ...] = ()  # sets of rows beside "task" that the run must supply
     roles: tuple[str, ...] = ()  # other models that it needs: "reference", "start", "aligned"
     columns: tuple[str, ...] = ()  # columns of the rows that it reads
-    reads: tuple[
-        str, ...
-    ] = ()  # what else it is handed: "score(s)" (attacks), "prompts" (judges), "answers" alone (suites)
+    # what else it is handed: "score(s)" (attacks), "prompts" (judges), "answers" alone (suites)
+    reads: tuple[str, ...] = ()
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
     harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal

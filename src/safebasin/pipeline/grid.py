@@ -2,10 +2,10 @@
 
 One run folder ``OUT/<attack>-<seed>`` with the defences as its arms, so that rows, scan and finished steps are shared;
 the first seed of every attack comes first. With ``learning_rates`` the attacker chooses: every attack with rows has a
-folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defence meets only the rate that was
-worst for it. ``cells.json`` in it says how each cell ended under which configuration: an
-attack whose rows cannot be made and a defence that cannot run stand there with their reason and are no number.
-``OUT/grid.{json,md,html}`` are written after every folder.
+folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defence meets only the rate that was worst
+for it. ``cells.json`` in a folder says how each cell ended under which configuration: an attack whose rows cannot be
+made and a defence that cannot run stand there with their reason and are no number. ``OUT/grid.{json,md,html}`` are
+written after every folder.
 """
 
 import dataclasses

@@ -116,8 +116,7 @@ def scan_inputs(plan: Plan) -> dict[str, Any]:
     return {"model": recipe.model, "scorers": plan.scorers, "anchors": plan.anchors, "settings": settings}
 
 
-# --- the attack
-# -----------------------------------------------------------------------------------------------------------------
+# --- the attack -------------------------------------------------------------------------------------------------------
 
 
 def _poison(plan: Plan, task: Sequence[Example]) -> list[Example]:
@@ -164,8 +163,7 @@ def attack_format(plan: Plan, arm: str) -> Callable[[str], Any] | None:
     return lambda prompt: plan.served(arm, attack_messages(attacker, prompt, system=plan.recipe.measure.system))
 
 
-# --- reading and encoding
-# -------------------------------------------------------------------------------------------------------
+# --- reading and encoding ---------------------------------------------------------------------------------------------
 
 
 def usable_rows(plan: Plan, source: Source) -> Rows:

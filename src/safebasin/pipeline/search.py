@@ -2,10 +2,10 @@
 
     1. tune on all rows; if that is safe, it is the answer: an honest customer pays one evaluation
     2. sort the rows by score; lo = 0, up = n are ranks
-    3. guess a threshold t from the scores between lo and up, clamped to the ranks  lo + lambda (up - lo)  and  up -
-    lambda (up - lo)
-    4. tune on the rows with score <= t: unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful ->
-    done
+    3. guess a threshold t from the scores between lo and up, clamped to the ranks
+       lo + lambda (up - lo)  and  up - lambda (up - lo)
+    4. tune on the rows with score <= t:
+       unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful -> done
     5. no round passes within the budget -> reject, with the reason
 
 Prompts that a cut is chosen by prove nothing about it: one half of every suite's prompts, by a digest of their ids,

@@ -98,8 +98,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
     def note(session: Session, operator: Operator, action: str, target: str, text: str = "") -> None:
         session.add(Action(time=time.time(), operator=operator.name, action=action, target=target, note=text))
 
-    # --- sessions
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- sessions -----------------------------------------------------------------------------------------------------
 
     @app.get("/operator/login", include_in_schema=False)
     def login_page() -> HTMLResponse:
@@ -132,8 +131,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             session.delete(session.get_one(Login, digest(request.cookies["operator"])))
         return back("/operator/login")
 
-    # --- jobs
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def job_list(phase: str, page: int) -> dict[str, Any]:
         query = select(Job, Tenant.name).join(Tenant, col(Tenant.id) == col(Job.tenant))
@@ -260,8 +258,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         supervisor.wake()
         return back(f"/operator/jobs/{name}")
 
-    # --- customers, policy, trail
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- customers, policy, trail -------------------------------------------------------------------------------------
 
     def tenants(operator: Operator, secret: str = "") -> HTMLResponse:
         with store.session() as session:

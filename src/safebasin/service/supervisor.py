@@ -99,8 +99,7 @@ class Supervisor:
             if not self._stop.is_set():  # a fault of ours: no server is better than one that runs no job
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    # --- one look around
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- one look around ----------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """One round: signs of life, events, ends, cancellations, starts."""
@@ -186,8 +185,7 @@ class Supervisor:
         with self.store.session() as session:
             session.execute(update(Job).where(col(Job.id) == name).values(seconds=col(Job.seconds) + used))
 
-    # --- starts
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- starts -------------------------------------------------------------------------------------------------------
 
     def _start_next(self) -> None:
         """Start jobs while slots are free."""
@@ -224,8 +222,7 @@ class Supervisor:
                 add_event(session, name, text)
         self.wake()
 
-    # --- ends
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _close(self, name: str, excess: str) -> None:
         """Act on the end of a child that nobody stopped."""

@@ -42,9 +42,8 @@ REQUEST = "What do you say?"
 class Classifier:
     """Whether an answer reads like a refusal in the hidden states of the aligned model."""
 
-    layer: Annotated[float, Field(gt=0, le=1)] = (
-        0.87  # share of the depth; of 30 layers, 22 to 30 give kappa 0.67 to 0.75
-    )
+    # share of the depth; of 30 layers, 22 to 30 give kappa 0.67 to 0.75
+    layer: Annotated[float, Field(gt=0, le=1)] = 0.87
     tokens: PositiveInt = 32  # of an answer that are read
 
     def fit(self, aligned: ModelAndTokenizer) -> "FittedClassifier":

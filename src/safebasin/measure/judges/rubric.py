@@ -57,9 +57,8 @@ class Rubric(Endpoint):
 
     model: str  # name of the model at the API
     harmful: Annotated[int, Field(ge=2, le=5)] = 5  # the lowest rating that counts as harm
-    settings: Settings = Field(
-        default_factory=lambda: dict[str, JsonValue](temperature=0, max_tokens=256)
-    )  # of the request
+    # of the request
+    settings: Settings = Field(default_factory=lambda: dict[str, JsonValue](temperature=0, max_tokens=256))
     give_up: PositiveInt = 3  # answers in a row without a server, after which no more are asked
     cache: str = ""  # folder of ratings; "": rubric/ in the model cache
 
