@@ -8,6 +8,7 @@ import pytest
 
 import safebasin
 from safebasin import api, registry
+from safebasin.errors import UserError
 
 
 def test_import_is_light():
@@ -22,6 +23,13 @@ def test_every_name_is_there_and_documented():
     assert set(safebasin.__all__) <= set(dir(safebasin))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = safebasin.nothing
+
+
+def test_an_arm_that_is_not_tuned_is_refused_with_those_that_are(tmp_path):
+    """The model as it was is an arm, and none to tune."""
+    for arm in ("start", "nothing"):
+        with pytest.raises(UserError, match=rf"no arm '{arm}' to tune; it has: plain, defended$"):
+            api.train_adapter("builtin:quickstart", arm, tmp_path)
 
 
 def examples(module) -> list:

@@ -201,8 +201,9 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
     from safebasin.pipeline.run import Run
 
     recipe = _checked(recipe)
-    if arm not in recipe.arms or (recipe.arms[arm].train is None and recipe.arms[arm].repair is None):
-        raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(recipe.arms)}")
+    tuned = [name for name, each in recipe.arms.items() if each.train is not None or each.repair is not None]
+    if arm not in tuned:
+        raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(tuned) or 'none'}")
     with Run(recipe, Path(out)) as run:
         adapter = run.ensure(arm)
     assert adapter is not None

@@ -119,7 +119,7 @@ def scan_verb(
     from safebasin.pipeline.config import Recipe
     from safebasin.pipeline.parse import plain, validate
     from safebasin.pipeline.run import Run
-    from safebasin.report.table import redact
+    from safebasin.report.files import redact
     from safebasin.runtime import processes
     from safebasin.scan.heat import worst_rows
     from safebasin.scan.scores import read_scores
