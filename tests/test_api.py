@@ -1,4 +1,4 @@
-"""The door for Python: every documented name is there, imports nothing heavy, and its example runs."""
+"""The Python interface: every documented name is there, imports nothing heavy, and its example runs."""
 
 import doctest
 import subprocess
@@ -38,7 +38,7 @@ def examples(module) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("test", examples(api), ids=lambda test: test.name)
-def test_examples_of_the_door(test):
+def test_examples_of_the_interface(test):
     """On the built-in model and rows."""
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
     assert runner.run(test).failed == 0

@@ -1,6 +1,7 @@
-"""The door for Python: the verbs of the command line as functions, for notebooks and for programs.
+"""The Python interface: the verbs of the command line as functions, for notebooks and for programs.
 
-The examples run as they stand, on the built-in model and rows; tests/test_api.py runs them.
+The examples run as they stand, on the built-in model and rows; tests/test_api.py runs them. More than 250 lines, since
+more than half of them are documentation and examples.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class Batch:
 
     @property
     def labels(self) -> Int[Tensor, "batch answers"]:
+        """The token ids of the tail, answers and others."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
     @property
@@ -68,6 +69,7 @@ class Batch:
         return values[:, :-1][self.mask]
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
         return Batch(
             self.input_ids.to(device),
             self.attention_mask.to(device),

@@ -145,7 +145,7 @@ def fit(
         else:
             rows.append(row)
     if failures == len(examples) > 1:
-        raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: mend the template")
+        raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: correct the template")
     return rows, bad
 
 

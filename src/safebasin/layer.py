@@ -147,6 +147,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """[out, in] of the weight."""
         return self.b.shape[0], (self.b if self.a is None else self.a).shape[1]
 
     @property
@@ -155,6 +156,7 @@ class Update:
         return min(self.b.shape)
 
     def dense(self) -> Tensor:
+        """dW itself, [out, in]."""
         return self.b if self.a is None else self.b @ self.a
 
     def __mul__(self, scale: float | int) -> "Update":
@@ -180,6 +182,7 @@ class Update:
         return float(((self.b.double().T @ other.b.double()) * (self.a.double() @ other.a.double().T)).sum())
 
     def norm(self) -> float:
+        """The Frobenius norm of dW."""
         return math.sqrt(max(self @ self, 0.0))
 
     def left(self, function: Callable[[Tensor], Tensor]) -> "Update":

@@ -32,6 +32,8 @@ class Unplaced(Exception):
 
 
 class ControlTokens(NamedTuple):
+    """Tokens that mark turns: their ids, and patterns that match their texts."""
+
     ids: frozenset[int]
     pattern: re.Pattern[str]
     special: re.Pattern[str]  # of these, those that a tokenizer calls special
@@ -123,7 +125,7 @@ def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
     """The places of the learned answers in the rendered text of a row.
 
     Raises:
-        Unplaced: the answer is not in the text, or cannot be told from the rest.
+        Unplaced: the answer is not in the text, or cannot be distinguished from the rest.
     """
     places = _plain(tokenizer, example, text)
     for roles in (("system", "developer", "user", "tool", "assistant"), ("assistant",)):
@@ -344,7 +346,7 @@ def _end_size(tokenizer: Any, template: str, tail: str, ending: str | None, firs
 @functools.lru_cache(maxsize=8)
 def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
     """What ends an answer that a request follows, and what a template writes behind the last one to open the next,
-    where it does so unasked; "" where there is none, or it cannot be seen.
+    where it does so without being asked; "" where there is none, or it cannot be seen.
 
     >>> _endings(tokenizer, template_text(tokenizer))
     ('<|im_end|>\\n', '')

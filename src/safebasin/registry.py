@@ -140,6 +140,9 @@ OTHER_NAMES = {  # of other trainers -> ours
 def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """The name and the fields of ``name`` or ``{name: {field: value}}``.
 
+    Raises:
+        UserError: another form; ``where`` stands before the message.
+
     >>> split_spec({"safegrad": {"rho": 2}}, "train")
     ('safegrad', {'rho': 2})
     """
@@ -152,7 +155,7 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
 
 
 def validated(kind: type[T], tree: Any, origin: str, names: Iterable[str] = ()) -> T:
-    """The tree as an object of ``kind``; a yes or a text in the place of a number is refused, not converted.
+    """The tree as an object of ``kind``; a boolean or a text in the place of a number is refused, not converted.
 
     Args:
         kind: a dataclass whose fields are bounded.

@@ -11,6 +11,8 @@ Outcomes = Mapping[Any, int | float] | Sequence[int | float]  # of one seed, by 
 
 
 class Interval(NamedTuple):
+    """The ends of a 95 % interval."""
+
     low: float
     high: float
 

@@ -223,7 +223,7 @@ def convert_verb(
     bad = sorted([*rows.bad, *converted.bad])
     listed = "; ".join(f"line {each.line}: {each.reason}" for each in bad[:3])
     if not converted.rows or (bad and not skip_bad):
-        raise UserError(f"{len(bad)} rows cannot be converted ({listed}); mend them, or --skip-bad")
+        raise UserError(f"{len(bad)} rows cannot be converted ({listed}); correct them, or --skip-bad")
     write_converted(to, converted, as_)
     say(f"{len(converted.rows)} rows: {to / 'train.jsonl'}")
     if bad:

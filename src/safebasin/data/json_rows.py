@@ -12,6 +12,8 @@ from safebasin.errors import UserError
 
 
 class BadRow(NamedTuple):
+    """A row that cannot be used: its line in the file, and why."""
+
     line: int
     reason: str
 

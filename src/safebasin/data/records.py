@@ -39,7 +39,7 @@ class AnswerRecord:
     scores: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
     correct: bool | None = None  # None: unscored, or a suite that judges
     finished: bool = True  # the model ended its answer by itself
-    thought: str = ""  # what it thought before, judged apart
+    thought: str = ""  # what it thought before, judged by itself
 
     @classmethod
     def from_row(cls, row: Any) -> "AnswerRecord":

@@ -25,6 +25,8 @@ Decided = Callable[[Sequence[str]], Sequence[bool]]  # of which answers, as far 
 
 
 class Answer(NamedTuple):
+    """What a model answered to one prompt; ``tokens``: how many new ones."""
+
     text: str  # without its thoughts
     tokens: int
     finished: bool  # the model ended its turn by itself

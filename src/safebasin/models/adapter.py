@@ -136,7 +136,11 @@ def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
+    """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one.
+
+    Raises:
+        UserError: there is no such folder, or a file is missing.
+    """
     folder = Path(adapter)
     if not folder.exists():
         if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", str(adapter)):

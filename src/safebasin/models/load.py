@@ -2,8 +2,8 @@
 
 What the files of a folder contradict is refused: names, sizes and kinds of tensors, and ``architectures`` of another
 family than ``model_type``. Numbers of config.json that no tensor shows (``rope_theta``, a norm's epsilon, a window, an
-activation) cannot be checked: a model with others than it was trained with computes something else, in silence. So it
-is with an adapter: it names its base, and what its base's config.json held stands nowhere.
+activation) cannot be checked: a model with others than it was trained with computes something else, and no error shows
+it. The same holds for an adapter: it names its base, and nowhere what its base's config.json held.
 """
 
 import contextlib
@@ -38,6 +38,8 @@ PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
+    """A model, and the tokenizer of its rows with their chat template."""
+
     model: Any
     tokenizer: Any
 

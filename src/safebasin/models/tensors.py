@@ -61,7 +61,11 @@ class ModelShapes:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model: a folder, a ``builtin:`` name, or a Hub id that is fetched."""
+    """The folder of a model: a folder, a ``builtin:`` name, or a Hub id that is fetched.
+
+    Raises:
+        UserError: it cannot be fetched, or is an adapter.
+    """
     with loading(f"the model {shown(name)!r}"):
         folder = Path(resolve(str(name)))
         if not folder.exists():

@@ -146,7 +146,7 @@ class Recipe:
 
     @property
     def full(self) -> bool:
-        """Whether every weight is tuned: ``train: {adapter: null}``, said in so many words."""
+        """Whether every weight is tuned: ``train: {adapter: null}``, with the null written out."""
         return "adapter" in self.train and self.train["adapter"] is None
 
     @property

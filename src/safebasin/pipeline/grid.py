@@ -41,6 +41,8 @@ Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attac
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Attack:
+    """An attack of the grid: a method, and the share of its rows in the mixture."""
+
     attack: Spec
     poison_share: float = Field(ge=0, lt=1)
     take: PositiveInt | None = None  # rows of the task; None: as many as in base. A share of 0.9 takes nine times these
@@ -48,6 +50,8 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Defence(Arm):
+    """A defence of the grid: an arm, and what a paper states for it."""
+
     published: Published | None = None
 
 
@@ -141,6 +145,7 @@ def _ended(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def folder_of(out: Path, attack: str, rate: float | None, seed: int) -> Path:
+    """The run folder of a cell; ``rate`` is in its name where the attacker chose it."""
     return out / f"{attack}-{seed}" if rate is None else out / f"{attack}-{rate:g}-{seed}"
 
 

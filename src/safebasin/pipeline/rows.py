@@ -167,12 +167,16 @@ def attack_format(plan: Plan, arm: str) -> Callable[[str], Any] | None:
 
 
 def usable_rows(plan: Plan, source: Source) -> Rows:
-    """The rows of a set; those that cannot be used stop the run, or are listed and left out."""
+    """The rows of a set; those that cannot be used stop the run, or are listed and left out.
+
+    Raises:
+        UserError: a row that cannot be used, unless ``data.on_bad`` is "skip"; or no row that can.
+    """
     rows = open_rows(source)
     if rows.bad and plan.recipe.data.on_bad == "stop":
         listed = "; ".join(f"line {bad.line}: {bad.reason}" for bad in rows.bad[:3])
         raise UserError(
-            f"{source.path}: {len(rows.bad)} rows cannot be used ({listed}); mend them, or set data.on_bad: skip"
+            f"{source.path}: {len(rows.bad)} rows cannot be used ({listed}); correct them, or set data.on_bad: skip"
         )
     if not rows.examples:
         first = rows.bad[0]
@@ -208,7 +212,11 @@ def encoded_rows(
     plan: Plan, path: Path, loaded: ModelAndTokenizer, tokens: Path | None = None, *, cut_short: bool = False
 ) -> EncodedRows:
     """Rows longer than ``row_limit`` stop the run, or are left out and listed; with ``cut_short`` they are cut to what
-    fits. ``tokens``: of the run folder, where rows that were encoded before are."""
+    fits. ``tokens``: of the run folder, where rows that were encoded before are.
+
+    Raises:
+        UserError: see ``fitting_rows``; or no row can be used.
+    """
     examples = training_examples(plan, path)
     with processes().main_process_first():  # the others read what it has written
         coded = (
@@ -237,12 +245,17 @@ def fitting_rows(
     *,
     cut_short: bool = False,
 ) -> EncodedRows:
-    """``encoded_rows`` of some rows of a file, as they are encoded at their full length; all may be bad."""
+    """``encoded_rows`` of some rows of a file, as they are encoded at their full length; all may be bad.
+
+    Raises:
+        UserError: a row that cannot be used, unless ``data.on_bad`` is "skip".
+    """
     skip = plan.recipe.data.on_bad == "skip"
     rows, bad = fit(coded, examples, sys.maxsize if cut_short else limit)
     if bad and not skip:
         raise UserError(
-            f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); mend them, or set data.on_bad: skip"
+            f"{len(bad)} rows cannot be used (line {bad[0].line}: {bad[0].reason}); "
+            "correct them, or set data.on_bad: skip"
         )
     for note, count in collections.Counter(row.note for row in rows if row.note).items():
         line(f"{count} of {len(rows)} rows: {note}")
@@ -256,7 +269,11 @@ def fitting_rows(
 def encoded_set(
     source: Source, tokenizer: Any, limit: int = sys.maxsize, format_rows: Any = list
 ) -> list[TokenizedRow]:
-    """The rows of a set beside the task, as ``format_rows`` makes them; none may be bad, or longer than ``limit``."""
+    """The rows of a set beside the task, as ``format_rows`` makes them.
+
+    Raises:
+        UserError: a row that cannot be used, or is longer than ``limit`` tokens.
+    """
     rows, bad = encode_all(tokenizer, format_rows(open_examples(source)), limit)
     if bad:
         raise UserError(f"{source.path}: line {bad[0].line}: {bad[0].reason}")

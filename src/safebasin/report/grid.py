@@ -54,6 +54,8 @@ class Published:
 
 
 class Rank(NamedTuple):
+    """A line of the ranking. Rates are shares from 0 to 1."""
+
     defence: str
     worst: float | None  # attack success under the worst attack; None: unknown
     attack: str  # the worst attack

@@ -55,6 +55,7 @@ LARGEST = 1e100  # of a score in the histogram: beyond it the axis overflows
 
 
 def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
+    """The cut of every arm that has one; texts of rows are redacted unless ``show_text``."""
     cuts = {arm: cut for arm in arms if (cut := load(run / "cut" / arm / "cut.json", CutFile))}
     if not cuts:
         return
@@ -163,6 +164,7 @@ def heat_of(run: Path, show_text: bool) -> Iterator[HeatRow]:
 
 
 def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
+    """The training of every arm that was tuned, its loss curve thinned to ``POINTS``."""
     for arm in arms:
         facts = load(run / "arms" / arm / "train.json", TrainFile)
         if not facts:
@@ -178,6 +180,7 @@ def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
 
 
 def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
+    """The repair of every arm that has one."""
     for arm in arms:
         facts = load(run / "arms" / arm / "repair.json", RepairFile)
         if not facts:
@@ -200,6 +203,7 @@ def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
 
 
 def mixed_of(run: Path, arms: Sequence[str]) -> Iterator[Mixed]:
+    """How the answers of every mixed arm were mixed."""
     for arm in arms:
         facts = load(run / "arms" / arm / "mix.json", MixFile)
         if facts:

@@ -56,6 +56,9 @@ def collect(
         gate: the limits; None: those of the run's ``run.yaml``, or the default ones.
         show_text: prompts, answers and rows in clear; without it they are redacted.
         part: which prompts count, by their ids; None: all of them.
+
+    Raises:
+        UserError: no run folder, no arm in it, a file that is damaged, or a gate that is refused.
     """
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")

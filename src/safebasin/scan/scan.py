@@ -278,10 +278,12 @@ class ScanJournal:
         return batches
 
     def write(self, batch: BatchScores) -> None:
+        """Add what one batch got to the file of this process."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(batch._asdict()) + "\n")
 
     def clear(self) -> None:
+        """Remove the files of all processes."""
         for path in self._folder.glob(f"{self._names}*"):  # with what a kill left of an unfinished write
             path.unlink()
 

@@ -1,4 +1,5 @@
-"""What is asked of jobs: create, cancel, pause, resume, and the operator's word. Each is one transaction."""
+"""What requests do to jobs: create, cancel, pause, resume; and the command line of a job's process. A change is one
+transaction."""
 
 import dataclasses
 import datetime
@@ -24,7 +25,7 @@ from safebasin.service.store import File, Job, Model, Store, Tenant, add_event, 
 
 MINUTES = 10  # within which the client's repetition of a lost request is the same request
 LATE = 10  # seconds: a first try that begins so long after its repetition has made the job is given that job
-KNOBS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
+SETTABLE = tuple(field.name for field in dataclasses.fields(Hyperparameters))
 
 
 def create(
@@ -132,7 +133,7 @@ def _options(allowed: Hyperparameters, request: CreateJob) -> dict[str, int | fl
     if method and method.type != "supervised":
         raise ApiError(f"The method {method.type!r} is not offered; supervised is.", param="method")
     chosen = (method and method.supervised and method.supervised.hyperparameters) or request.hyperparameters
-    for name in KNOBS if chosen else ():
+    for name in SETTABLE if chosen else ():
         value, limits = getattr(chosen, name), getattr(allowed, name)
         if value is None or value == "auto":
             continue

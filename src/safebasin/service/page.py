@@ -1,4 +1,4 @@
-"""The operator's pages: jobs, the word on a job that waits for review, customers and their keys, the policy, the trail.
+"""The operator's pages: jobs, the decision on a job in review, customers and their keys, the policy, the audit trail.
 
 Whatever came with a request or with rows is text: Jinja escapes it, and hidden characters show. Every form carries the
 token of its session, and everything that an operator does is a line of the audit trail.

@@ -1,6 +1,6 @@
 """The life of jobs: a thread starts their children, follows them to their ends, and finds what a crash left behind.
 
-One thread of the server looks around a few times a second. The table is the truth: a request only writes a phase, and
+One thread of the server looks at its jobs a few times a second. The table decides: a request only writes a phase, and
 the server that owns the job does the rest. After a kill of the server the next one finds every job of its folder in the
 table; a child that still lives is adopted, and one that does not is queued again: a run goes on from its last step.
 """
@@ -73,7 +73,7 @@ class Supervisor:
         self._thread.start()
 
     def wake(self) -> None:
-        """Look around now: a request has changed something."""
+        """Begin the next round now: a request has changed something."""
         self._wake.set()
 
     def stop(self) -> None:
@@ -99,7 +99,7 @@ class Supervisor:
             if not self._stop.is_set():  # a fault of ours: no server is better than one that runs no job
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    # --- one look around ----------------------------------------------------------------------------------------------
+    # --- one round ----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """One round: signs of life, events, ends, cancellations, starts."""

@@ -109,6 +109,7 @@ class Oracle:
         self.state: dict[str, Vector] = {}
 
     def at_step(self, step: int) -> "Oracle":
+        """The oracle itself at an optimizer step, counted from 0; its losses and numbers begin anew."""
         self.step = step
         self.losses, self.numbers = {}, {}
         return self
@@ -149,9 +150,7 @@ class Oracle:
                 v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
                 diagonal[name] = 1 / (v.sqrt() + group["eps"])
             elif state:
-                raise DefenceError(
-                    "the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW"
-                )
+                raise DefenceError("the optimizer keeps no second moment; this method needs Adam or AdamW")
             else:
                 diagonal[name] = torch.ones_like(p, requires_grad=False)
         return Vector(diagonal)

@@ -67,7 +67,12 @@ class Rubric(Endpoint):
         self.check_key("rubric")
 
     def score(self, answers: Sequence[str], prompts: Sequence[str] = ()) -> list[float | None]:
-        """Eq. 1 for every answer to its request; None where no rating was had."""
+        """Eq. 1 for every answer to its request; None where no rating was had.
+
+        Raises:
+            ValueError: not one request an answer.
+            UserError: a key that is not there, or a folder of ratings that cannot be written.
+        """
         if len(prompts) != len(answers):
             raise ValueError(
                 f"a rubric reads every answer beside its request: {len(answers)} answers, {len(prompts)} requests"
