@@ -16,8 +16,8 @@ from torch import nn
 from safebasin.console import line
 from safebasin.data.files import cause, shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import FLOATS, tensor_kinds
 from safebasin.errors import DefenceError, UserError
-from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
 from safebasin.models.parts import is_linear, language_model, text_config
 from safebasin.models.quantized import dequantize, quantized_layers

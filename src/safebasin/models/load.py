@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from safebasin.console import line
 from safebasin.data.files import read_text, shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import FLOATS, tensor_files, tensor_kinds, weight_files
 from safebasin.errors import UserError
-from safebasin.layer import FLOATS, tensor_files, tensor_kinds, weight_files
 from safebasin.models.adapter import adapter_settings, attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from safebasin.data.files import shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import float_shape, open_tensors, tensor_files
 from safebasin.errors import UserError
-from safebasin.layer import LazyMapping, float_shape, open_tensors, tensor_files
+from safebasin.layer import LazyMapping
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 

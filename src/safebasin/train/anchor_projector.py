@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from safebasin.console import line
+from safebasin.data.tensor_files import tensor_files
 from safebasin.errors import UserError
 from safebasin.layer import (
     largest_singular,
     left_singular,
     read_directions,
-    tensor_files,
     write_alignment_directions,
 )
 from safebasin.models.bundled import cache, resolve
