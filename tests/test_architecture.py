@@ -71,7 +71,7 @@ ORDER = (  # a module imports from its own group and from those before it
     ("errors",),
     ("stats", "events", "console", "runtime", "registry", "outline"),
     ("data",),
-    ("spread", "vector", "layer", "template", "places", "tokens", "encode"),
+    ("spread", "vector", "layer", "tree", "template", "places", "tokens", "encode"),
     ("models",),
     ("batch",),
     ("guards",),

@@ -10,11 +10,12 @@ from tiny import PAD, answer_nll, gradient_of, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoConfig, MptConfig
 
-from safebasin.batch import ALIKE, by_positions, by_prefix, collate, takes_tree
+from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.source import target_weights
 from safebasin.scan.tangent import Factors, Tangent, gradient
+from safebasin.tree import ALIKE, by_positions, by_prefix, takes_tree
 
 
 def tiny(dtype=torch.float32):
@@ -80,7 +81,7 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed, sequence,
     rows = [row(each, seed + i, before) for i, each in enumerate(lengths)]
     direction = random_direction(MODEL, target_weights(MODEL, depth=depth), seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safebasin.batch.SEQUENCE", sequence)
+        patch.setattr("safebasin.tree.SEQUENCE", sequence)
         patch.setattr("safebasin.scan.tangent.takes_tree", lambda _: packed)
         fast = derivatives(Tangent(direction), MODEL, rows, shared)
     close(fast, one_by_one(MODEL, rows, direction))

@@ -13,13 +13,14 @@ from jaxtyping import Float
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from safebasin.batch import Batch, by_prefix, collate
+from safebasin.batch import Batch, collate
 from safebasin.data.example import Example
 from safebasin.data.files import atomic_write
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.probe import cut_to_context
 from safebasin.scan.scores import SCORE, SHORT, TOKENS, AnchorScores
+from safebasin.tree import by_prefix
 
 AnchorSets = Mapping[str, Sequence[TokenizedRow]]
 LABELS = ("harmful", "safe")  # the anchor sets whose rows are scored along

@@ -26,7 +26,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safebasin.batch import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.phrases import covered, suffixes
 from safebasin.encode import render
@@ -34,6 +33,7 @@ from safebasin.measure import judge
 from safebasin.measure.judging import Turned
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.parts import text_config
+from safebasin.tree import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 
 REQUEST = "What do you say?"
 
