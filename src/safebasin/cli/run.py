@@ -59,9 +59,9 @@ def run_verb(
     from safebasin.pipeline.cost import costs
     from safebasin.pipeline.parse import dump, parse_sets
     from safebasin.pipeline.plan import Plan
+    from safebasin.pipeline.read import check_column_files
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.roles import check_tuned_roles
-    from safebasin.pipeline.rows import check_column_files
     from safebasin.pipeline.run import Run
     from safebasin.report.table import terminal_table
     from safebasin.runtime import processes

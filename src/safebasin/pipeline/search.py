@@ -30,7 +30,7 @@ from safebasin.data.files import write_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline.config import Cut, Recipe
 from safebasin.pipeline.parse import plain
-from safebasin.pipeline.rows import training_examples
+from safebasin.pipeline.read import training_examples
 from safebasin.pipeline.run import Run
 from safebasin.registry import split_spec
 from safebasin.repair.walk import make_edits
