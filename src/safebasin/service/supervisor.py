@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select
 
 from safebasin.errors import UserError
-from safebasin.service import jobs
+from safebasin.service.child_command import command_of
 from safebasin.service.child_events import copy_events
 from safebasin.service.ending import Again, End, finish, what_follows
 from safebasin.service.executor import LOG, Busy, Child, environment
@@ -208,7 +208,7 @@ class Supervisor:
                     part.replace(folder / name)
             log = folder / "events.jsonl"
             (folder / "offset").write_text(str(log.stat().st_size if log.is_file() else 0))
-            command = jobs.command(job, self.settings, folder)
+            command = command_of(job, self.settings, folder)
             self.children[job.id] = Child.start(folder, command, environment(self.settings.policy.child.environment))
         except Busy:  # the child of an earlier start is still ending
             self._requeue(job.id, "")
