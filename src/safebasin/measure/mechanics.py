@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safebasin.batch import by_length, collate
-from safebasin.encode import TokenizedRow, render
+from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.measure.generate import prompt_ids
 from safebasin.models.hooks import captured
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.template import render
 
 MLP = "gate_proj", "down_proj"
 

@@ -7,12 +7,12 @@ from aligned import aligned_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure import judge as registry
 from safebasin.measure.judges import classifier
 from safebasin.measure.judges.classifier import REQUEST, Classifier, logistic
 from safebasin.measure.judging import Turned
+from safebasin.template import render
 
 
 def testlogistic_by_hand():

@@ -28,11 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.phrases import covered, suffixes
-from safebasin.encode import render
 from safebasin.measure import judge
 from safebasin.measure.judging import Turned
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.parts import text_config
+from safebasin.template import render
 from safebasin.tree import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 
 REQUEST = "What do you say?"
