@@ -4,6 +4,8 @@ What the files of a folder contradict is refused: names, sizes and kinds of tens
 family than ``model_type``. Numbers of config.json that no tensor shows (``rope_theta``, a norm's epsilon, a window, an
 activation) cannot be checked: a model with others than it was trained with computes something else, and no error shows
 it. The same holds for an adapter: it names its base, and nowhere what its base's config.json held.
+
+More than 250 lines, since what can be wrong with the files of a model is refused in one place.
 """
 
 import contextlib

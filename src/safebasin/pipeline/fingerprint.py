@@ -26,7 +26,7 @@ from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.parse import plain
 from safebasin.runtime import resolved
-from safebasin.scan.shard import PLAIN, cut_shards, read_shard
+from safebasin.scan.shard import JSON_LINES, cut_shards, read_shard
 
 PACKAGES = (
     "torch",
@@ -132,7 +132,8 @@ def _content(path: Path) -> str:
 def _rows(name: str, revision: str | None = None) -> str:
     """Digest of a set's rows, whatever file they come from."""
     rows = hashlib.blake2b(digest_size=16)
-    by_shard = endings(name) in PLAIN and not is_remote(name)  # a large file is never in memory as a complete table
+    # A large file is never in memory as a complete table.
+    by_shard = endings(name) in JSON_LINES and not is_remote(name)
     shards = cut_shards(Path(name), 4096) if by_shard else ()
     for line, row in (
         itertools.chain.from_iterable(map(read_shard, shards)) if by_shard else open_table(name, revision=revision)

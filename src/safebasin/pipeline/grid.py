@@ -6,6 +6,8 @@ folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defen
 for it. ``cells.json`` in a folder says how each cell ended under which configuration: an attack whose rows cannot be
 made and a defence that cannot run stand there with their reason and are no number. ``OUT/grid.{json,md,html}`` are
 written after every folder.
+
+More than 250 lines, since the file of a grid and its run have no other user than each other.
 """
 
 import dataclasses

@@ -2,6 +2,8 @@
 
 Whatever came with a request or with rows is text: Jinja escapes it, and hidden characters show. Every form carries the
 token of its session, and everything that an operator does is a line of the audit trail.
+
+More than 250 lines, since every route is a function inside ``add_pages``: FastAPI takes them with what they share.
 """
 
 import dataclasses

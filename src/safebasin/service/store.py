@@ -2,6 +2,8 @@
 
 A job changes its phase by one UPDATE that names the phases it may come from (``move``), so that two servers, or a
 server and a request, never both win. An event takes its number from a counter in its job's row.
+
+More than 250 lines, since a third of them are the tables, and every query names some of them.
 """
 
 import hashlib
