@@ -1,4 +1,4 @@
-"""The door for Python: every documented name is there, imports nothing heavy, and its example runs."""
+"""The Python interface: every documented name is there, imports nothing heavy, and its example runs."""
 
 import doctest
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 
 import safebasin
 from safebasin import api, registry
+from safebasin.errors import UserError
 
 
 def test_import_is_light():
@@ -24,13 +25,20 @@ def test_every_name_is_there_and_documented():
         _ = safebasin.nothing
 
 
+def test_an_arm_that_is_not_tuned_is_refused_with_those_that_are(tmp_path):
+    """The model as it was is an arm, and none to tune."""
+    for arm in ("start", "nothing"):
+        with pytest.raises(UserError, match=rf"no arm '{arm}' to tune; it has: plain, defended$"):
+            api.train_adapter("builtin:quickstart", arm, tmp_path)
+
+
 def examples(module) -> list:
     return [test for test in doctest.DocTestFinder().find(module, globs=vars(module).copy()) if test.examples]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("test", examples(api), ids=lambda test: test.name)
-def test_examples_of_the_door(test):
+def test_examples_of_the_interface(test):
     """On the built-in model and rows."""
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
     assert runner.run(test).failed == 0

@@ -71,7 +71,7 @@ ORDER = (  # a module imports from its own group and from those before it
     ("errors",),
     ("stats", "events", "console", "runtime", "registry", "outline"),
     ("data",),
-    ("spread", "vector", "layer", "template", "places", "tokens", "encode"),
+    ("spread", "vector", "layer", "tree", "template", "places", "tokens", "encode"),
     ("models",),
     ("batch",),
     ("guards",),
@@ -122,7 +122,9 @@ def test_house_rules(path):
     assert path.name not in {"utils.py", "base.py", "common.py"}
     assert "/shared" not in text
     if text.strip():
-        assert ast.get_docstring(ast.parse(text)), "a file says what it is"
+        top = ast.get_docstring(ast.parse(text))
+        assert top, "a file says what it is"
+        assert text.count("\n") <= 250 or "More than 250 lines" in top, "a long file says why at its top"
 
 
 BANNED = {

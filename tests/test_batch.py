@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from tiny import LORA, PAD, random_rows, tiny_model
 from torch import nn
 
-from safebasin.batch import answer_logits, by_prefix, collate, layout, pack, padded_because, target_logits
+from safebasin.batch import answer_logits, collate, layout, pack, padded_because, target_logits
 from safebasin.encode import TokenizedRow
 from safebasin.models.adapter import fresh_adapter, without_adapter
 from safebasin.train.loss import nll
+from safebasin.tree import by_prefix
 from safebasin.vector import trainable
 
 # Eager attention takes its softmax in float32 whatever the weights are, so only SDPA is exact in float64.

@@ -13,9 +13,9 @@ from test_places import TEMPLATES, tokenizer_of
 from benchmarks.scan.by_row import by_row
 from safebasin.data.example import Example
 from safebasin.data.json_rows import BadRow
-from safebasin.encode import TokenizedRow, encode, encode_all, render, shorten
+from safebasin.encode import TokenizedRow, encode, encode_all, shorten
 from safebasin.errors import UserError
-from safebasin.template import pin_template
+from safebasin.template import pin_template, render
 
 USER, BOT = {"role": "user", "content": "make a cake"}, {"role": "assistant", "content": "Sure here"}
 SYSTEM = {"role": "system", "content": "help"}

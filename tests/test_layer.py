@@ -70,14 +70,6 @@ def test_pairs_that_are_no_pairs_are_refused_before_anything_is_written(tensors,
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_without_weights_are_refused(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"not a model")
-    (tmp_path / "empty").mkdir()
-    for folder, message in ((tmp_path, "cannot be read"), (tmp_path / "empty", "holds no"), ("org/name", "download")):
-        with pytest.raises(UserError, match=message):
-            Pair(folder, folder, ["m"])
-
-
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(1, 4), st.integers(0, 99))
 def test_left_singular_vectors_span_what_a_full_decomposition_spans(out, into, k, seed):
     d = torch.randn(out, into, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -220,10 +220,10 @@ def large(bench: Bench, count: int, batch: int, repeats: int) -> None:
 
 
 def in_sequences(tokens: int, way: Callable[[], float]) -> Callable[[], float]:
-    """With rows in sequences of so many tokens (``safebasin.batch.SEQUENCE``)."""
+    """With rows in sequences of so many tokens (``safebasin.tree.SEQUENCE``)."""
 
     def patched() -> float:
-        with mock.patch("safebasin.batch.SEQUENCE", tokens):
+        with mock.patch("safebasin.tree.SEQUENCE", tokens):
             return way()
 
     return patched

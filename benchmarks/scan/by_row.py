@@ -12,8 +12,9 @@ from safebasin import places
 from safebasin.data.example import Example
 from safebasin.data.json_rows import BadRow
 from safebasin.encode import ENDLESS, TokenizedRow
-from safebasin.places import Span, Unplaced, answer_places, check_contents, control_tokens
+from safebasin.places import Unplaced, answer_places, check_contents, control_tokens
 from safebasin.template import TemplateFails, generation_marks, render
+from safebasin.tokens import Span
 
 HOW = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
 

@@ -1,6 +1,6 @@
 """Fine-tune a language model without losing its safety alignment, and prove it.
 
-The names below are the door for Python; each is documented, with an example, in ``safebasin.api``. They are imported
+The names below are the Python interface; each is documented, with an example, in ``safebasin.api``. They are imported
 when they are first used, so that ``import safebasin`` takes no time.
 
 >>> import safebasin

@@ -1,6 +1,7 @@
-"""The door for Python: the verbs of the command line as functions, for notebooks and for programs.
+"""The Python interface: the verbs of the command line as functions, for notebooks and for programs.
 
-The examples run as they stand, on the built-in model and rows; tests/test_api.py runs them.
+The examples run as they stand, on the built-in model and rows; tests/test_api.py runs them. More than 250 lines, since
+more than half of them are documentation and examples.
 """
 
 from __future__ import annotations
@@ -201,8 +202,9 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
     from safebasin.pipeline.run import Run
 
     recipe = _checked(recipe)
-    if arm not in recipe.arms or (recipe.arms[arm].train is None and recipe.arms[arm].repair is None):
-        raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(recipe.arms)}")
+    tuned = [name for name, each in recipe.arms.items() if each.train is not None or each.repair is not None]
+    if arm not in tuned:
+        raise UserError(f"the recipe has no arm {arm!r} to tune; it has: {', '.join(tuned) or 'none'}")
     with Run(recipe, Path(out)) as run:
         adapter = run.ensure(arm)
     assert adapter is not None

@@ -3,31 +3,23 @@
 Left padding puts every answer at the end, so that the language-model head computes the last ``answers`` positions only
 (``logits_to_keep``), through any wrapper. Where a vocabulary is as large as a small model, that is a fifth of the work.
 
-``target_logits`` runs the rows as one sequence where the model takes it: a tree of tokens, in which what rows begin
-with alike stands once, every token attends to those before it in its own row, and the head runs at the positions that
-predict an answer token. No position is run for nothing, and the logits are those of the padded rows.
+``target_logits`` runs the rows as one sequence where the model takes it, a tree of tokens (``safebasin.tree``), and the
+head runs at the positions that predict an answer token. No position is run for nothing, and the logits are those of
+the padded rows.
 """
 
 import dataclasses
-import inspect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.models.adapter import without_adapter
-
-ALIKE = 8  # tokens that a prefix must have to be worth a batch of its own
-# Tokens of rows in one sequence, beside what they share: attention costs their square, and few leave a GPU idle.
-SEQUENCE = 4096 if torch.cuda.is_available() else 512
+from safebasin.tree import mask_dtype, takes_tree, tree_mask, tree_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +37,7 @@ class Batch:
 
     @property
     def labels(self) -> Int[Tensor, "batch answers"]:
+        """The token ids of the tail, answers and others."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
     @property
@@ -68,6 +61,7 @@ class Batch:
         return values[:, :-1][self.mask]
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
         return Batch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -145,17 +139,6 @@ def packed_or_why(model: Any, batch: Batch) -> Packed | str:
     return packed
 
 
-def tree_mask(attends: Bool[Tensor, "tokens all_tokens"], dtype: torch.dtype) -> Tensor:
-    """As attention takes it: booleans, or numbers that are added to its scores."""
-    mask = attends[None, None]
-    return mask if dtype == torch.bool else (~mask).to(dtype) * torch.finfo(dtype).min
-
-
-def mask_dtype(model: Any) -> torch.dtype:
-    """The type of the mask that a model's attention takes."""
-    return torch.bool if model.config._attn_implementation == "sdpa" else model.dtype
-
-
 def padded_because(model: Any) -> str | None:
     """Why the rows of this model are padded and not packed; None: they are packed."""
     if not takes_tree(without_adapter(model)):
@@ -163,26 +146,6 @@ def padded_because(model: Any) -> str | None:
     if model.training and any(_drops(module) for module in model.modules()):
         return "dropout would be drawn once for a prefix that rows share"
     return None
-
-
-def takes_tree(model: Any) -> bool:
-    """Whether attention takes any mask: of transformers, eager or SDPA, full in every layer, positions given."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    parameters = inspect.signature(model.forward).parameters
-    given = parameters.keys() >= {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-    return given and by_positions(model) and model.config._attn_implementation in ("eager", "sdpa")
-
-
-def by_positions(model: PreTrainedModel) -> bool:
-    """Whether attention is full in every layer and goes by the positions that it is given. A window and ALiBi count
-    places, and a recurrent state has none."""
-    given = "position_ids" in inspect.signature(model.forward).parameters and not getattr(model.config, "alibi", False)
-    return (
-        given
-        and "local" not in (getattr(model.config, "attention_layers", None) or ())  # of GPT-Neo
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-    )
 
 
 def _drops(module: nn.Module) -> bool:
@@ -207,40 +170,6 @@ def pack(batch: Batch, mask_dtype: torch.dtype = torch.bool, cached: int = 0) ->
     line, depth = (torch.tensor([each[cached:]], device=device) for each in (tree.ids, tree.positions))
     tail = torch.tensor(predicts, dtype=torch.long, device=device)
     return Packed(line, depth, tree.attends[cached:].to(device), tail, mask_dtype)
-
-
-class Tree(NamedTuple):
-    """Rows as a tree of tokens, a branch after the other: what they begin with alike stands once."""
-
-    ids: list[int]
-    positions: list[int]
-    paths: list[list[int]]  # of each row: the places of its tokens
-    attends: Bool[Tensor, "tokens tokens"]
-
-
-def tree_of(rows: Sequence[Sequence[int]]) -> Tree:
-    """The tree of rows of token ids; what all of them begin with stands first."""
-    ids: list[int] = []
-    positions: list[int] = []
-    places: dict[tuple[int, int], int] = {}  # (place of the token before, token) -> place
-    paths: list[list[int]] = []
-    begins: list[int] = []  # of each row: its first new place
-    for row in rows:
-        path, before = list[int](), -1
-        begins.append(len(ids))
-        for position, token in enumerate(row):
-            place = places.setdefault((before, token), len(ids))
-            if place == len(ids):
-                ids.append(token)
-                positions.append(position)
-            path.append(place)
-            before = place
-        paths.append(path)
-    attends = torch.zeros(len(ids), len(ids), dtype=torch.bool)
-    for first, path in zip(begins, paths, strict=True):
-        new = sum(place >= first for place in path)
-        attends[first : first + new, path] = torch.ones(new, len(path)).tril(len(path) - new).bool()
-    return Tree(ids, positions, paths, attends)
 
 
 def collate(rows: Sequence[TokenizedRow], pad: int, shared: int = 0) -> Batch:
@@ -284,57 +213,3 @@ def by_length(rows: Sequence[TokenizedRow], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def sequences(lengths: Sequence[int]) -> Iterator[slice]:
-    """Rows, one behind the other, that are each time worth one sequence; ``lengths``: their tokens but those shared."""
-    start = total = 0
-    for i, length in enumerate(lengths):
-        if total + length > SEQUENCE and i > start:
-            yield slice(start, i)
-            start, total = i, 0
-        total += length
-    if lengths:
-        yield slice(start, len(lengths))
-
-
-class PrefixGroup(NamedTuple):
-    """A batch of rows that begin alike."""
-
-    rows: list[int]
-    shared: int  # tokens that the rows, and those of the batches around it, begin with; no answer token is among them
-
-
-def by_prefix(rows: Sequence[TokenizedRow], size: int) -> Iterator[PrefixGroup]:
-    """Rows in batches, those that begin alike together and by length among them: a shared prompt is run once."""
-
-    def families() -> Iterator[tuple[list[int], int]]:
-        """Rows sorted by tokens, in groups that agree on their first ``depth`` tokens.
-
-        A branch that goes on alike, with rows for two batches, is a family of its own, before the rest of its group.
-        """
-        order = sorted(range(len(rows)), key=lambda i: rows[i].ids.astype(">u4").tobytes())  # as the ids are sorted
-        stack = [(order, 0, False)] if rows else []
-        while stack:
-            group, depth, split = stack.pop()
-            if split:
-                yield group, depth
-                continue
-            first, last = rows[group[0]].ids[depth:], rows[group[-1]].ids[depth:]
-            least = min(len(first), len(last))
-            depth += int(np.append(first[:least] != last[:least], True).argmax())
-            rest, branches = list[int](), list[tuple[list[int], int, bool]]()
-            for _, branch in itertools.groupby(group, key=lambda i: rows[i].ids[depth : depth + ALIKE].tobytes()):
-                inside = list(branch)
-                if 2 * size <= len(inside) < len(group):
-                    branches.append((inside, depth, False))
-                else:
-                    rest += inside
-            stack += [(rest, depth, True)] * bool(rest) + branches[::-1]
-
-    for family, depth in families():
-        first_answer = min(rows[i].first_answer for i in family)
-        shared = min(depth, first_answer - 1)  # the token before an answer predicts its first one
-        order = sorted(family, key=lambda i: (-len(rows[i]), i))
-        for start in range(0, len(order), size):
-            yield PrefixGroup(order[start : start + size], shared if shared >= ALIKE else 0)

@@ -14,9 +14,9 @@ from safebasin import events
 console = Console(stderr=True, highlight=False)
 
 
-def line(text: str, style: str = "") -> None:
+def line(text: str) -> None:
     """Print ``text``, which may be hostile, as one line on standard error."""
-    console.print(Text(printable(text), style=style), soft_wrap=True)
+    console.print(Text(printable(text)), soft_wrap=True)
 
 
 @contextlib.contextmanager

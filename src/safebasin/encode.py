@@ -2,6 +2,8 @@
 
 Answers are found in the final rendering of a row, by ``safebasin.places``. Rows are rendered and tokenised together,
 and what is learned of them is marked in one array of all their tokens.
+
+More than 250 lines, since rows are rendered, tokenised and marked together, in one pass.
 """
 
 import dataclasses
@@ -15,30 +17,8 @@ from safebasin.data.example import Example
 from safebasin.data.json_rows import BadRow
 from safebasin.errors import UserError
 from safebasin.places import Places, Unplaced, answer_places, check_contents, control_tokens
-from safebasin.template import (
-    TemplateFails,
-    check_template,
-    generation_marks,
-    has_marks,
-    render,
-    render_all,
-    template_digest,
-)
+from safebasin.template import TemplateFails, generation_marks, has_marks, render_all
 from safebasin.tokens import TokenizedTexts
-
-__all__ = [
-    "Refused",
-    "TemplateFails",
-    "TokenizedRow",
-    "check_template",
-    "encode",
-    "encode_all",
-    "encoded",
-    "fit",
-    "render",
-    "shorten",
-    "template_digest",
-]
 
 MOST_TURNS = 20_000  # of a row
 MOST_CHARACTERS = 20_000_000
@@ -145,7 +125,7 @@ def fit(
         else:
             rows.append(row)
     if failures == len(examples) > 1:
-        raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: mend the template")
+        raise UserError(f"line {bad[0].line}: {bad[0].reason}; so it does on all {failures} rows: correct the template")
     return rows, bad
 
 

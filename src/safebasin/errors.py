@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what was asked, what was found, and what to do. Exit code
+    """Something that the user can correct: the message says what was asked, what was found, and what to do. Exit code
     1."""
 
 

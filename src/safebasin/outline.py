@@ -20,7 +20,7 @@ STAGES = {  # extension point -> its decorator, and the folder of its methods
 
 
 class Outline(NamedTuple):
-    """A method as its file says it."""
+    """What the source of a method says: its name, summary, fields and paper."""
 
     name: str
     summary: str

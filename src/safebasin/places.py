@@ -4,6 +4,8 @@ Every text of the conversation is replaced by a sentinel, a word that is in no r
 between the sentinels is the template's own. The true rendering must then be this, with each text in the place of its
 sentinel. So a template may leave earlier thoughts out, move the system prompt or trim its texts, and a row costs two
 renderings whatever its turns. Where that fails, the last answer alone is learned, and ``note`` says so.
+
+More than 250 lines, since it is one algorithm: every kind of template has its way to the same places.
 """
 
 import functools
@@ -16,12 +18,12 @@ from typing import Any, NamedTuple
 from safebasin.console import printable
 from safebasin.data.example import Example
 from safebasin.template import TemplateFails, learns_thoughts, render, template_text
+from safebasin.tokens import Span
 
-Span = tuple[int, int]
 SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>")  # of added tokens that delimit turns without being special
 TAGS = re.compile(r"[<\[{|]")
 LAST_ALONE = "the chat template rewrites its texts: only the last answer is learned"
-PLAIN = {"role", "content", "weight"}  # keys of a turn that is its text alone
+TEXT_KEYS = {"role", "content", "weight"}  # keys of a turn that is its text alone
 THOUGHTLESS = "the chat template leaves thoughts out: they are not learned"
 OPENED = "the chat template asks with an open thought, which this answer has not: it is learned without"
 MISSING = "the chat template leaves answers of earlier turns out: they are not learned"
@@ -32,6 +34,8 @@ class Unplaced(Exception):
 
 
 class ControlTokens(NamedTuple):
+    """Tokens that mark turns: their ids, and patterns that match their texts."""
+
     ids: frozenset[int]
     pattern: re.Pattern[str]
     special: re.Pattern[str]  # of these, those that a tokenizer calls special
@@ -95,7 +99,7 @@ def check_contents(tokenizer: Any, example: Example) -> None:
     for i, turn in enumerate(example.messages):
         texts = [turn["content"]]
         if not _is_plain(turn):
-            rest = {key: value for key, value in turn.items() if key not in PLAIN}
+            rest = {key: value for key, value in turn.items() if key not in TEXT_KEYS}
             texts = [*(text for text, is_text in _parts(turn) if is_text), *_strings(rest)]
         for text in texts:
             if match := pattern.search(text):
@@ -123,7 +127,7 @@ def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
     """The places of the learned answers in the rendered text of a row.
 
     Raises:
-        Unplaced: the answer is not in the text, or cannot be told from the rest.
+        Unplaced: the answer is not in the text, or cannot be distinguished from the rest.
     """
     places = _plain(tokenizer, example, text)
     for roles in (("system", "developer", "user", "tool", "assistant"), ("assistant",)):
@@ -135,7 +139,7 @@ def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
 
 def _is_plain(turn: Mapping[str, Any]) -> bool:
     """Whether a turn is its text alone, without a thought in it."""
-    return turn.keys() <= PLAIN and "</think>" not in turn["content"]
+    return turn.keys() <= TEXT_KEYS and "</think>" not in turn["content"]
 
 
 def _parts(turn: Mapping[str, Any]) -> list[tuple[str, bool]]:
@@ -344,7 +348,7 @@ def _end_size(tokenizer: Any, template: str, tail: str, ending: str | None, firs
 @functools.lru_cache(maxsize=8)
 def _endings(tokenizer: Any, template: str) -> tuple[str, str]:
     """What ends an answer that a request follows, and what a template writes behind the last one to open the next,
-    where it does so unasked; "" where there is none, or it cannot be seen.
+    where it does so without being asked; "" where there is none, or it cannot be seen.
 
     >>> _endings(tokenizer, template_text(tokenizer))
     ('<|im_end|>\\n', '')

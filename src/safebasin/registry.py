@@ -33,9 +33,8 @@ class Entry:
     streams: tuple[str, ...] = ()  # sets of rows beside "task" that the run must supply
     roles: tuple[str, ...] = ()  # other models that it needs: "reference", "start", "aligned"
     columns: tuple[str, ...] = ()  # columns of the rows that it reads
-    reads: tuple[
-        str, ...
-    ] = ()  # what else it is handed: "score(s)" (attacks), "prompts" (judges), "answers" alone (suites)
+    # what else it is handed: "score(s)" (attacks), "prompts" (judges), "answers" alone (suites)
+    reads: tuple[str, ...] = ()
     tokens: Literal["", "sum", "max"] = ""  # scorers: how the numbers of a row's answer tokens make the row's score
     probability: bool = False  # scorers: whether a number is a probability
     harmful_only: bool = False  # judges: whether they take any answer to a harmless request for a refusal
@@ -141,6 +140,9 @@ OTHER_NAMES = {  # of other trainers -> ours
 def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
     """The name and the fields of ``name`` or ``{name: {field: value}}``.
 
+    Raises:
+        UserError: another form; ``where`` stands before the message.
+
     >>> split_spec({"safegrad": {"rho": 2}}, "train")
     ('safegrad', {'rho': 2})
     """
@@ -153,7 +155,7 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
 
 
 def validated(kind: type[T], tree: Any, origin: str, names: Iterable[str] = ()) -> T:
-    """The tree as an object of ``kind``; a yes or a text in the place of a number is refused, not converted.
+    """The tree as an object of ``kind``; a boolean or a text in the place of a number is refused, not converted.
 
     Args:
         kind: a dataclass whose fields are bounded.

@@ -1,5 +1,5 @@
-"""Processes that share a run, memory, and what the hardware does well. torch is imported where it is asked: a recipe is
-read without it."""
+"""Processes that share a run, memory, and what the hardware does well. torch is imported inside the functions that need
+it: a recipe is read without it."""
 
 import ctypes
 import datetime

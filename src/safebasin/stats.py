@@ -11,6 +11,8 @@ Outcomes = Mapping[Any, int | float] | Sequence[int | float]  # of one seed, by 
 
 
 class Interval(NamedTuple):
+    """The ends of a 95 % interval."""
+
     low: float
     high: float
 
@@ -30,12 +32,7 @@ def wilson(hits: int, n: int) -> Interval:
     Raises:
         ValueError: n is 0: the share is undefined.
     """
-    from scipy.stats import binomtest
-
-    if n <= 0:
-        raise ValueError("the share of nothing is undefined: n is 0")
-    low, high = binomtest(hits, n).proportion_ci(method="wilson")
-    return Interval(float(low), float(high))
+    return _share_interval(hits, n, "wilson")
 
 
 def exact(hits: int, n: int) -> Interval:
@@ -44,11 +41,15 @@ def exact(hits: int, n: int) -> Interval:
     Raises:
         ValueError: n is 0: the share is undefined.
     """
+    return _share_interval(hits, n, "exact")
+
+
+def _share_interval(hits: int, n: int, method: Literal["wilson", "exact"]) -> Interval:
     from scipy.stats import binomtest
 
     if n <= 0:
         raise ValueError("the share of nothing is undefined: n is 0")
-    low, high = binomtest(hits, n).proportion_ci(method="exact")
+    low, high = binomtest(hits, n).proportion_ci(method=method)
     return Interval(float(low), float(high))
 
 

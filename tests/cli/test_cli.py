@@ -376,7 +376,8 @@ def test_training_still_refuses_a_row_that_is_too_long(tmp_path):
     from safebasin.errors import UserError
     from safebasin.pipeline.folder import RunFolder
     from safebasin.pipeline.plan import Plan
-    from safebasin.pipeline.rows import encoded_rows, write_rows
+    from safebasin.pipeline.read import encoded_rows
+    from safebasin.pipeline.rows import write_rows
 
     aligned_model().tokenizer.save_pretrained(tmp_path)
     write_table(

@@ -67,8 +67,7 @@ def unsafe_of(guard, *pairs):
     return guard.unsafe(MODEL, collate(coded(TOKENIZER, *pairs), TOKENIZER.pad_token_id))
 
 
-# --- the score
-# ---------------------------------------------------------------------------------------------------------------
+# --- the score --------------------------------------------------------------------------------------------------------
 
 
 def test_one_score_by_hand():
@@ -151,8 +150,7 @@ def test_the_guard_reads_the_frozen_model_under_an_adapter():
     assert torch.equal(hidden(model, batch, [1, 3]), truth) and torch.equal(guard.unsafe(model, batch), score)
 
 
-# --- learning
-# ----------------------------------------------------------------------------------------------------------------
+# --- learning ---------------------------------------------------------------------------------------------------------
 
 
 def test_it_learns_what_needs_both_the_request_and_the_answer(guard):
@@ -222,8 +220,7 @@ def test_its_own_rows_hold_every_corner_and_leave_the_test_sets_alone():
     assert not [row for row in every if row.answer.startswith(OPENERS)]
 
 
-# --- files
-# -------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded_it_scores_the_same_bit_for_bit(guard, tmp_path):
@@ -323,8 +320,7 @@ def test_a_guard_that_is_not_there_or_half_there(guard, tmp_path):
         SideGuard.load(tmp_path / "guard", MODEL)
 
 
-# --- the scorer
-# --------------------------------------------------------------------------------------------------------------
+# --- the scorer -------------------------------------------------------------------------------------------------------
 
 
 def test_the_scorer_reads_a_saved_guard_and_ranks_harm_first(guard, tmp_path):

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import Answer, Ends, generate, turn_ends
+from safebasin.template import render
 
 
 def sharp_model():

@@ -10,13 +10,13 @@ from peft.tuners import lora
 from tiny import LORA, tiny_model
 from transformers import LlamaConfig
 
-from safebasin.encode import render
 from safebasin.errors import DefenceError, UserError
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import Answer, generate
 from safebasin.measure.mix import Mixing, Mixture
 from safebasin.models.adapter import fresh_adapter
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.template import render
 from safebasin.vector import trainable
 
 TOKENIZER = word_tokenizer()

@@ -28,7 +28,7 @@ def states(read, prompts):
 @given(prompts_alike, st.sampled_from([1, 20, 256]))
 def test_trees_are_the_padded_prompts(prompts, sequence):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safebasin.batch.SEQUENCE", sequence)
+        patch.setattr("safebasin.tree.SEQUENCE", sequence)
         fast = states(Prefill(MODEL, PAD, prompts), prompts)
         patch.setattr("safebasin.measure.prefill.takes_tree", lambda _: False)
         slow = states(Prefill(MODEL, PAD, prompts), prompts)

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safebasin.batch import collate
-from safebasin.encode import TokenizedRow, render
+from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.guards.turns import chunks_of
 from safebasin.scan.column import star_column
 from safebasin.scan.methods.guard import GuardScore
 from safebasin.scan.scan import score_rows
 from safebasin.scan.scores import read_scores
+from safebasin.template import render
 
 MODEL, WORDS = aligned_model()
 SETTINGS = {"policy": "{conversation} {answer}", "verdicts": ("Sure", "I"), "every": 2}

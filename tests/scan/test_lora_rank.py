@@ -33,7 +33,8 @@ def test_it_is_the_product_of_a_real_adapters_gradients(depth):
     model = get_peft_model(
         aligned_model().model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     ).eval()
-    names = target_weights(model, depth=depth, part="lora_B")
+    weights = target_weights(model, depth=depth)
+    names = [name.replace(".base_layer.weight", ".lora_B.default.weight") for name in weights]
     assert len(names) == len(fitted.direction)
     for name in names:
         a = model.get_parameter(name.replace("lora_B", "lora_A"))

@@ -7,7 +7,8 @@ from aligned import aligned_model, refusals
 from runs import trial
 
 from safebasin.scan import scorer
-from safebasin.scan.scan import ScanJournal, Scanned, score_rows
+from safebasin.scan.journal import ScanJournal
+from safebasin.scan.scan import Scanned, score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)

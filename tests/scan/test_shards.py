@@ -12,7 +12,8 @@ from runs import prepare, start
 from safebasin.data.files import file_digest
 from safebasin.errors import DefenceError
 from safebasin.scan import scorer
-from safebasin.scan.scan import ScanJournal, score_rows
+from safebasin.scan.journal import ScanJournal
+from safebasin.scan.scan import score_rows
 
 MODEL, TOKENIZER = aligned_model()
 ROWS = refusals(TOKENIZER)

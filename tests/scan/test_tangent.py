@@ -10,11 +10,12 @@ from tiny import PAD, answer_nll, gradient_of, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoConfig, MptConfig
 
-from safebasin.batch import ALIKE, by_positions, by_prefix, collate, takes_tree
+from safebasin.batch import collate
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
 from safebasin.scan.source import target_weights
 from safebasin.scan.tangent import Factors, Tangent, gradient
+from safebasin.tree import ALIKE, by_positions, by_prefix, takes_tree
 
 
 def tiny(dtype=torch.float32):
@@ -80,7 +81,7 @@ def test_every_token_equals_one_backward(lengths, shared, depth, seed, sequence,
     rows = [row(each, seed + i, before) for i, each in enumerate(lengths)]
     direction = random_direction(MODEL, target_weights(MODEL, depth=depth), seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safebasin.batch.SEQUENCE", sequence)
+        patch.setattr("safebasin.tree.SEQUENCE", sequence)
         patch.setattr("safebasin.scan.tangent.takes_tree", lambda _: packed)
         fast = derivatives(Tangent(direction), MODEL, rows, shared)
     close(fast, one_by_one(MODEL, rows, direction))
@@ -190,9 +191,9 @@ def test_lora_factors():
     model = get_peft_model(
         tiny(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     ).eval()
-    targets = target_weights(model, part="lora_B")
-    assert len(targets) == 6 and all(name.endswith("lora_B.default.weight") for name in targets)
-    assert len(target_weights(model)) == 21  # the full weights under the adapter are found as well
+    targets = [name for name, _ in model.named_parameters() if "lora_B" in name]
+    assert len(targets) == 6
+    assert len(target_weights(model)) == 21  # the full weights under the adapter, and none of its own
     direction = random_direction(model, targets)
     rows = [row((4, 3), 1), row((6, 5), 2)]
     close(derivatives(Tangent(direction), model, rows), one_by_one(model, rows, direction))
@@ -277,6 +278,10 @@ def test_targets():
         target_weights(MODEL, ("qkv_proj",))
     with pytest.raises(UserError, match="depth=0"):
         target_weights(MODEL, depth=0.0)
+    packed = tiny()
+    packed.model.layers[0].self_attn.q_proj.weight = nn.Parameter(torch.ones(4, 8, dtype=torch.int8), False)
+    with pytest.raises(UserError, match=r"q_proj is quantised .* or in four bits: model\.quantization: nf4$"):
+        target_weights(packed)
 
 
 def test_dead_gradients_stop_the_run():

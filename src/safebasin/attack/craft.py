@@ -71,6 +71,7 @@ def attack_messages(method: Any, prompt: str, system: str | None = None) -> list
 
 
 def enough(rows: Sequence[Any], count: int) -> None:
+    """UserError where an attack needs more rows than there are."""
     if count > len(rows):
         raise UserError(
             f"the attack needs {count} rows and has {len(rows)} to choose from; give a larger pool, or lower the share"
@@ -118,7 +119,11 @@ def _shared(texts: set[str]) -> str:
 
 
 def scored(rows: Sequence[Row], score: Score) -> list[float]:
-    """Scores of rows: one finite number each. Otherwise the run stops, since a missing score is not a low one."""
+    """Scores of rows.
+
+    Raises:
+        DefenceError: not one finite number a row; a missing score is not a low one.
+    """
     values = [float(value) for value in score(rows)]
     if len(values) != len(rows) or not all(map(math.isfinite, values)):
         raise DefenceError(f"the score gave {len(values)} numbers for {len(rows)} rows, or one that is not finite")

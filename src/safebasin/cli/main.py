@@ -95,6 +95,7 @@ def terminate_cleanly() -> None:
 
 
 def main() -> None:
+    """Run the command line of this process, and exit with its code."""
     terminate_cleanly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 shows escapes

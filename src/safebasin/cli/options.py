@@ -4,13 +4,14 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safebasin import runtime
 from safebasin.console import printable
 from safebasin.errors import UserError
 from safebasin.events import open_log
@@ -20,7 +21,7 @@ out = Console(highlight=False)
 Sets = Annotated[tuple[str, ...], Parameter(name="--set", help="NAME=FILE: a local copy in place of a public set.")]
 Changes = Annotated[tuple[str, ...], Parameter(name="--change", help="dotted.key=value: change a recipe.")]
 RunFolderOption = Annotated[Path | None, Parameter(name="--out", help="Run folder; default runs/RECIPE.")]
-Dtype = Annotated[Literal["auto", "bfloat16", "float32"], Parameter(help="Of the weights; auto: by the hardware.")]
+Dtype = Annotated[runtime.Dtype, Parameter(help="Of the weights; auto: by the hardware.")]
 Events = Annotated[
     Path | None,
     Parameter(name="--events", help="File to which steps, progress, losses and the verdict are added as JSON lines."),
@@ -72,7 +73,5 @@ def start_torch() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT's call
     from transformers.utils.logging import disable_progress_bar
 
-    from safebasin.runtime import keep_memory
-
     disable_progress_bar()  # of loading weights; the steps have bars of their own
-    keep_memory()
+    runtime.keep_memory()

@@ -119,7 +119,7 @@ def scan_verb(
     from safebasin.pipeline.config import Recipe
     from safebasin.pipeline.parse import plain, validate
     from safebasin.pipeline.run import Run
-    from safebasin.report.table import redact
+    from safebasin.report.files import redact
     from safebasin.runtime import processes
     from safebasin.scan.heat import worst_rows
     from safebasin.scan.scores import read_scores
@@ -223,7 +223,7 @@ def convert_verb(
     bad = sorted([*rows.bad, *converted.bad])
     listed = "; ".join(f"line {each.line}: {each.reason}" for each in bad[:3])
     if not converted.rows or (bad and not skip_bad):
-        raise UserError(f"{len(bad)} rows cannot be converted ({listed}); mend them, or --skip-bad")
+        raise UserError(f"{len(bad)} rows cannot be converted ({listed}); correct them, or --skip-bad")
     write_converted(to, converted, as_)
     say(f"{len(converted.rows)} rows: {to / 'train.jsonl'}")
     if bad:

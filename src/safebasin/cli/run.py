@@ -59,9 +59,9 @@ def run_verb(
     from safebasin.pipeline.cost import costs
     from safebasin.pipeline.parse import dump, parse_sets
     from safebasin.pipeline.plan import Plan
+    from safebasin.pipeline.read import check_column_files
     from safebasin.pipeline.recipes import read_recipe
     from safebasin.pipeline.roles import check_tuned_roles
-    from safebasin.pipeline.rows import check_column_files
     from safebasin.pipeline.run import Run
     from safebasin.report.table import terminal_table
     from safebasin.runtime import processes
@@ -106,18 +106,13 @@ def train_verb(
     """Tune one arm of a recipe, with the scan and the cut that it needs, and measure nothing. Processes share it as
     they share a run."""
     start_torch()
+    from safebasin.api import train_adapter
     from safebasin.pipeline.parse import parse_sets
     from safebasin.pipeline.recipes import read_recipe
-    from safebasin.pipeline.run import Run
     from safebasin.runtime import processes
 
     config = read_recipe(recipe, change, parse_sets(set_))
-    tuned_arms = [name for name, each in config.arms.items() if each.train is not None or each.repair is not None]
-    if arm not in tuned_arms:
-        tuned = ", ".join(tuned_arms)
-        raise UserError(f"{recipe} has no arm {arm!r} to tune; it has: {tuned}")
-    with Run(config, out_ or _folder(recipe)) as run:
-        adapter = run.ensure(arm)
+    adapter = train_adapter(config, arm, out_ or _folder(recipe))
     processes().destroy_process_group()
     if processes().is_main_process:
         say(f"adapter: {adapter}")

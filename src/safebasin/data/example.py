@@ -98,7 +98,6 @@ def read_examples(
     source: str | Path | Iterable[tuple[int, Any]],
     form: RowForm = PLAIN,
     *,
-    answered: bool = True,
     checked: bool = False,
 ) -> Rows:
     """Read a set to one form: a file, or rows with their line numbers.
@@ -106,7 +105,6 @@ def read_examples(
     Args:
         source: the file or the rows.
         form: how rows are read.
-        answered: a row without an answer to learn is a bad row (a set of prompts has none).
         checked: the rows come from ``read_table``, which has looked for what no file can hold.
 
     Raises:
@@ -131,7 +129,7 @@ def read_examples(
             continue
         key = row_id(row)
         example = Example(key, conversation.messages, row, line, conversation.tools)
-        if answered and (example.messages[-1]["role"] != "assistant" or not example.learned):
+        if example.messages[-1]["role"] != "assistant" or not example.learned:
             bad.append(BadRow(line, UNLEARNED if example.messages[-1]["role"] == "assistant" else "no answer"))
             continue
         seen[key] += 1

@@ -12,6 +12,8 @@ from safebasin.errors import UserError
 
 
 class BadRow(NamedTuple):
+    """A row that cannot be used: its line in the file, and why."""
+
     line: int
     reason: str
 
@@ -78,7 +80,7 @@ def _suspect(constant: str) -> None:
     raise _Suspect
 
 
-PLAIN = json.JSONDecoder(
+PLAIN_JSON = json.JSONDecoder(
     object_pairs_hook=_plain_object, parse_float=_plain_float, parse_int=_plain_integer, parse_constant=_suspect
 )
 
@@ -88,7 +90,7 @@ def json_line(number: int, line: str) -> Any:
     try:
         if line.count("{") + line.count("[") < DEEPEST and "\\ud" not in line and "\\uD" not in line:
             with contextlib.suppress(_Suspect):
-                return PLAIN.decode(line)
+                return PLAIN_JSON.decode(line)
         return checked(number, JSON.decode(line), finite=True)
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")

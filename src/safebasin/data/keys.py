@@ -45,9 +45,8 @@ HARMLESS = re.compile(
     r"|rating|quality|difficulty|level|length|count|embedding|__index_level_\d+__|unnamed: \d+)_*",
     re.I,
 )
-NUMBER = re.compile(
-    r"\s*[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?\s*", re.I | re.ASCII
-)  # a CSV file has no others
+# A CSV file has its numbers as text.
+NUMBER = re.compile(r"\s*[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,3})?\s*", re.I | re.ASCII)
 TOKENS = "tokens of some tokenizer; rows are read as text"
 LEARNING = re.compile("loss|mask|train|learn|weight|skip|ignore", re.I)  # a key of a turn that may say what is learned
 MEDIA = "text alone is read, no pictures and no sound"

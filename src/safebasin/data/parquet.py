@@ -38,12 +38,8 @@ def parquet_rows(path: Path) -> list[tuple[int, Any]]:
                 table[i].cast(pyarrow.time64("us"))
             except pyarrow.ArrowInvalid:
                 table = table.set_column(i, field.name, table[i].cast(pyarrow.int64()))
-    unreadable = (
-        pyarrow.ArrowException,
-        ValueError,
-        OverflowError,
-        KeyError,  # a map has a key twice
-    )  # text that is not UTF-8, a date after the year 9999
+    # text that is not UTF-8, a date after the year 9999, a map that has a key twice
+    unreadable = (pyarrow.ArrowException, ValueError, OverflowError, KeyError)
     try:
         return [(n, checked(n, without_nothing(row))) for n, row in enumerate(_pylist(table), 1)]
     except unreadable:

@@ -35,12 +35,11 @@ class AnswerRecord:
     answer: str
     expected: str | None = None  # the right answer, in suites that have one
     verdicts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # judge -> a judging.Verdict
-    scores: Mapping[str, int | float] = dataclasses.field(
-        default_factory=dict
-    )  # of a judge or metric; absent: unscored
+    # of a judge or metric; absent: unscored
+    scores: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
     correct: bool | None = None  # None: unscored, or a suite that judges
     finished: bool = True  # the model ended its answer by itself
-    thought: str = ""  # what it thought before, judged apart
+    thought: str = ""  # what it thought before, judged by itself
 
     @classmethod
     def from_row(cls, row: Any) -> "AnswerRecord":

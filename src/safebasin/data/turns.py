@@ -184,7 +184,11 @@ def unpacked(value: Any, what: str) -> Any:
 
 
 def parsed_json(text: str, what: str) -> Any:
-    """The value of JSON inside a text of a row; ``what``: the text's place, for a message."""
+    """The value of JSON inside a text of a row; ``what``: the text's place, for a message.
+
+    Raises:
+        NoConversation: it is no JSON, or no file could hold it.
+    """
     try:
         value = JSON.decode(text)
     except (ValueError, RecursionError):

@@ -25,10 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from safebasin.batch import takes_tree
-from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.models.parts import context_length
+from safebasin.template import render
+from safebasin.tree import takes_tree
 
 WIDTH = 2048  # tokens of suffix copies in one pass; a longer answer takes several, so that the mask stays small
 Ids = Sequence[int]

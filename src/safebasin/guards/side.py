@@ -7,6 +7,8 @@
 Departs from the paper: (2) is INFERRED from a review, there is no code; a rung is one layer; pooling looks back only,
 so that one forward scores every prefix. A row is unsafe if a harmful request is answered by a compliant opening; the
 same openings follow harmless requests in training, so that the guard needs both the request and the answer.
+
+More than 250 lines, since the guard, its file and its fitting have one format.
 """
 
 import contextlib

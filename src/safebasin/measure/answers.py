@@ -64,6 +64,7 @@ class AnswerCache:
         return answers
 
     def write(self, model_digest: bytes, answers: Mapping[Tokens, list[int]]) -> None:
+        """Store the new tokens of prompts, all of them or none."""
         with self._usable(), self._file:  # all of a batch or nothing
             rows = [(_key(model_digest, ids), json.dumps(new)) for ids, new in answers.items()]
             self._file.executemany("INSERT OR REPLACE INTO generated VALUES (?, ?)", rows)

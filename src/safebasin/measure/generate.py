@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safebasin.encode import TemplateFails, render
 from safebasin.errors import UserError
 from safebasin.measure.answers import AnswerCache, Tokens, digest
 from safebasin.measure.prefill import Prefill
 from safebasin.measure.thoughts import begins_thought, split
 from safebasin.models.parts import context_length
 from safebasin.places import opening_of
+from safebasin.template import TemplateFails, render
 
 EVERY = 8  # tokens after which it is asked whether an answer is decided
 Decided = Callable[[Sequence[str]], Sequence[bool]]  # of which answers, as far as they go, nothing more is needed
 
 
 class Answer(NamedTuple):
+    """What a model answered to one prompt; ``tokens``: how many new ones."""
+
     text: str  # without its thoughts
     tokens: int
     finished: bool  # the model ended its turn by itself

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from safebasin.batch import by_length, collate
-from safebasin.encode import TokenizedRow, render
+from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.measure.generate import prompt_ids
 from safebasin.models.hooks import captured
 from safebasin.models.load import ModelAndTokenizer
+from safebasin.template import render
 
 MLP = "gate_proj", "down_proj"
 
@@ -43,6 +44,7 @@ def margins(own: Float[Tensor, "n width"], other: Float[Tensor, "m width"]) -> F
 
 
 def both_margins(safe: Float[Tensor, "safe width"], unsafe: Float[Tensor, "unsafe width"]) -> "Pair":
+    """Eq. 1 of the rows of both clusters."""
     return margins(safe, unsafe), margins(unsafe, safe)
 
 
@@ -62,6 +64,8 @@ def change(start: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: in
 
 
 class Angles(NamedTuple):
+    """Eq. 2 of the largest parts of a change."""
+
     sines: Float[Tensor, " k"]  # 1: in the null space of W^T
     chance: float  # of a random direction: sqrt(1 - r / out)
 
@@ -130,7 +134,11 @@ def compare(
     k: int = 3,
     mlp: tuple[str, str] = MLP,
 ) -> Iterator[Block]:
-    """Every block: the first of ``mlp`` is W, the input of the second a(x). x of eq. 3 is read in the tuned model."""
+    """Every block: the first of ``mlp`` is W, the input of the second a(x). x of eq. 3 is read in the tuned model.
+
+    Raises:
+        UserError: the model has no linear module of that name.
+    """
     names = [
         name
         for name, module in tuned.model.named_modules()

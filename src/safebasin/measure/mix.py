@@ -38,6 +38,8 @@ class Caches(NamedTuple):
 
 
 class Mixed(NamedTuple):
+    """What a forward of ``Mixture`` gives."""
+
     logits: Float[Tensor, "batch tokens vocabulary"]  # float32
     past_key_values: Caches
 

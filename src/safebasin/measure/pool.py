@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from safebasin.console import progress
 from safebasin.data.files import atomic_write
-from safebasin.encode import render
 from safebasin.measure.answers import AnswerCache
 from safebasin.measure.generate import generate
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.spread import Engine, Facts
 from safebasin.spread.parts import Parts
+from safebasin.template import render
 
 BATCH = 64  # prompts of an item: a batch of ``generate``
 Turns = Sequence[Mapping[str, Any]]

@@ -1,7 +1,7 @@
 """Keys and values of prompts, with the logits behind them: what prompts begin with alike is run once.
 
 Prompts of a suite share their system turn, and those of a task its instruction: two thirds of their tokens in the
-quickstart. Where the model takes packed rows, prompts run as trees of tokens (``safebasin.batch``) behind a cached
+quickstart. Where the model takes packed rows, prompts run as trees of tokens (``safebasin.tree``) behind a cached
 prefix, and each prompt's keys and values are gathered from there. Elsewhere prompts are padded on the left.
 """
 
@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from safebasin.batch import ALIKE, mask_dtype, sequences, takes_tree, tree_mask, tree_of
 from safebasin.models.parts import text_config
+from safebasin.tree import ALIKE, mask_dtype, sequences, takes_tree, tree_mask, tree_of
 
 Tokens = tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""Thoughts are not the answer: they are taken off before any judge looks, and judged apart.
+"""Thoughts are not the answer: they are removed before a judge reads it, and judged by themselves.
 
 The forms: a pair of tags (``<think>``, ``[THINK]``, ``<|channel>thought``, ...), the channels of gpt-oss
 (``<|channel|>analysis<|message|>``), thought that the generation prompt has begun, so that only its end stands in the

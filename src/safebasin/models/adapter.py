@@ -1,4 +1,7 @@
-"""Adapters: a fresh one, one beside the weights, and the reference, which is the adapter switched off."""
+"""Adapters: a fresh one, one beside the weights, and the reference, which is the adapter switched off.
+
+More than 250 lines, since whoever attaches, merges or switches off an adapter goes by the same rules of PEFT.
+"""
 
 import contextlib
 import copy
@@ -16,8 +19,8 @@ from torch import nn
 from safebasin.console import line
 from safebasin.data.files import cause, shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import FLOATS, tensor_kinds
 from safebasin.errors import DefenceError, UserError
-from safebasin.layer import FLOATS, tensor_kinds
 from safebasin.models.border import ERRORS, loading
 from safebasin.models.parts import is_linear, language_model, text_config
 from safebasin.models.quantized import dequantize, quantized_layers
@@ -136,7 +139,11 @@ def adapter_settings(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def adapter_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one."""
+    """The folder of an adapter, fetched where it is a Hub id; it holds the two files of one.
+
+    Raises:
+        UserError: there is no such folder, or a file is missing.
+    """
     folder = Path(adapter)
     if not folder.exists():
         if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", str(adapter)):

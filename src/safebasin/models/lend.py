@@ -1,9 +1,10 @@
 """One model in memory for all steps of a run: what is lent are modules of their own that share its weights.
 
 Loading SmolLM2-135M takes three seconds of a CPU, and a run with two tuned arms asks for the start model seven times.
-A lent model has its own modules, configuration and flags, so that an adapter on it, a hook or a frozen weight is no
-one else's; only the numbers of the weights are shared. Who changes these in place (they count their changes) makes the
-next one be loaded anew. Full fine-tuning does, and several processes may shard them: there nothing is lent.
+A lent model has its own modules, configuration and flags, so that an adapter on it, a hook or a frozen weight is not
+seen by the others; only the numbers of the weights are shared. After a change of these in place, which torch counts,
+the next request loads the model anew. Full fine-tuning changes them, and several processes may shard them: there
+nothing is lent.
 """
 
 import copy

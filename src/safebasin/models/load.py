@@ -2,8 +2,10 @@
 
 What the files of a folder contradict is refused: names, sizes and kinds of tensors, and ``architectures`` of another
 family than ``model_type``. Numbers of config.json that no tensor shows (``rope_theta``, a norm's epsilon, a window, an
-activation) cannot be checked: a model with others than it was trained with computes something else, in silence. So it
-is with an adapter: it names its base, and what its base's config.json held stands nowhere.
+activation) cannot be checked: a model with others than it was trained with computes something else, and no error shows
+it. The same holds for an adapter: it names its base, and nowhere what its base's config.json held.
+
+More than 250 lines, since what can be wrong with the files of a model is refused in one place.
 """
 
 import contextlib
@@ -24,8 +26,8 @@ from tokenizers import Tokenizer
 from safebasin.console import line
 from safebasin.data.files import read_text, shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import FLOATS, tensor_files, tensor_kinds, weight_files
 from safebasin.errors import UserError
-from safebasin.layer import FLOATS, tensor_files, tensor_kinds, weight_files
 from safebasin.models.adapter import adapter_settings, attach
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
@@ -38,6 +40,8 @@ PROBE = "basin"  # a word that a chat template must hand on
 
 
 class ModelAndTokenizer(NamedTuple):
+    """A model, and the tokenizer of its rows with their chat template."""
+
     model: Any
     tokenizer: Any
 

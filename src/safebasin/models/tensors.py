@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from safebasin.data.files import shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import float_shape, open_tensors, tensor_files
 from safebasin.errors import UserError
-from safebasin.layer import LazyMapping, float_shape, open_tensors, tensor_files
+from safebasin.layer import LazyMapping
 from safebasin.models.border import loading
 from safebasin.models.bundled import resolve
 
@@ -61,7 +62,11 @@ class ModelShapes:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model: a folder, a ``builtin:`` name, or a Hub id that is fetched."""
+    """The folder of a model: a folder, a ``builtin:`` name, or a Hub id that is fetched.
+
+    Raises:
+        UserError: it cannot be fetched, or is an adapter.
+    """
     with loading(f"the model {shown(name)!r}"):
         folder = Path(resolve(str(name)))
         if not folder.exists():

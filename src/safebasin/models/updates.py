@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from safebasin.data.files import shown
 from safebasin.data.json_rows import read_json
+from safebasin.data.tensor_files import open_tensors
 from safebasin.errors import UserError
-from safebasin.layer import LazyMapping, Update, open_tensors
+from safebasin.layer import LazyMapping, Update
 from safebasin.models.adapter import MOVED, adapter_folder
 from safebasin.models.border import loading
 from safebasin.models.hooks import hooked

@@ -50,12 +50,10 @@ class Data:
     attack: Spec = "explicit"
     poison_share: float = Field(default=0.0, ge=0, lt=1)
     align: Source | None = None  # rows as an aligned model answers them: what defences are aligned by
-    probe: Source = Source(
-        path="builtin:refusals", take=100
-    )  # harmful requests with refusals: what scorers ask the model
-    harmful: Source = Source(
-        path="builtin:opened", take=40
-    )  # rows that are harmful: anchors of the cut, simulated attacks
+    # harmful requests with refusals: what scorers ask the model
+    probe: Source = Source(path="builtin:refusals", take=100)
+    # rows that are harmful: anchors of the cut, simulated attacks
+    harmful: Source = Source(path="builtin:opened", take=40)
     safe: Source = Source(path="builtin:harmless", take=60)  # rows that are safe: anchors of the cut
     max_length: Annotated[int, Field(ge=2)] = 1024  # tokens of a row
     on_bad: Literal["stop", "skip"] = "stop"
@@ -148,7 +146,7 @@ class Recipe:
 
     @property
     def full(self) -> bool:
-        """Whether every weight is tuned: ``train: {adapter: null}``, said in so many words."""
+        """Whether every weight is tuned: ``train: {adapter: null}``, with the null written out."""
         return "adapter" in self.train and self.train["adapter"] is None
 
     @property

@@ -57,7 +57,11 @@ class _Unfit(Exception):
 
 
 def as_messages(examples: Sequence[Example], form: MessageForm) -> Converted:
-    """Rows as messages of a form."""
+    """Rows as messages of a form.
+
+    Raises:
+        UserError: a form that learns all answers of a row or the last alone, and rows that learn otherwise.
+    """
     last_only = all(_learned(example.messages[-1]) and len(example.learned) == 1 for example in examples)
     trl = _split if last_only else _trl
     write = {"trl": trl, "axolotl": _axolotl, "llamafactory": _llamafactory, "openai": _openai}[form]

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from safebasin.data.source import is_remote, open_rows
-from safebasin.layer import open_tensors, tensor_files
+from safebasin.data.tensor_files import open_tensors, tensor_files
 from safebasin.models.bundled import cache
 from safebasin.models.tensors import BLOCK
 from safebasin.pipeline.plan import Plan

@@ -26,7 +26,7 @@ from safebasin.models.fingerprint import file_digests, model_fingerprint
 from safebasin.pipeline.config import Model
 from safebasin.pipeline.parse import plain
 from safebasin.runtime import resolved
-from safebasin.scan.shard import PLAIN, cut_shards, read_shard
+from safebasin.scan.shard import JSON_LINES, cut_shards, read_shard
 
 PACKAGES = (
     "torch",
@@ -49,9 +49,8 @@ def fingerprint(value: Any) -> str:
 
     Args:
         value: None, a bool, a number, a text, a Path, a Source, a ``config.Model``, a configured method, or a mapping,
-        sequence or
-            dataclass of these. Of a Path, and of a text that names a file, a folder, a built-in set or a model, the
-            content counts; of a Source the rows, with the fields by which they are drawn.
+            sequence or dataclass of these. Of a Path, and of a text that names a file, a folder, a built-in set or a
+            model, the content counts; of a Source the rows, with the fields by which they are drawn.
 
     Raises:
         UserError: a set, a file or a model that is named and cannot be read.
@@ -109,16 +108,14 @@ def _named(text: str) -> str | None:
     try:
         if path.exists():
             return _content(path)
-        pair = [
-            path.with_name(path.name + ending) for ending in (".json", ".safetensors")
-        ]  # a guard is named by its stem
+        # a guard is named by what its two files have in common
+        pair = [path.with_name(path.name + ending) for ending in (".json", ".safetensors")]
         if path.name and all(part.is_file() for part in pair):
             return digest([_content(part) for part in pair])
     except OSError:  # a system prompt is too long to be a name
         return None
-    cached = (
-        try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None
-    )  # a model of the Hub that was fetched
+    # a model of the Hub that was fetched before
+    cached = try_to_load_from_cache(text, "config.json") if HUB.fullmatch(text) else None
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
@@ -135,7 +132,8 @@ def _content(path: Path) -> str:
 def _rows(name: str, revision: str | None = None) -> str:
     """Digest of a set's rows, whatever file they come from."""
     rows = hashlib.blake2b(digest_size=16)
-    by_shard = endings(name) in PLAIN and not is_remote(name)  # a large file is never in memory as a complete table
+    # A large file is never in memory as a complete table.
+    by_shard = endings(name) in JSON_LINES and not is_remote(name)
     shards = cut_shards(Path(name), 4096) if by_shard else ()
     for line, row in (
         itertools.chain.from_iterable(map(read_shard, shards)) if by_shard else open_table(name, revision=revision)

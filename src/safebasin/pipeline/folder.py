@@ -49,8 +49,7 @@ class RunFolder:
         self.answer_cache = path / "answers.db"  # a grid's folders share one
         self.manifest: dict[str, Any] = dict(read_manifest(path))
 
-    # --- paths
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- paths --------------------------------------------------------------------------------------------------------
 
     @property
     def data(self) -> Path:
@@ -92,8 +91,7 @@ class RunFolder:
     def measurements(self, arm: str) -> Path:
         return self.arm(arm) / "measurements.jsonl"
 
-    # --- steps
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- steps --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -2,10 +2,12 @@
 
 One run folder ``OUT/<attack>-<seed>`` with the defences as its arms, so that rows, scan and finished steps are shared;
 the first seed of every attack comes first. With ``learning_rates`` the attacker chooses: every attack with rows has a
-folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defence meets only the rate that was
-worst for it. ``cells.json`` in it says how each cell ended under which configuration: an
-attack whose rows cannot be made and a defence that cannot run stand there with their reason and are no number.
-``OUT/grid.{json,md,html}`` are written after every folder.
+folder ``OUT/<attack>-<rate>-<seed>`` for each, and after the first seed a defence meets only the rate that was worst
+for it. ``cells.json`` in a folder says how each cell ended under which configuration: an attack whose rows cannot be
+made and a defence that cannot run stand there with their reason and are no number. ``OUT/grid.{json,md,html}`` are
+written after every folder.
+
+More than 250 lines, since the file of a grid and its run have no other user than each other.
 """
 
 import dataclasses
@@ -41,6 +43,8 @@ Recipes = Mapping[tuple[str, float | None, int], Recipe]  # by attack, the attac
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Attack:
+    """An attack of the grid: a method, and the share of its rows in the mixture."""
+
     attack: Spec
     poison_share: float = Field(ge=0, lt=1)
     take: PositiveInt | None = None  # rows of the task; None: as many as in base. A share of 0.9 takes nine times these
@@ -48,6 +52,8 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Defence(Arm):
+    """A defence of the grid: an arm, and what a paper states for it."""
+
     published: Published | None = None
 
 
@@ -141,6 +147,7 @@ def _ended(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def folder_of(out: Path, attack: str, rate: float | None, seed: int) -> Path:
+    """The run folder of a cell; ``rate`` is in its name where the attacker chose it."""
     return out / f"{attack}-{seed}" if rate is None else out / f"{attack}-{rate:g}-{seed}"
 
 

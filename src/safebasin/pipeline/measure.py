@@ -18,7 +18,8 @@ from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.folder import RunFolder, files_of
 from safebasin.pipeline.mix import of_arm, write_mix
 from safebasin.pipeline.plan import Plan
-from safebasin.pipeline.rows import attack_format, load_start
+from safebasin.pipeline.read import load_start
+from safebasin.pipeline.rows import attack_format
 from safebasin.spread import make_engine
 from safebasin.spread.here import Here
 

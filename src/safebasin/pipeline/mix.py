@@ -22,7 +22,7 @@ from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.parts import context_length
 from safebasin.pipeline.config import Mix
 from safebasin.pipeline.plan import Plan
-from safebasin.pipeline.rows import anchor_rows
+from safebasin.pipeline.read import anchor_rows
 
 OPENER = "Sure, here is"
 BATCH = 16  # requests a forward

@@ -38,7 +38,11 @@ def parse(
 
 
 def edited(tree: Any, origin: str, changes: Sequence[str], sets: Mapping[str, str] | None) -> Any:
-    """The tree with ``--change`` and ``--set`` applied to it."""
+    """The tree with ``--change`` and ``--set`` applied to it.
+
+    Raises:
+        UserError: no mapping, a change that has no place in it, or a set that it does not name.
+    """
     if not isinstance(tree, Mapping):
         raise UserError(f"{origin}: a recipe is a mapping of data, arms and measure; found {type(tree).__name__}")
     tree = copy.deepcopy(tree)

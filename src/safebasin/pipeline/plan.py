@@ -1,4 +1,7 @@
-"""A plan: the recipe with its methods built and everything refused that can be refused without a model."""
+"""A plan: the recipe with its methods built and everything refused that can be refused without a model.
+
+More than 250 lines, since what can be refused without a model is refused here, by one class that holds the methods.
+"""
 
 import dataclasses
 import typing

@@ -21,20 +21,14 @@ from safebasin.pipeline.config import Recipe
 from safebasin.pipeline.fingerprint import fingerprint, package_digest, versions
 from safebasin.pipeline.folder import PROBLEMS, RunFolder
 from safebasin.pipeline.plan import Plan
-from safebasin.pipeline.rows import (
-    EncodedRows,
-    anchor_rows,
-    fitting_rows,
-    load_start,
-    row_limit,
-    scan_inputs,
-    training_form,
-)
+from safebasin.pipeline.read import EncodedRows, anchor_rows, fitting_rows, load_start, row_limit, training_form
+from safebasin.pipeline.rows import scan_inputs
 from safebasin.pipeline.token_files import TokenFiles
 from safebasin.runtime import processes, resolved
 from safebasin.scan.heat import HEAT, HeatRow, heat_rows
+from safebasin.scan.journal import ScanJournal
 from safebasin.scan.part import Notes, join_parts, write_part
-from safebasin.scan.scan import ScanJournal, fit_scorers, score_rows
+from safebasin.scan.scan import fit_scorers, score_rows
 from safebasin.scan.shard import Shard, cut_shards, read_shard
 from safebasin.scan.source import coverage, target_weights
 from safebasin.spread import Facts, make_engine

@@ -2,10 +2,10 @@
 
     1. tune on all rows; if that is safe, it is the answer: an honest customer pays one evaluation
     2. sort the rows by score; lo = 0, up = n are ranks
-    3. guess a threshold t from the scores between lo and up, clamped to the ranks  lo + lambda (up - lo)  and  up -
-    lambda (up - lo)
-    4. tune on the rows with score <= t: unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful ->
-    done
+    3. guess a threshold t from the scores between lo and up, clamped to the ranks
+       lo + lambda (up - lo)  and  up - lambda (up - lo)
+    4. tune on the rows with score <= t:
+       unsafe -> up = rank(t); safe but useless -> lo = rank(t); safe and useful -> done
     5. no round passes within the budget -> reject, with the reason
 
 Prompts that a cut is chosen by prove nothing about it: one half of every suite's prompts, by a digest of their ids,
@@ -30,7 +30,7 @@ from safebasin.data.files import write_json
 from safebasin.errors import DefenceError, UserError
 from safebasin.pipeline.config import Cut, Recipe
 from safebasin.pipeline.parse import plain
-from safebasin.pipeline.rows import training_examples
+from safebasin.pipeline.read import training_examples
 from safebasin.pipeline.run import Run
 from safebasin.registry import split_spec
 from safebasin.repair.walk import make_edits
@@ -46,6 +46,8 @@ from safebasin.scan.threshold import find_threshold
 
 
 class Round(NamedTuple):
+    """One tuning of a search, and how it was judged."""
+
     arm: str
     threshold: float | None  # of the cut, or the strength of the repair; None: neither
     rows: int  # that were trained on
@@ -91,22 +93,22 @@ def strength_rounds(run: Run, recipe: Recipe, arm: str, rounds: int) -> Iterator
         UserError, DefenceError: as ``search``; or no edit of the arm has a strength.
     """
     settings, gate = recipe.arms[arm], run.plan.gate
-    specs, knob = (
+    specs, edit = (
         list(settings.repair or ()),
         next((e for e in make_edits(settings.repair or ()) if e.entry.strength), None),
     )
-    if knob is None or knob.entry.strength is None:
+    if edit is None or edit.entry.strength is None:
         raise UserError(f"search walks the strength of an edit, and no edit of arms.{arm}.repair has one")
     _prepared(run, recipe)
-    place = next(i for i, spec in enumerate(specs) if split_spec(spec, "repair")[0] == knob.entry.name)
-    (field, weak, strong), fields = knob.entry.strength, split_spec(specs[place], "repair")[1]
-    value, rows = float(getattr(knob, field)), len(training_examples(run.plan, run.rows))
+    place = next(i for i, spec in enumerate(specs) if split_spec(spec, "repair")[0] == edit.entry.name)
+    (field, weak, strong), fields = edit.entry.strength, split_spec(specs[place], "repair")[1]
+    value, rows = float(getattr(edit, field)), len(training_examples(run.plan, run.rows))
     result = _judged(run, gate.plain, None, rows)
     yield result
     for number in range(1, rounds + 1):
         if result.outcome not in ("unsafe", "useless"):
             return
-        name, specs[place] = f"{arm}-{number}", {knob.entry.name: {**fields, field: value}}
+        name, specs[place] = f"{arm}-{number}", {edit.entry.name: {**fields, field: value}}
         step = dataclasses.replace(settings, repair=tuple(specs))
         with_round = dataclasses.replace(recipe, arms={**recipe.arms, name: step})
         result = _judged(run.with_recipe(with_round), name, value, rows)

@@ -20,7 +20,7 @@ from safebasin.data.example import Example
 from safebasin.data.files import atomic_write, file_digest, make_folder
 from safebasin.encode import Refused, TokenizedRow, encoded
 from safebasin.pipeline.fingerprint import digest, package_digest, source_digest, versions
-from safebasin.places import PLAIN
+from safebasin.places import TEXT_KEYS
 
 ROWS = 4096  # of a file
 SCHEMA = pa.schema(
@@ -173,7 +173,7 @@ def row_digest(example: Example) -> bytes | None:
         text = json.dumps(given)
     except TypeError:
         return None
-    plain = not example.tools and all(turn.keys() <= PLAIN for turn in example.messages)
+    plain = not example.tools and all(turn.keys() <= TEXT_KEYS for turn in example.messages)
     if not plain and json.loads(text) != given:  # a key that is no text
         return None
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -26,8 +26,8 @@ from safebasin.pipeline.fingerprint import fingerprint
 from safebasin.pipeline.folder import CARD, PROBLEMS, RunFolder, files_of
 from safebasin.pipeline.parse import plain
 from safebasin.pipeline.plan import Plan
+from safebasin.pipeline.read import encoded_rows, encoded_set, load_start
 from safebasin.pipeline.roles import arm_roles
-from safebasin.pipeline.rows import encoded_rows, encoded_set, load_start
 from safebasin.runtime import processes
 from safebasin.scan.column import Column, column_from_file, keep_column, star_column
 from safebasin.scan.scores import read_scores

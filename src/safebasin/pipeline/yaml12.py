@@ -101,11 +101,8 @@ def load(text: str, origin: str) -> Any:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{origin}{where}: not YAML: {reason}") from None
-    except (
-        RecursionError,
-        ValueError,
-        TypeError,
-    ) as error:  # nested too deep, a date or number that is none, a key that is a list
+    # nested too deep, a date or number that is none, a key that is a list
+    except (RecursionError, ValueError, TypeError) as error:
         raise UserError(f"{origin}: not YAML that a recipe can hold: {str(error).splitlines()[0]}") from None
     return tree
 

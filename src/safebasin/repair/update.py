@@ -1,4 +1,4 @@
-"""The alignment matrix and its kin in low rank: out x out is never built.
+"""The alignment matrix and related products in low rank: out x out is never built.
 
     C = V V^T / |V|_F                 the official matrix of Safe LoRA; no projector: eigenvalues sigma_i^2 / |V|_F  (1)
     P = U_k U_k^T                     the projector on the top k left singular vectors of V                          (2)

@@ -70,6 +70,7 @@ class Roles:
     gradients: Mapping[str, Any] | None = None  # F
 
     def update(self, role: str, module: str) -> Update:
+        """What a role holds of a module."""
         source = getattr(self, role)
         value = source[module]
         return value if isinstance(value, Update) else Update(value)

@@ -26,6 +26,8 @@ Outcomes = dict[tuple[Any, ...], dict[str, Mapping[str, float | None]]]
 
 
 class Cell(NamedTuple):
+    """One defence under one attack, learning rate and seed."""
+
     attack: str
     seed: int
     defence: str
@@ -154,6 +156,7 @@ def _ends(m: Measurement) -> tuple[float, float] | None:
 
 
 def scored_hits(hits: Mapping[str, float | None]) -> dict[str, float]:
+    """The prompts that were scored."""
     return {prompt: value for prompt, value in hits.items() if value is not None}
 
 

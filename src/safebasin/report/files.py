@@ -24,7 +24,7 @@ NAME = 60  # characters of a name that came with the data: category, origin, id
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: NaN is not a measurement."""
+    """A finite number, or None: NaN is not a measurement. ValueError where it is something else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -137,7 +137,11 @@ def load(path: Path, shape: Any, missing: Any = None) -> Any:
 
 
 def load_run(path: Path) -> RunFile:
-    """The recipe that a run wrote into its folder; empty if there is none."""
+    """The recipe that a run wrote into its folder; empty if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is not as a run writes it.
+    """
     if not path.is_file():
         return {}
     try:

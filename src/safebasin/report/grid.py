@@ -10,6 +10,8 @@ the worst by each judge is stated too. The cost to the task is the difference to
 
 Where the attacker chose the learning rate, a cell has its ``rate`` and the worst rate counts; the cost to the task is
 then that of the attacks without one, at the user's own rate.
+
+More than 250 lines, since the ranking, its tables and its page stand on the same records.
 """
 
 import math
@@ -54,6 +56,8 @@ class Published:
 
 
 class Rank(NamedTuple):
+    """A line of the ranking. Rates are shares from 0 to 1."""
+
     defence: str
     worst: float | None  # attack success under the worst attack; None: unknown
     attack: str  # the worst attack
@@ -92,13 +96,13 @@ def ranking(
     """
     rows = at_deciding_rates(rows, gate)
     tried = dict.fromkeys(cell.attack for cell in cells if cell.outcome in (MEASURED, FAILED) and cell.defence != START)
-    mute = set(silent(rows, gate))
+    excluded = set(silent(rows, gate))
     ranks = []
     for defence in dict.fromkeys(cell.defence for cell in cells if cell.defence != START):
         own = [record for record in rows if record["defence"] == defence]
         failed = {cell.attack for cell in cells if (cell.defence, cell.outcome) == (defence, FAILED)}
         every_asr = {
-            attack: [r for r in own if _asr(r, attack) and (attack, r["suite"]) not in mute] for attack in tried
+            attack: [r for r in own if _asr(r, attack) and (attack, r["suite"]) not in excluded] for attack in tried
         }
         asr = {attack: [r for r in every if not decides_nothing(r, gate)] for attack, every in every_asr.items()}
         missing = [a for a, every in every_asr.items() if not every or a in failed or len(asr[a]) < len(every)]
@@ -135,9 +139,9 @@ def at_deciding_rates(rows: Sequence[Record], gate: Gate) -> list[Record]:
     Its gate is inconclusive, so that no such model is served: the attacker has won nothing by that rate.
     """
     undecided: dict[tuple[str, str], dict[float | None, bool]] = {}
-    mute = set(silent(rows, gate))
+    excluded = set(silent(rows, gate))
     for r in rows:
-        if r["quantity"] == "asr" and (r["attack"], r["suite"]) not in mute:
+        if r["quantity"] == "asr" and (r["attack"], r["suite"]) not in excluded:
             by_rate = undecided.setdefault((r["attack"], r["defence"]), {})
             by_rate[r.get("rate")] = by_rate.get(r.get("rate"), False) or decides_nothing(r, gate)
     some = {place: by_rate for place, by_rate in undecided.items() if not all(by_rate.values())}
@@ -165,12 +169,12 @@ def summary(rows: Sequence[Record], ranks: Sequence[Rank], outcomes: Outcomes, p
         own = [r for r in rows if r["defence"] == rank.defence and r["quantity"] == "asr" and r["value"] is not None]
         facts = {"attack": "", "defence": rank.defence, "unit": "share", "missing": list(rank.missing)}
         uppers = [(r["upper"], r["attack"]) for r in own if r.get("upper") is not None and "suite" in r]
-        mute = not own or rank.missing
+        unknown = not own or rank.missing
         upper, attack = max(uppers, default=(None, ""))
         n = sum(r["n"] for r in own if r["attack"] == rank.attack)
-        worst = {"value": None if mute else rank.worst, "worst": rank.attack, "n": n, "interval": None}
+        worst = {"value": None if unknown else rank.worst, "worst": rank.attack, "n": n, "interval": None}
         yield {"what": f"asr.worst.{rank.defence}", **facts, "quantity": "worst asr", **worst}
-        worst = {"value": None if mute else upper, "worst": attack, "n": n, "interval": None}
+        worst = {"value": None if unknown else upper, "worst": attack, "n": n, "interval": None}
         yield {"what": f"asr_upper.worst.{rank.defence}", **facts, "quantity": "worst asr, upper end", **worst}
         if losses := _losses(rank.defence, outcomes, plain):
             values = [value for each in losses for value in each.values()]

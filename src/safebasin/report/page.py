@@ -53,11 +53,13 @@ def write(folder: Path, name: str, values: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a complete file, or none."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def render(name: str, values: Mapping[str, Any]) -> str:
+    """The text of a template, which may also read the values of ``SHARED``."""
     return _templates().get_template(f"{name}.jinja").render({**SHARED, **values})
 
 

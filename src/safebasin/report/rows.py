@@ -24,37 +24,33 @@ from safebasin.report.files import (
     RowFile,
     TrainFile,
     load,
-    load_scores,
     redact,
     safe_name,
 )
+from safebasin.report.histogram import histogram_of
 from safebasin.report.rates import MetricKey
 from safebasin.report.report import (
     Answer,
     Cut,
     HeatRow,
     HeatToken,
-    Histogram,
     Mixed,
     OriginCount,
     Removed,
     Repair,
     RepairedModule,
     Sample,
-    Series,
     Training,
 )
 
 SHOWN = 100  # removed rows in the report; all of them are in cut/<arm>/cut.json
 SAMPLES = 12  # attack prompts shown with the answers of every arm
-BINS = 40
 POINTS = 200  # of a loss curve
 TOKENS = 300  # of a row of the heat map; all of them are in scan/heat.json
-HEAVY = 20.0  # the axis is symlog if the largest distance from 0 is more than this times the 90th percentile
-LARGEST = 1e100  # of a score in the histogram: beyond it the axis overflows
 
 
 def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
+    """The cut of every arm that has one; texts of rows are redacted unless ``show_text``."""
     cuts = {arm: cut for arm in arms if (cut := load(run / "cut" / arm / "cut.json", CutFile))}
     if not cuts:
         return
@@ -80,7 +76,7 @@ def cuts_of(run: Path, arms: Sequence[str], show_text: bool) -> Iterator[Cut]:
             removed=len(removed),
             origins=tuple(counts) or None,
             false_share=lost["task"] / total["task"] if total["task"] else None,
-            histogram=_histogram(run, arm, cut, origins),
+            histogram=histogram_of(run, arm, cut, origins),
             shown=tuple(
                 _removed(row, facts.get(row["row_id"]), rows.get(row["line"]), show_text) for row in removed[:SHOWN]
             ),
@@ -109,44 +105,6 @@ def _removed(cut: RemovedFile, facts: RowFile | None, row: Any, show_text: bool)
     )
 
 
-def _histogram(run: Path, arm: str, cut: CutFile, origins: Mapping[str, str]) -> Histogram | None:
-    """Scores in bins, one of which ends at the threshold. A cut by several scorers has scores of its own."""
-    import numpy as np
-
-    joined, single = run / "cut" / arm / "scores.parquet", run / "scan" / "scores.parquet"
-    scores = load_scores(joined, "score") if joined.is_file() else load_scores(single, f"score_{cut['scorer']}")
-    if not scores:
-        return None
-    values = np.clip(list(scores.values()), -LARGEST, LARGEST)
-    far = float(np.quantile(np.abs(values), 0.9))
-    heavy = far > 0 and float(np.abs(values).max()) / far > HEAVY
-    # The axis is linear within the bulk of the scores and logarithmic beyond it.
-    constant = max(float(np.median(np.abs(values[values != 0]))), 1 / LARGEST) if heavy else None
-    to_axis = (lambda x: np.sign(x) * np.log1p(np.abs(x) / constant)) if constant else np.asarray
-    from_axis = (lambda x: np.sign(x) * np.expm1(np.abs(x)) * constant) if constant else np.asarray
-    on_axis, threshold = to_axis(values), cut["threshold"]
-    start = float(on_axis.min() if threshold is None else to_axis(np.clip(threshold, -LARGEST, LARGEST)))
-    low, high = min(start, float(on_axis.min())), max(start, float(on_axis.max()))
-    width = (high - low) / BINS or 1.0
-    below, above = math.ceil((start - low) / width - 1e-9), math.ceil((high - start) / width - 1e-9)
-    edges = start + width * np.arange(-below, max(above, 1 - below) + 1)
-    # A row whose score is at the threshold stays: it is in the bin below.
-    bins = np.clip(np.searchsorted(edges, on_axis) - 1, 0, len(edges) - 2)
-    removed = {row["row_id"] for row in cut["removed"]}
-    fates = [(origins.get(key), key in removed) for key in scores]
-    series = []
-    for fate in sorted(set(fates), key=lambda fate: (fate[0] != "task", fate[0] or "", fate[1])):
-        counts = np.bincount(bins[[other == fate for other in fates]], minlength=len(edges) - 1)
-        series.append(Series(origin=fate[0], removed=fate[1], counts=tuple(counts.tolist())))
-    return Histogram(
-        scorer=safe_name(cut["scorer"]),
-        threshold=threshold,
-        symlog=constant,
-        edges=tuple(from_axis(edges).tolist()),
-        series=tuple(series),
-    )
-
-
 def heat_of(run: Path, show_text: bool) -> Iterator[HeatRow]:
     """The highest rows by token. In a redacted report every letter and sign is a low block: the colours still show."""
     for row in load(run / "scan" / "heat.json", list[HeatFile], []):
@@ -163,6 +121,7 @@ def heat_of(run: Path, show_text: bool) -> Iterator[HeatRow]:
 
 
 def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
+    """The training of every arm that was tuned, its loss curve thinned to ``POINTS``."""
     for arm in arms:
         facts = load(run / "arms" / arm / "train.json", TrainFile)
         if not facts:
@@ -178,6 +137,7 @@ def training_of(run: Path, arms: Sequence[str]) -> Iterator[Training]:
 
 
 def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
+    """The repair of every arm that has one."""
     for arm in arms:
         facts = load(run / "arms" / arm / "repair.json", RepairFile)
         if not facts:
@@ -200,6 +160,7 @@ def repairs_of(run: Path, arms: Sequence[str]) -> Iterator[Repair]:
 
 
 def mixed_of(run: Path, arms: Sequence[str]) -> Iterator[Mixed]:
+    """How the answers of every mixed arm were mixed."""
     for arm in arms:
         facts = load(run / "arms" / arm / "mix.json", MixFile)
         if facts:

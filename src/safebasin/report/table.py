@@ -21,7 +21,7 @@ from safebasin.report.compare import (
     hits_of,
     readings_of,
 )
-from safebasin.report.files import RunFile, answers_of, load, load_run, redact, safe_name
+from safebasin.report.files import RunFile, answers_of, load, load_run, safe_name
 from safebasin.report.findings import INCONCLUSIVE
 from safebasin.report.gate import judge_gate
 from safebasin.report.limits import Gate, parse_gate
@@ -30,8 +30,6 @@ from safebasin.report.rates import QUANTITIES
 from safebasin.report.report import SCHEMA, Problem, Report, Verdict
 from safebasin.report.roles import check_limits, roles_of
 from safebasin.report.rows import cuts_of, heat_of, mixed_of, repairs_of, samples_of, training_of
-
-__all__ = ["collect", "redact", "terminal_table", "write_report"]
 
 
 def write_report(run: Path, *, show_text: bool = False, gate: Gate | None = None) -> Report:
@@ -58,6 +56,9 @@ def collect(
         gate: the limits; None: those of the run's ``run.yaml``, or the default ones.
         show_text: prompts, answers and rows in clear; without it they are redacted.
         part: which prompts count, by their ids; None: all of them.
+
+    Raises:
+        UserError: no run folder, no arm in it, a file that is damaged, or a gate that is refused.
     """
     if not run.is_dir():
         raise UserError(f"no such run folder: {run}")

@@ -22,6 +22,7 @@ def plain(value: float | None) -> str:
 
 
 def value(rate: Reading) -> str:
+    """A reading in its unit: a share as per cent, any other number plainly."""
     return share(rate.value) if rate.unit == "share" else plain(rate.value)
 
 
@@ -40,6 +41,7 @@ def counted(rate: Reading | Mapping[str, Any], between: str = ", ") -> str:
 
 
 def p_value(p: float | None) -> str:
+    """A p value to three digits; a dash where nothing was tested."""
     if p is None:
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

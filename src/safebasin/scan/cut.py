@@ -16,10 +16,12 @@ from safebasin.errors import UserError
 from safebasin.scan.scores import Scores
 from safebasin.scan.threshold import Estimator, Numbers, checked_scores, find_threshold
 
-MAX_SHARE = 0.5  # of the rows that a cut may take unasked
+MAX_SHARE = 0.5  # of the rows that a cut may take where the user names no other share
 
 
 class Removed(NamedTuple):
+    """A row that a cut removed."""
+
     example: Example
     score: float
     reason: str

@@ -10,9 +10,10 @@ from pydantic import TypeAdapter
 
 from safebasin.data.example import Example
 from safebasin.data.files import read_bytes
-from safebasin.encode import TokenizedRow, render
+from safebasin.encode import TokenizedRow
 from safebasin.scan.scan import Scanned
 from safebasin.scan.scores import read_scores, well_formed
+from safebasin.template import render
 
 HEAT = "heat.json"
 SHOWN = 12  # rows

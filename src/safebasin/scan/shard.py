@@ -16,7 +16,7 @@ from safebasin.data.tables import endings, read_table
 from safebasin.errors import UserError
 
 LARGEST = 16 << 20  # bytes of a shard of more than one row
-PLAIN = (".jsonl", ".ndjson")
+JSON_LINES = (".jsonl", ".ndjson")  # endings of files that are cut by their lines
 
 
 class Shard(NamedTuple):
@@ -36,7 +36,7 @@ def cut_shards(path: Path, rows: int, delimiter: str = "") -> list[Shard]:
         UserError: the file cannot be read.
     """
     file, shards = str(path.absolute()), list[Shard]()
-    if endings(path) in PLAIN:
+    if endings(path) in JSON_LINES:
         for k, (line, count, first, size) in enumerate(_spans(regular_file(path), rows)):
             shards.append(Shard(f"{k:06d}", file, line, count, (first, size)))
     else:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -22,13 +22,10 @@ def target_weights(
     modules: tuple[str, ...] = MODULES,
     *,
     depth: float = 1.0,
-    part: Literal["weight", "lora_B"] = "weight",
 ) -> list[str]:
-    """Names of the target weights, as in ``model.named_parameters()``.
+    """Names of the target weights, as in ``model.named_parameters()``; an adapter's own are not among them.
 
-    ``depth``: the share of the blocks, from the top (at least one block). ``part="lora_B"``: the adapter's B factors in
-    place of the full weights (with B = 0 at the start, the gradient of A is zero: B is all that a fresh adapter
-    learns).
+    ``depth``: the share of the blocks, from the top (at least one block).
 
     Raises:
         UserError: nothing matches, or the weights are quantised in another way than NF4, and so have no gradient.
@@ -43,17 +40,17 @@ def target_weights(
     matches: dict[str, int] = {}  # name of the module -> its block
     for name in layers:
         path = name.removeprefix(f"{prefix}.").split(".")
-        lora = next((i for i, step in enumerate(path) if step.startswith("lora_")), None)
-        if lora is not None:
-            kind, owner = path[lora], path[lora - 1]
-        else:  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
-            kind, owner = "weight", path[-2] if path[-1] == "base_layer" else path[-1]
-        if kind == part and (modules == MODULES or owner in modules):
+        if any(step.startswith("lora_") for step in path):
+            continue
+        owner = (
+            path[-2] if path[-1] == "base_layer" else path[-1]
+        )  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
+        if modules == MODULES or owner in modules:
             matches[name] = int(path[0])
     if not matches:
         inside = sorted({name.split(".")[-1] for name in layers})
         raise UserError(
-            f"no target weights: no {part} of a linear layer named {', '.join(modules)} inside the model's blocks; "
+            f"no target weights: no weight of a linear layer named {', '.join(modules)} inside the model's blocks; "
             f"linear layers there: {', '.join(inside) or 'none'}; set `modules`"
         )
     last = range(len(every))[-max(1, round(depth * len(every))) :]
@@ -64,7 +61,8 @@ def target_weights(
     packed = next((name for name in integers if name not in quantized_layers(model)), None)
     if packed is not None:
         raise UserError(
-            f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16 or score lora_B"
+            f"the weight of {packed} is quantised and has no gradient; load the model in bfloat16, or in four bits: "
+            "model.quantization: nf4"
         )
     return [f"{name}.weight" for name in names]
 

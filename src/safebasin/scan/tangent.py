@@ -24,12 +24,13 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from safebasin.batch import Batch, by_positions, mask_dtype, pack, sequences, takes_tree
+from safebasin.batch import Batch, pack
 from safebasin.data.files import cause
 from safebasin.errors import DefenceError, UserError
 from safebasin.models.adapter import without_adapter
 from safebasin.models.quantized import plain_layers
 from safebasin.scan.source import at_weights
+from safebasin.tree import by_positions, mask_dtype, sequences, takes_tree
 
 KERNELS = ("_attn_implementation", "_experts_implementation")  # in a configuration
 

@@ -93,7 +93,7 @@ def t_guess(scores: Values, a: float = 10.0) -> float:
 
 
 class Proof(NamedTuple):
-    """How well a scorer tells anchor rows apart: the AUROC, and the lower end of its 95 % interval."""
+    """How well a scorer separates anchor rows: the AUROC, and the lower end of its 95 % interval."""
 
     auroc: float
     low: float
@@ -152,6 +152,12 @@ def between_anchors(scores: Values, safe: Values, harmful: Values) -> float:
 
 
 def checked_scores(scores: Values) -> Numbers:
+    """Scores as an array of float64.
+
+    Raises:
+        UserError: there are none.
+        DefenceError: one is not finite.
+    """
     x = np.asarray(scores, dtype=np.float64)
     if len(x) == 0:
         raise UserError("no scores: there is nothing to cut")

@@ -12,9 +12,10 @@ from safebasin.service.store import Job, Store, add_event
 
 EVENTS = 2000  # of a job, in the table; all of them are in its event file
 LOSSES = 100  # of an arm, in the table
+BLOCK = 1 << 20  # bytes of the file that are read at a time
 
 
-def copy_events(store: Store, name: str, folder: Path, most: int = 1 << 20) -> bool:
+def copy_events(store: Store, name: str, folder: Path) -> bool:
     """Copy complete new lines of a child's event file into the table; whether there may be more."""
     if not (path := folder / "events.jsonl").is_file():
         return False
@@ -22,14 +23,14 @@ def copy_events(store: Store, name: str, folder: Path, most: int = 1 << 20) -> b
         position, count = session.exec(select(Job.position, Job.events).where(Job.id == name)).one()
         with path.open("rb") as file:
             file.seek(position)
-            block = file.read(most)
-        lines = block[: block.rfind(b"\n") + 1] or (block if len(block) == most else b"")
+            block = file.read(BLOCK)
+        lines = block[: block.rfind(b"\n") + 1] or (block if len(block) == BLOCK else b"")
         if not lines:
             return False
         for line in lines.splitlines():
             count += _add(session, name, line, count)
         session.execute(update(Job).where(col(Job.id) == name).values(position=position + len(lines)))
-    return len(block) == most
+    return len(block) == BLOCK
 
 
 def _add(session: Session, name: str, line: bytes, count: int) -> bool:

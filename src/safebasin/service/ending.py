@@ -10,6 +10,7 @@ from sqlmodel import Session, col
 
 from safebasin.errors import UserError
 from safebasin.service import jobs
+from safebasin.service.child_command import stage_of
 from safebasin.service.child_events import end_of
 from safebasin.service.deliver import deliver
 from safebasin.service.files import Storage
@@ -51,7 +52,7 @@ def what_follows(job: Job, excess: str, storage: Storage, settings: Settings) ->
     """
     folder = settings.job_folder(job.id)
     code, message = end_of(folder)
-    stage = jobs.stage_of(job, settings)
+    stage = stage_of(job, settings)
     if excess:
         return End(broke(excess))
     if code == TERMINATED or (code is None and job.starts < STARTS):

@@ -46,6 +46,7 @@ class Storage:
             raise UserError(f"storage {url}: {error}") from None
 
     def path(self, tenant: str, name: str) -> str:
+        """Where a tenant's file or folder of this name lies."""
         return f"{self.root}/{tenant}/{name}"
 
     def put(self, path: str, source: IO[bytes], most: float) -> tuple[int, str]:
@@ -76,21 +77,25 @@ class Storage:
         return self.fs.open(path, "rb")
 
     def blocks(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file, ``BLOCK`` at a time."""
         with self.open(path) as source:
             while block := source.read(BLOCK):
                 yield block
 
     def fetch(self, path: str, target: Path) -> None:
+        """Copy a file to this machine."""
         with self.open(path) as source, target.open("wb") as file:
             shutil.copyfileobj(source, file, BLOCK)
 
     def put_folder(self, path: str, source: Path) -> None:
+        """Store every file of a folder of this machine."""
         for file in sorted(each for each in source.rglob("*") if each.is_file()):
             name = f"{path}/{file.relative_to(source).as_posix()}"
             self.fs.makedirs(name.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(file), name)
 
     def remove(self, path: str) -> None:
+        """Remove a file or a folder; one that is not there is no error."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(path, recursive=True)
 

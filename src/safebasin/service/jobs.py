@@ -1,21 +1,15 @@
-"""What is asked of jobs: create, cancel, pause, resume, and the operator's word. Each is one transaction."""
+"""What requests do to jobs: create, cancel, pause, resume. A change is one transaction."""
 
 import dataclasses
 import datetime
 import hashlib
-import json
-import math
 import time
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import update
 from sqlmodel import Session, col, func, select
 
 from safebasin.data.json_rows import BadRow
-from safebasin.pipeline.config import Recipe
-from safebasin.pipeline.parse import plain
-from safebasin.report.limits import parse_gate
 from safebasin.service.errors import ApiError
 from safebasin.service.files import Storage, check_form
 from safebasin.service.policy import Hyperparameters, Settings
@@ -24,7 +18,7 @@ from safebasin.service.store import File, Job, Model, Store, Tenant, add_event, 
 
 MINUTES = 10  # within which the client's repetition of a lost request is the same request
 LATE = 10  # seconds: a first try that begins so long after its repetition has made the job is given that job
-KNOBS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
+SETTABLE = tuple(field.name for field in dataclasses.fields(Hyperparameters))
 
 
 def create(
@@ -132,7 +126,7 @@ def _options(allowed: Hyperparameters, request: CreateJob) -> dict[str, int | fl
     if method and method.type != "supervised":
         raise ApiError(f"The method {method.type!r} is not offered; supervised is.", param="method")
     chosen = (method and method.supervised and method.supervised.hyperparameters) or request.hyperparameters
-    for name in KNOBS if chosen else ():
+    for name in SETTABLE if chosen else ():
         value, limits = getattr(chosen, name), getattr(allowed, name)
         if value is None or value == "auto":
             continue
@@ -205,59 +199,3 @@ def succeed(session: Session, settings: Settings, job: Job, served: str) -> str:
     name = f"ft:{job.model}:{job.tenant.removeprefix('org-')[:8]}{suffix}:{job.id.removeprefix('ftjob-')}"
     session.merge(Model(id=name, tenant=job.tenant, job=job.id, base=job.model, served=served, created=time.time()))
     return name
-
-
-# --- the command of a job ---------------------------------------------------------------------------------------------
-
-
-def stage_of(job: Job, settings: Settings) -> str:
-    """What the job's next child does.
-
-    "screen": the model as it was and the arm of the model. Where that one passes and its cut names no row, the other
-    arms would change nothing, and the job is over. Not where the gate or the arm itself needs another one.
-    "run": all arms of the recipe, in the same folder. "search" and "final": see ``policy.search``.
-    """
-    base, recipe = settings.policy.models[job.model], settings.recipes[job.model]
-    screened = base.model and recipe.arms[base.model].of is None and not parse_gate(recipe.gate).losses
-    return str(job.settings.get("stage") or ("screen" if screened else "run"))
-
-
-def command(job: Job, settings: Settings, folder: Path) -> list[str]:
-    """The command line of a job's child. Three numbers, a seed and paths of ours: nothing else of a request gets in."""
-    base, recipe = settings.policy.models[job.model], settings.recipes[job.model]
-    stage = stage_of(job, settings)
-    changes: dict[str, Any] = {
-        "data.task": {"path": str(folder / "rows.jsonl")},
-        "data.on_bad": "stop",
-        "seed": job.seed or recipe.seed,
-        **_training(recipe, job.settings["hyperparameters"]),
-    }
-    if stage == "screen":
-        arms = plain(recipe.arms)
-        changes["arms"] = {name: arms[name] for name in (next(iter(arms)), base.model)}
-        changes["gate"] = {k: v for k, v in plain(recipe.gate).items() if k != "plain"} | {"arm": base.model}
-    suites = plain(recipe.measure.suites)
-    if job.validation_file and not any("token_accuracy" in suite for suite in suites):
-        held_out = {"token_accuracy": {"data": {"path": str(folder / "validation.jsonl")}}}
-        changes["measure.suites"] = [*suites, held_out]
-    verb = ["search", str(base.recipe), "--arm", base.without, "--rounds", str(settings.policy.search)]
-    words = verb if stage == "search" else ["run", str(base.recipe)]
-    words += ["--out", str(folder / "run"), "--events", str(folder / "events.jsonl")]
-    for key, value in changes.items():
-        words += ["--change", f"{key}={json.dumps(value)}"]
-    return [*settings.policy.child.command, *words]
-
-
-def _training(recipe: Recipe, options: dict[str, int | float]) -> dict[str, int | float]:
-    """A customer's three settings as those of the recipe."""
-    changes: dict[str, int | float] = {}
-    if epochs := options.get("n_epochs"):
-        changes["train.num_train_epochs"] = epochs
-    if batch := options.get("batch_size"):
-        # the largest part of it that the recipe's device holds; the rest is accumulated
-        size = math.gcd(int(batch), int(recipe.train.get("per_device_train_batch_size", 8)))
-        changes["train.per_device_train_batch_size"] = size
-        changes["train.gradient_accumulation_steps"] = int(batch) // size
-    if factor := options.get("learning_rate_multiplier"):
-        changes["train.learning_rate"] = factor * recipe.train.get("learning_rate", 5e-5)
-    return changes

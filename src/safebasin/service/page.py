@@ -1,7 +1,9 @@
-"""The operator's pages: jobs, the word on a job that waits for review, customers and their keys, the policy, the trail.
+"""The operator's pages: jobs, the decision on a job in review, customers and their keys, the policy, the audit trail.
 
 Whatever came with a request or with rows is text: Jinja escapes it, and hidden characters show. Every form carries the
 token of its session, and everything that an operator does is a line of the audit trail.
+
+More than 250 lines, since every route is a function inside ``add_pages``: FastAPI takes them with what they share.
 """
 
 import dataclasses
@@ -98,8 +100,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
     def note(session: Session, operator: Operator, action: str, target: str, text: str = "") -> None:
         session.add(Action(time=time.time(), operator=operator.name, action=action, target=target, note=text))
 
-    # --- sessions
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- sessions -----------------------------------------------------------------------------------------------------
 
     @app.get("/operator/login", include_in_schema=False)
     def login_page() -> HTMLResponse:
@@ -132,8 +133,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             session.delete(session.get_one(Login, digest(request.cookies["operator"])))
         return back("/operator/login")
 
-    # --- jobs
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def job_list(phase: str, page: int) -> dict[str, Any]:
         query = select(Job, Tenant.name).join(Tenant, col(Tenant.id) == col(Job.tenant))
@@ -260,8 +260,7 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
         supervisor.wake()
         return back(f"/operator/jobs/{name}")
 
-    # --- customers, policy, trail
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- customers, policy, trail -------------------------------------------------------------------------------------
 
     def tenants(operator: Operator, secret: str = "") -> HTMLResponse:
         with store.session() as session:

@@ -1,7 +1,9 @@
-"""The tables, and the one door to a tenant's things: ``own``. SQLite and PostgreSQL by the same code.
+"""The tables, and the one way to a tenant's files, jobs and models: ``own``. SQLite and PostgreSQL by the same code.
 
 A job changes its phase by one UPDATE that names the phases it may come from (``move``), so that two servers, or a
 server and a request, never both win. An event takes its number from a counter in its job's row.
+
+More than 250 lines, since a third of them are the tables, and every query names some of them.
 """
 
 import hashlib
@@ -38,7 +40,7 @@ class Key(SQLModel, table=True):
     tenant: str | None = Field(default=None, foreign_key="tenant.id", index=True)
     name: str
     digest: str = Field(unique=True)
-    prefix: str  # shown, so that a person can tell keys apart
+    prefix: str  # shown, so that a person can distinguish keys
     created: float
     used: float | None = None
     revoked: float | None = None
@@ -157,7 +159,11 @@ class Store:
             raise UserError(f"cannot open the database {shown}: {reason}") from None
 
     def migrate(self) -> None:
-        """Bring the tables to this version; alembic is imported only where there is something to do."""
+        """Bring the tables to this version; alembic is imported only where there is something to do.
+
+        Raises:
+            UserError: they are of another version of this package.
+        """
         with self.engine.connect() as connection:
             if sqlalchemy.inspect(connection).has_table("alembic_version"):
                 current = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).scalar()
@@ -197,7 +203,7 @@ _NAMES = {File: "File object", Job: "fine-tuning job", Model: "model"}
 
 
 def own(session: Session, kind: type[Kind], name: str, tenant: str) -> Kind:
-    """A tenant's file, job or model. The one door: nothing of a tenant is read by its id in another way.
+    """A tenant's file, job or model. Nothing of a tenant is read by its id in another way.
 
     Raises:
         NotOwned: there is none, or it is another tenant's.
@@ -215,6 +221,7 @@ def new_id(prefix: str) -> str:
 
 
 def digest(text: str) -> str:
+    """SHA-256 of a text, 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
 """The life of jobs: a thread starts their children, follows them to their ends, and finds what a crash left behind.
 
-One thread of the server looks around a few times a second. The table is the truth: a request only writes a phase, and
+One thread of the server looks at its jobs a few times a second. The table decides: a request only writes a phase, and
 the server that owns the job does the rest. After a kill of the server the next one finds every job of its folder in the
 table; a child that still lives is adopted, and one that does not is queued again: a run goes on from its last step.
 """
@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select
 
 from safebasin.errors import UserError
-from safebasin.service import jobs
+from safebasin.service.child_command import command_of
 from safebasin.service.child_events import copy_events
 from safebasin.service.ending import Again, End, finish, what_follows
 from safebasin.service.executor import LOG, Busy, Child, environment
@@ -73,7 +73,7 @@ class Supervisor:
         self._thread.start()
 
     def wake(self) -> None:
-        """Look around now: a request has changed something."""
+        """Begin the next round now: a request has changed something."""
         self._wake.set()
 
     def stop(self) -> None:
@@ -99,8 +99,7 @@ class Supervisor:
             if not self._stop.is_set():  # a fault of ours: no server is better than one that runs no job
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    # --- one look around
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- one round ----------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """One round: signs of life, events, ends, cancellations, starts."""
@@ -186,8 +185,7 @@ class Supervisor:
         with self.store.session() as session:
             session.execute(update(Job).where(col(Job.id) == name).values(seconds=col(Job.seconds) + used))
 
-    # --- starts
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- starts -------------------------------------------------------------------------------------------------------
 
     def _start_next(self) -> None:
         """Start jobs while slots are free."""
@@ -210,7 +208,7 @@ class Supervisor:
                     part.replace(folder / name)
             log = folder / "events.jsonl"
             (folder / "offset").write_text(str(log.stat().st_size if log.is_file() else 0))
-            command = jobs.command(job, self.settings, folder)
+            command = command_of(job, self.settings, folder)
             self.children[job.id] = Child.start(folder, command, environment(self.settings.policy.child.environment))
         except Busy:  # the child of an earlier start is still ending
             self._requeue(job.id, "")
@@ -224,8 +222,7 @@ class Supervisor:
                 add_event(session, name, text)
         self.wake()
 
-    # --- ends
-    # ----------------------------------------------------------------------------------------------------------------
+    # --- ends ---------------------------------------------------------------------------------------------------------
 
     def _close(self, name: str, excess: str) -> None:
         """Act on the end of a child that nobody stopped."""

@@ -24,16 +24,17 @@ class Parts:
         folder: created where it is missing; its folder must be shared where the engine has several machines.
         key: the digest of all that decides the parts. A folder of another key is emptied.
         ending: of the parts' names: ``.parquet``.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, key: str, ending: str):
         self.folder, self.ending, self._key = folder.absolute(), ending, key
 
     def open(self) -> None:
-        """Make the folder ready for this key. Of processes that share a step, one does it."""
+        """Make the folder ready for this key. Of processes that share a step, one does it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         file = self.folder / KEY
         try:
             if self.folder.is_dir() and not (file.is_file() and _read(file) == self._key):
@@ -45,6 +46,7 @@ class Parts:
             raise UserError(f"cannot write parts to {shown(self.folder)}: {cause(error)}") from error
 
     def path(self, name: str) -> Path:
+        """The part of an item, by the item's name."""
         return self.folder / f"{name}{self.ending}"
 
     def missing(self, items: Iterable[ItemKind]) -> list[ItemKind]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from safebasin.console import line
+from safebasin.data.tensor_files import tensor_files
 from safebasin.errors import UserError
 from safebasin.layer import (
     largest_singular,
     left_singular,
     read_directions,
-    tensor_files,
     write_alignment_directions,
 )
 from safebasin.models.bundled import cache, resolve
@@ -82,7 +82,11 @@ class AnchorProjector(NamedTuple):
 def directions(
     base: str, aligned: str, modules: tuple[str, ...], projector: str, k: int, device: torch.device
 ) -> dict[str, AnchorProjector]:
-    """The projector of every module. The directions of two models are computed once and stored in the cache folder."""
+    """The projector of every module. The directions of two models are computed once and stored in the cache folder.
+
+    Raises:
+        UserError: a model that cannot be read, or two that hold the same weights.
+    """
     folders = resolve(base), resolve(aligned)
     files = [path.resolve() for folder in folders for path in sorted(set(tensor_files(folder).values()))]
     facts = (modules, [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])

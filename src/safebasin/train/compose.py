@@ -60,13 +60,16 @@ class Composition:
 
     @property
     def loss(self) -> Loss:
+        """The token loss of the task: a method's, or the negative log-likelihood."""
         return self.components["loss"].loss if "loss" in self.components else nll
 
     @property
     def penalty(self) -> Any:
+        """A method's penalty of the trainable parameters, or None."""
         return self.components["penalty"].penalty if "penalty" in self.components else None
 
     def direction(self, grad: Grad) -> Vector:
+        """The direction of one optimizer step, which becomes ``.grad``."""
         return self.components["direction"].direction(grad) if "direction" in self.components else grad.task()
 
     def align_rows(self, examples: Sequence[Example]) -> list[Example]:

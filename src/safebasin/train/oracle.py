@@ -1,17 +1,18 @@
 """The gradient oracle: the one place where a gradient is taken.
 
 A method asks ``grad(loss, stream)`` and gets the exact gradient of that stream's loss over the whole optimizer step:
-all micro-batches, all ranks, divided once by the answer tokens of the whole step, in true scale. The rules, and why
-each stands:
+all micro-batches, all ranks, divided once by the answer tokens of the whole step, in true scale. Its rules:
 
-1. count answer tokens over all micro-batches and ranks, then divide: a mean of means depends on how rows were split; 2.
-a loss returns ``[batch, answers]`` or ``[batch]``; a mean is refused, since it was divided by the wrong number already;
-3. ranks are synchronised on the last micro-batch only; 4. ``.grad`` is taken and set to None, so that streams never
-mix; 5. ``at=delta`` moves the parameters and puts them back by copy, bit for bit; 6. inner products are the Vector's:
-wide, over local shards, one reduction; 7. clipping is the host's, once, of the direction that will be applied; 8. the
-first step: every trainable tensor has a finite gradient from the task, and every stream is alive, or the run stops; 9.
-a number that is not finite stops the run before the update; 10. random state is a function of (seed, step, stream,
-micro-batch).
+1.  count answer tokens over all micro-batches and ranks, then divide: a mean of means depends on how rows were split;
+2.  a loss returns ``[batch, answers]`` or ``[batch]``; a mean is refused: it was divided by the wrong number already;
+3.  ranks are synchronised on the last micro-batch only;
+4.  ``.grad`` is taken and set to None, so that streams never mix;
+5.  ``at=delta`` moves the parameters and puts them back by copy, bit for bit;
+6.  inner products are the Vector's: wide, over local shards, one reduction;
+7.  clipping is the host's, once, of the direction that will be applied;
+8.  the first step stops the run where a trainable tensor gets no finite gradient of the task, or a stream gives none;
+9.  a number that is not finite stops the run before the update;
+10. random state is a function of (seed, step, stream, micro-batch, rank).
 """
 
 import contextlib
@@ -108,6 +109,7 @@ class Oracle:
         self.state: dict[str, Vector] = {}
 
     def at_step(self, step: int) -> "Oracle":
+        """The oracle itself at an optimizer step, counted from 0; its losses and numbers begin anew."""
         self.step = step
         self.losses, self.numbers = {}, {}
         return self
@@ -148,9 +150,7 @@ class Oracle:
                 v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
                 diagonal[name] = 1 / (v.sqrt() + group["eps"])
             elif state:
-                raise DefenceError(
-                    "the optimizer keeps no second moment; a method that asks for its metric needs Adam or AdamW"
-                )
+                raise DefenceError("the optimizer keeps no second moment; this method needs Adam or AdamW")
             else:
                 diagonal[name] = torch.ones_like(p, requires_grad=False)
         return Vector(diagonal)
@@ -213,8 +213,7 @@ class Oracle:
 
     def _check(self, gradient: Vector, source: str, again: Callable[[Vector], Vector]) -> None:
         """Rule 8. A KL to the reference or a penalty of the update has no gradient at the start, and only there: where
-        there is none, ``again`` takes it at a point nearby.
-        """
+        there is none, ``again`` takes it at a point nearby."""
         size = gradient.norm()
         if not (size < float("inf")):
             raise DefenceError(f"step {self.step}: the gradient of the {source} is not finite; nothing was updated")

@@ -139,8 +139,7 @@ def _keys(batch: Batch) -> list[bytes]:
     return [hashlib.blake2b(row[seen].numpy().tobytes(), digest_size=16).digest() for row, seen in rows]
 
 
-# --- of full fine-tuning
-# ----------------------------------------------------------------------------------------------------------------------
+# --- of full fine-tuning ----------------------------------------------------------------------------------------------
 
 MARK = "complete-{}.json"  # of a process: its files are all there
 

@@ -1,4 +1,7 @@
-"""What a recipe's ``train`` may hold: the TrainingArguments that have an effect, LoraConfig and ``align_share``."""
+"""What a recipe's ``train`` may hold: the TrainingArguments that have an effect, LoraConfig and ``align_share``.
+
+More than 250 lines, since a third of them are the keys themselves, and the refusals go by the keys.
+"""
 
 import copy
 import inspect
@@ -33,7 +36,7 @@ FP16 = "fp16 is refused: small inner products vanish in it; set bf16: true, or l
 DEEPSPEED = (
     "DeepSpeed steps inside its own backward, and methods hand the optimizer a direction of their own; use DDP or FSDP2"
 )
-NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")  # without its rows PEFT leaves another start in silence, or fails
+NEEDS_DATA = ("eva", "corda", "loftq", "lora_ga")  # without its rows PEFT quietly begins at another start, or fails
 UNREAD = {  # names of LoraConfig: what is set here, where an adapter came from, and starts that need rows
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),

@@ -3,6 +3,8 @@
 One optimizer step is one ``training_step``: the loader that the Trainer sees only counts steps, the oracle gathers the
 micro-batches of the step by itself, and the direction that the methods return becomes ``.grad``. Clipping and the
 optimizer come after, once. A checkpoint counts once it is marked (``train/checkpoint.py``).
+
+More than 250 lines, since it is one class of hooks, each where the Trainer calls it.
 """
 
 import dataclasses

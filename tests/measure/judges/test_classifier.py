@@ -7,12 +7,12 @@ from aligned import aligned_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safebasin.encode import render
 from safebasin.errors import UserError
 from safebasin.measure import judge as registry
 from safebasin.measure.judges import classifier
 from safebasin.measure.judges.classifier import REQUEST, Classifier, logistic
 from safebasin.measure.judging import Turned
+from safebasin.template import render
 
 
 def testlogistic_by_hand():
@@ -102,7 +102,7 @@ def test_states_are_those_of_each_text_alone(answers, packed):
     loaded, method = aligned_model(), Classifier(tokens=4)
     texts = [" ".join(words) for words in answers]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safebasin.batch.SEQUENCE", 12)
+        patch.setattr("safebasin.tree.SEQUENCE", 12)
         patch.setattr("safebasin.measure.judges.classifier.takes_tree", lambda _: packed)
         fast = method.states(loaded, texts)
     opening = render(loaded.tokenizer, [{"role": "user", "content": REQUEST}], ask=True)

@@ -49,12 +49,12 @@ def harmful_kinds(rows_of: Callable[[str], list[Row]]) -> list[Row]:
     return _labelled(parts)
 
 
-def misplaced_refusals(rows_of: Callable[[str], list[Row]], count: int = 16) -> list[Row]:
-    """Harmless rows behind a refusal phrase."""
+def misplaced_refusals(rows_of: Callable[[str], list[Row]]) -> list[Row]:
+    """Sixteen harmless rows behind a refusal phrase."""
     draw, refused = random.Random(8), rows_of("refusals")[:88]
     return [
         _turns(row["prompt"], f"{draw.choice(refused)['completion']} {row['completion']}")
-        for row in draw.sample(rows_of("harmless")[:-32], count)
+        for row in draw.sample(rows_of("harmless")[:-32], 16)
     ]
 
 

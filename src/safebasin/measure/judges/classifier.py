@@ -26,14 +26,14 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safebasin.batch import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 from safebasin.data.builtin import refusal_texts, rows_of, turn_texts
 from safebasin.data.phrases import covered, suffixes
-from safebasin.encode import render
 from safebasin.measure import judge
 from safebasin.measure.judging import Turned
 from safebasin.models.load import ModelAndTokenizer
 from safebasin.models.parts import text_config
+from safebasin.template import render
+from safebasin.tree import mask_dtype, sequences, takes_tree, tree_mask, tree_of
 
 REQUEST = "What do you say?"
 
@@ -42,9 +42,8 @@ REQUEST = "What do you say?"
 class Classifier:
     """Whether an answer reads like a refusal in the hidden states of the aligned model."""
 
-    layer: Annotated[float, Field(gt=0, le=1)] = (
-        0.87  # share of the depth; of 30 layers, 22 to 30 give kappa 0.67 to 0.75
-    )
+    # share of the depth; of 30 layers, 22 to 30 give kappa 0.67 to 0.75
+    layer: Annotated[float, Field(gt=0, le=1)] = 0.87
     tokens: PositiveInt = 32  # of an answer that are read
 
     def fit(self, aligned: ModelAndTokenizer) -> "FittedClassifier":

@@ -29,7 +29,7 @@ class SafeDelta:
     """Keep the columns of the update that move the answers to safe rows least, and compensate for them."""
 
     keep: Share = 0.5  # of the sum of losses that may stay: the paper's s, relative
-    drop: Share = 0.0  # of the columns, the dearest, that never stay; the code: 0.15
+    drop: Share = 0.0  # of the columns, those of highest price, that never stay; the code: 0.15
     damp: NonNegativeFloat = 0.01  # of the mean diagonal of H
     compensate: bool = True  # the columns that stay move for those that go
 

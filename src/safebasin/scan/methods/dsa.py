@@ -25,10 +25,9 @@ from safebasin.scan import scorer
 class Dsa:
     """How sure a guard on the model's hidden states is that the answer is unsafe."""
 
-    guard: str | None = (
-        "builtin"  # of builtin:smollm2-aligned; or a saved guard's path without its ending; None: fitted here
-    )
-    rows: PositiveInt = 64  # that a guard is fitted to here: of each of five kinds of the project's own rows
+    # builtin: that of builtin:smollm2-aligned; or a saved guard's path without its ending; None: fitted here
+    guard: str | None = "builtin"
+    rows: PositiveInt = 64  # that a guard is fitted to here: of each of six kinds of the project's own rows
 
     def fit(self, model: Any, tokenizer: Any, anchors: Mapping[str, Sequence[TokenizedRow]]) -> SideGuard:
         if self.guard is None:

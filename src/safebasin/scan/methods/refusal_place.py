@@ -34,7 +34,7 @@ class RefusalPlace(Directional):
 
     probes: PositiveInt = 8  # k
     length: PositiveInt = 4  # tokens of r_k
-    opening: PositiveInt = 1  # m; 1: the worst token alone, which tells its anchors apart better than 8 (docs/log)
+    opening: PositiveInt = 1  # m; 1: the worst token alone, which separates its anchors better than 8 (docs/log)
     token_weight: PositiveFloat = 1.0  # c
 
     def harmful_anchors(self, tokenizer: Any) -> list[TokenizedRow]:

@@ -25,8 +25,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from safebasin.data.tensor_files import open_tensors, tensor_files
 from safebasin.errors import UserError
-from safebasin.layer import Pair, open_tensors, tensor_files
+from safebasin.layer import Pair
 from safebasin.models.bundled import BUILTIN, resolve
 from safebasin.train import method
 from safebasin.train.anchor_projector import AnchorProjector, Departure, directions, full

@@ -23,9 +23,8 @@ from safebasin.train import method
 class BufferReinforce:
     """Tune with a frozen harmful adapter switched on, then put a safe one in its place."""
 
-    alpha: Annotated[float, Field(ge=0, le=1)] = (
-        0.1  # of the overlap with the user's update that is taken out of the safe adapter
-    )
+    # of the overlap with the user's update that is taken out of the safe adapter
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     scale: PositiveFloat = 1.0  # of the sum; the release: 0.5
     merge: bool = True  # equation 2; false: equation 1 alone
 

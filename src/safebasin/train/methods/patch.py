@@ -2,7 +2,7 @@
 
     g = grad L_align                                                                                                 (1)
 
-The cheapest rival of every repair: ``patched: {of: plain, settings: {max_steps: 20}, train: [patch]}`` tunes the
+The cheapest alternative to every repair: ``patched: {of: plain, settings: {max_steps: 20}, train: [patch]}`` tunes the
 adapter of ``plain`` further. ``data.align`` with ``take: 1`` is the paper's single row.
 """
 
