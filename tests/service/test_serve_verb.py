@@ -9,6 +9,7 @@ from folders import run
 from service_server import RECIPE, free_port
 
 from safebasin.errors import UserError
+from safebasin.service.files import Storage
 from safebasin.service.policy import MARKS, read_policy
 from safebasin.service.proxy import Proxy
 from safebasin.service.store import Store
@@ -57,8 +58,10 @@ def test_a_child_that_cannot_start_starts_no_server(policy):
     with pytest.raises(UserError, match=r"child\.command"):
         read_policy(policy("child: {command: []}"))
     settings = read_policy(policy("child: {command: [no-such-program]}"))
+    store = Store(settings.database)
     with pytest.raises(UserError, match=r"child\.command: no such program: no-such-program"):
-        Supervisor(Store(settings.database), None, settings)
+        Supervisor(store, Storage(settings.storage), settings)
+    store.close()
 
 
 def test_a_key_of_the_endpoint_that_is_not_there_starts_no_server(policy, monkeypatch):

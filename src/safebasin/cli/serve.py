@@ -50,10 +50,11 @@ def serve_verb(
                 print(new_key(session, None, operator))
         store.close()
         return 0
+    if not 0 <= port <= 65535:
+        raise UserError(f"cannot listen on port {port}: it is a number from 0 to 65535")
     try:  # before the app: a server that cannot listen starts no job
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
         raise UserError(f"cannot listen on {shown(host)}, port {port}: {cause(error)}; choose another") from None
     with listener:
         config = uvicorn.Config(
