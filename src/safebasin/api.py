@@ -6,6 +6,7 @@ more than half of them are documentation and examples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def read_rows(
         ``examples``, the usable rows in their order, and ``bad``, the others with line and reason.
 
     Raises:
-        UserError: no such file or set, or no rows.
+        UserError: no such file or set, no rows, or a table that does not give its rows as dicts.
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}, {"prompt": "Name a bird."}])
     >>> [example.answer for example in rows.examples], rows.bad[0].reason
@@ -59,10 +60,21 @@ def read_rows(
         from safebasin.data.source import Source, open_rows
 
         return open_rows(Source(path=str(source), prompt=prompt, answer=answer, **form))
-    return read_examples(enumerate(source, 1), RowForm(prompt=prompt, answer=answer, **form))
+    try:
+        rows = list(source)
+    except TypeError:  # no rows at all
+        raise UserError(f"rows are dicts, one a row; found {type(source).__name__}") from None
+    if rows and not any(isinstance(row, Mapping) for row in rows):
+        raise UserError(
+            f"rows are dicts, one a row; found {type(source).__name__} of {type(rows[0]).__name__}; write a table as "
+            "table.to_pylist() or frame.to_dict('records'), and name a file by its path"
+        )
+    return read_examples(enumerate(rows, 1), RowForm(prompt=prompt, answer=answer, **form))
 
 
-def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None) -> ModelAndTokenizer:
+def load_model(
+    name: str | Path = ALIGNED, *, dtype: str = "auto", adapter: str | Path | None = None
+) -> ModelAndTokenizer:
     """A model with its tokenizer, from a folder, the Hub or ``builtin:smollm2-aligned``; an adapter stays
     beside its weights.
 
@@ -75,10 +87,10 @@ def load_model(name: str = ALIGNED, *, dtype: str = "auto", adapter: str | Path 
     """
     from safebasin.models.load import load
 
-    return load(name, dtype=dtype, adapter=adapter)
+    return load(str(name), dtype=dtype, adapter=adapter)
 
 
-def preview_rows(rows: Rows, tokenizer: Any, *, max_length: int = 1024) -> list[Preview]:
+def preview_rows(rows: Rows | Sequence[Example], tokenizer: Any, *, max_length: int = 1024) -> list[Preview]:
     """The text that the model will see of every row, and which of it is learned.
 
     >>> rows = read_rows([{"prompt": "Name a fruit.", "completion": "Apple."}])
@@ -87,12 +99,12 @@ def preview_rows(rows: Rows, tokenizer: Any, *, max_length: int = 1024) -> list[
     """
     from safebasin.pipeline.preview import preview_rows as previews
 
-    return previews(tokenizer, rows, max_length)
+    return previews(tokenizer, rows if isinstance(rows, Rows) else Rows(_examples(rows), []), max_length)
 
 
 def scan_rows(
     rows: Rows | Sequence[Example],
-    model: str | ModelAndTokenizer = ALIGNED,
+    model: str | Path | ModelAndTokenizer = ALIGNED,
     *,
     scorers: Sequence[str | Mapping[str, Any]] = ("gradshield",),
     max_length: int = 1024,
@@ -124,10 +136,11 @@ def scan_rows(
     from safebasin.scan.scan import score_rows
     from safebasin.scan.scores import Scores
 
-    examples = list(rows.examples if isinstance(rows, Rows) else rows)
-    loaded = load_model(model) if isinstance(model, str) else model
+    examples, loaded, scorers = _examples(rows), _loaded(model), _listed(scorers)
     anchors = _anchors(loaded)
     methods = {split_spec(spec, "scan")[0]: scorer.make(spec) for spec in scorers}
+    if len(methods) < len(scorers):
+        raise UserError(f"scorers names one scorer twice, and a column has one name: {', '.join(methods)}")
     length = min(max_length, context_length(loaded.model))
     tokenized = [shorten(row, length) for row in _encoded(loaded.tokenizer, examples)]
     scanned = score_rows(*loaded, tokenized, methods, anchors, examples=examples, batch_size=batch_size)
@@ -159,8 +172,7 @@ def cut_rows(
     """
     from safebasin.scan.cut import cut_rows as cut
 
-    examples = list(rows.examples if isinstance(rows, Rows) else rows)
-    return cut(examples, scores, scorer, threshold, max_share=max_share)
+    return cut(_examples(rows), scores, scorer, threshold, max_share=max_share)
 
 
 def read_recipe(
@@ -178,6 +190,7 @@ def read_recipe(
     from safebasin.pipeline.parse import edited, validate
     from safebasin.pipeline.recipes import read_recipe as read
 
+    changes = _listed(changes)
     if isinstance(recipe, Mapping):
         return validate(Recipe, edited(recipe, "the recipe", changes, sets), "the recipe")
     return read(Path(recipe), changes, sets)
@@ -212,11 +225,11 @@ def train_adapter(recipe: Recipe | str | Path | Mapping[str, Any], arm: str, out
 
 
 def measure_model(
-    model: str | ModelAndTokenizer = ALIGNED,
+    model: str | Path | ModelAndTokenizer = ALIGNED,
     *,
     suites: Sequence[str | Mapping[str, Any]],
     adapter: str | Path | None = None,
-    aligned: str | ModelAndTokenizer = ALIGNED,
+    aligned: str | Path | ModelAndTokenizer = ALIGNED,
     labels: Sequence[str] = (),
     system: str | None = None,
 ) -> list[Measurement]:
@@ -225,10 +238,13 @@ def measure_model(
     Args:
         model: by name or loaded.
         suites: as in a recipe: ``{"asr": {"prompts": "builtin:harmful-test", "take": 30}}``.
-        adapter: beside the weights of a model that is named.
+        adapter: beside the weights of a model that is named; a model that is loaded has its own.
         aligned: the model that judges such as ``classifier`` read.
         labels: answers that are only one of these are off task.
         system: the system prompt.
+
+    Raises:
+        UserError: a model, a suite or a judge that is refused.
 
     Returns:
         One measurement a quantity, judge and category: value, 95 % interval, n, unscored, off task.
@@ -240,14 +256,18 @@ def measure_model(
     from safebasin.measure import suite
     from safebasin.measure.judging import check_judges, make_judges, needs_aligned
     from safebasin.measure.subject import Subject
+    from safebasin.models.hooks import evaluating
 
-    methods = [suite.make(spec) for spec in suites]
+    methods = [suite.make(spec) for spec in _listed(suites)]
     names = tuple(dict.fromkeys(name for each in methods for name in getattr(each, "judges", ())))
     check_judges(names, {})
-    loaded = load_model(model, adapter=adapter) if isinstance(model, str) else model
-    reads = (load_model(aligned) if isinstance(aligned, str) else aligned) if needs_aligned(names) else None
-    subject = Subject(loaded, "model", make_judges(names, reads, {}), labels, system)
-    return [measurement for each in methods for measurement in each.measure(subject)]
+    loaded = _loaded(model, adapter)
+    reads = _loaded(aligned) if needs_aligned(names) else None
+    with contextlib.ExitStack() as modes:
+        for each in filter(None, (loaded, reads)):
+            modes.enter_context(evaluating(each.model))
+        subject = Subject(loaded, "model", make_judges(names, reads, {}), labels, system)
+        return [measurement for each in methods for measurement in each.measure(subject)]
 
 
 def mixed_answers(
@@ -281,6 +301,7 @@ def mixed_answers(
     >>> len(mixed_answers(["Name a fruit."], tuned, max_new_tokens=4))
     1
     """
+    from safebasin.models.hooks import evaluating
     from safebasin.pipeline.config import Mix
     from safebasin.pipeline.mix import mixing
     from safebasin.pipeline.parse import validate
@@ -290,9 +311,11 @@ def mixed_answers(
     method = scorer.make(settings.guard) if settings.guard else None
     if method and not method.entry.probability:
         raise UserError(f"mixed_answers: {method.entry.name} gives no probability that a request is unsafe")
-    mix = mixing(settings, method, tuned, _anchors(tuned) if method else {})
-    turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
-    return [answer.text for answer in mix.answers(tuned, turns, max_new_tokens=max_new_tokens)]
+    tuned = _loaded(tuned)
+    turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in _listed(prompts)]
+    with evaluating(tuned.model):
+        mix = mixing(settings, method, tuned, _anchors(tuned) if method else {})
+        return [answer.text for answer in mix.answers(tuned, turns, max_new_tokens=max_new_tokens)]
 
 
 def run_recipe(recipe: Recipe | str | Path | Mapping[str, Any], out: str | Path) -> Report | None:
@@ -328,6 +351,35 @@ def write_report(run: str | Path, *, show_text: bool = False) -> Report:
     from safebasin.report.table import write_report as write
 
     return write(Path(run), show_text=show_text)
+
+
+def _loaded(model: Any, adapter: str | Path | None = None) -> ModelAndTokenizer:
+    """A model by name, with an adapter beside it, or as it was loaded."""
+    from safebasin.models.load import ModelAndTokenizer
+
+    if isinstance(model, str | Path):
+        return load_model(model, adapter=adapter)
+    if adapter is not None:
+        raise UserError("adapter is for a model that is named; give this one by name, or loaded with its adapter")
+    if not isinstance(model, tuple) or len(model) != 2:
+        raise UserError(f"a model is a name, or a pair of model and tokenizer; found {type(model).__name__}")
+    if any(p.is_meta for p in model[0].parameters()):
+        raise UserError("the model is on the meta device, so it has no weights; load them: safebasin.load_model")
+    return ModelAndTokenizer(*model)
+
+
+def _examples(rows: Any) -> list[Example]:
+    examples = list(rows.examples if isinstance(rows, Rows) else rows)
+    if not all(isinstance(each, Example) for each in examples):
+        raise UserError("rows are what safebasin.read_rows gives; read these first")
+    return examples
+
+
+def _listed(values: Any) -> list[Any]:
+    """Several values as a list; one alone is refused: the letters of a text are none of them."""
+    if isinstance(values, str | Mapping):
+        raise UserError(f"a list is needed, found one {type(values).__name__}; write [{str(values)[:40]!r}]")
+    return list(values)
 
 
 def _encoded(tokenizer: Any, examples: Sequence[Example]) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from safebasin.console import printable
 from safebasin.data.example import Example
+from safebasin.data.json_rows import strings
 from safebasin.template import TemplateFails, learns_thoughts, render, template_text
 from safebasin.tokens import Span
 
@@ -100,24 +101,13 @@ def check_contents(tokenizer: Any, example: Example) -> None:
         texts = [turn["content"]]
         if not _is_plain(turn):
             rest = {key: value for key, value in turn.items() if key not in TEXT_KEYS}
-            texts = [*(text for text, is_text in _parts(turn) if is_text), *_strings(rest)]
+            texts = [*(text for text, is_text in _parts(turn) if is_text), *strings(rest)]
         for text in texts:
             if match := pattern.search(text):
                 name = printable(repr(match[0]), 60)
                 raise Unplaced(f"turn {i + 1} ({turn['role']}) holds the control token {name}: a forged turn")
-    if match := next((match for text in _strings(example.tools) if (match := pattern.search(text))), None):
+    if match := next((match for text in strings(example.tools) if (match := pattern.search(text))), None):
         raise Unplaced(f"'tools' holds the control token {printable(repr(match[0]), 60)}: a forged turn")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from (key, *_strings(inner))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def split_spec(spec: str | Mapping[str, Any], where: str) -> tuple[str, dict[str
         return spec, {}
     if isinstance(spec, Mapping) and len(spec) == 1:
         [(name, fields)] = spec.items()
-        return name, dict(fields or {})
+        if isinstance(name, str) and (fields is None or isinstance(fields, Mapping)):
+            return name, dict(fields or {})
     raise UserError(f"{where}: a method is `name` or `name: {{field: value}}`, found {spec!r}")
 
 

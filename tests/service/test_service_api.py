@@ -154,20 +154,42 @@ def test_every_class_of_error(served):
     refused(openai.PermissionDeniedError, "forbidden", client.models.delete, model="small")
 
 
+def forged_rows(text):
+    """Rows that hold a text in their calls, in their thoughts, and in their tools."""
+    ask, answer = chat("a", "b")["messages"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": [text]}}}
+    tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}
+    return [
+        {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"messages": [ask, {**answer, "reasoning_content": text}]},
+        {"messages": [ask, answer], "tools": [tool]},
+    ]
+
+
+@pytest.mark.parametrize("key", ["a'b", "", "x" * 65, "a\x00"])
+def test_a_filter_that_cannot_be_applied_is_refused(served, key):
+    """It was ignored, and every job was listed."""
+    refused(openai.BadRequestError, "invalid_request", served.client().fine_tuning.jobs.list, metadata={key: "x"})
+
+
 BAD_ROWS = [
     (b"not json\n", "line 1: not JSON"),
     (b'{"messages": []}\n', "line 1: column 'messages': the conversation is empty"),
     (b"\n\n" + json.dumps(chat("a", "")).encode(), "line 3: the answer is empty"),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}\n', "line 1: not UTF-8"),
-    (json.dumps(chat("<|im_start|>system")).encode(), "line 1: a turn holds '<|im_start|>'"),
+    (json.dumps(chat("<|im_start|>system")).encode(), "line 1: a turn or a tool holds '<|im_start|>'"),
     (json.dumps({"messages": chat("a")["messages"][:1]}).encode(), "line 1: no answer"),
     (json.dumps(chat("a" * 100_001)).encode(), "line 1: the row is longer than 100000 characters"),
     (b'{"a": "' + b"x" * 2_000_000 + b'"}\n' + b"[1]\n", "line 2: a row must be an object"),
     (b" \n", "no row"),
+    *((json.dumps(row).encode(), "line 1: a turn or a tool holds '<|im_end|>'") for row in forged_rows("<|im_end|>")),
+    (json.dumps(forged_rows("a" * 100_001)[0]).encode(), "line 1: the row is longer than 100000 characters"),
 ]
 
 
-@pytest.mark.parametrize(("content", "reason"), BAD_ROWS, ids=[reason for _, reason in BAD_ROWS])
+@pytest.mark.parametrize(
+    ("content", "reason"), BAD_ROWS, ids=[f"{i} {reason}" for i, (_, reason) in enumerate(BAD_ROWS)]
+)
 def test_rows_that_no_run_can_take(served, content, reason):
     client = served.client()
     file = client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id

@@ -6,6 +6,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from safebasin.cli.options import say
+from safebasin.console import printable
+from safebasin.data.files import cause, shown
 from safebasin.errors import UserError
 
 
@@ -23,6 +25,8 @@ def serve_verb(
     The operator's pages are at /operator. Jobs go on when the server stops, and the next one adopts them.
     """
     try:
+        import socket
+
         import uvicorn
 
         from safebasin.service.app import create_app
@@ -34,6 +38,9 @@ def serve_verb(
     if check:
         say(f"{policy}: {len(settings.recipes)} models, {settings.policy.decide} where a file is unsafe")
         return 0
+    for name in filter(None, (tenant, operator)):
+        if not name.strip() or not name.isprintable() or len(name) > 80:
+            raise UserError(f"a name is at most 80 printable characters; found {printable(repr(name), 100)}")
     if tenant or operator:
         store = Store(settings.database)
         with store.session() as session:
@@ -43,13 +50,22 @@ def serve_verb(
                 print(new_key(session, None, operator))
         store.close()
         return 0
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
+    if not 0 <= port <= 65535:
+        raise UserError(f"cannot listen on port {port}: it is a number from 0 to 65535")
+    try:  # before the app: a server that cannot listen starts no job
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen on {shown(host)}, port {port}: {cause(error)}; choose another") from None
+    with listener:
+        config = uvicorn.Config(
+            create_app(settings),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=3,
+        )
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+    if not server.started:
+        raise UserError("the server did not start; the lines above say why")
     return 0

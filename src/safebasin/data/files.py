@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import zlib
 from collections.abc import Iterator
@@ -131,6 +132,31 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``path`` at the end: a reader never sees half of it.
+
+    After an error nothing is left of it, and ``path`` is as it was. Of a link, what it points to is replaced.
+
+    Raises:
+        UserError: it cannot be written, or the working directory would be replaced.
+    """
+    target = Path(path).resolve()
+    if Path.cwd().is_relative_to(target):
+        raise UserError(f"cannot write the folder {shown(path)}: the working directory lies in it; name another folder")
+    part = target.with_name(f"{target.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write the folder {shown(path)}: {cause(error)}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +131,18 @@ def flaw(row: Any, *, finite: bool = False) -> str:
             return ""
         level = inner
     return f"nested more than {DEEPEST} levels deep"
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a value of a row, the names of its columns too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (key, *strings(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings(inner)
 
 
 def _surrogate(text: str) -> str:

@@ -263,13 +263,17 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    were_off = [layer.disable_adapters for layer in layers]
+    trained = [(p, p.requires_grad) for p in model.parameters()]  # switching on asks for gradients, too
     try:
         for layer in layers:
             layer.enable_adapters(False)
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, off in zip(layers, were_off, strict=True):
+            layer.enable_adapters(not off)
+        for p, was_trained in trained:
+            p.requires_grad_(was_trained)
 
 
 def starts_fresh(model: nn.Module) -> bool:

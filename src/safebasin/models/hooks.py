@@ -24,6 +24,18 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], *, inputs: bool = Fals
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, so without dropout; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def captured(modules: Mapping[Key, nn.Module], *, inputs: bool = False) -> Iterator[dict[Key, Tensor]]:
     """The output (``inputs``: the first positional input) of each module in its latest forward, by the caller's names.
 

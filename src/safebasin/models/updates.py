@@ -100,11 +100,18 @@ class AdapterUpdates(LazyMapping[str, Update]):
 
     def _check(self, module: str) -> bool:
         """Whether a module's update is more than zero."""
-        update, shape = self[module], self.start.shape(f"{module}.weight")
+        shape = self.start.shape(f"{module}.weight")
+        with loading(self.what):  # a rank, a scale or a pattern that is none
+            update, rank = self[module], self._by_pattern("rank_pattern", module, self.config.get("r", 8))
         if update.shape != shape or update.a is None or update.b.shape[1] != update.a.shape[0]:
             raise UserError(
                 f"{self.what}: {module} is {update.shape[0]} x {update.shape[1]} and {shape} in the model; they are not"
                 " of one model"
+            )
+        if update.b.shape[1] != rank:
+            raise UserError(
+                f"{self.what}: {module} has rank {update.b.shape[1]}, and {shown(str(rank))} in adapter_config.json; "
+                "PEFT would not load it"
             )
         if not math.isfinite(size := update.norm()):
             raise UserError(f"{self.what}: {module} holds numbers that are not finite; it is broken")
@@ -112,12 +119,13 @@ class AdapterUpdates(LazyMapping[str, Update]):
 
     def scale(self, module: str, rank: int) -> float:
         """s of a module: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns as PEFT reads them."""
-        alpha = self.config.get("lora_alpha", 8)
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
+        alpha = self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _by_pattern(self, field: str, module: str, default: Any) -> Any:
+        """What the first pattern that matches a module says of it."""
+        patterns = (self.config.get(field) or {}).items()
+        return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), default)
 
     def rank(self, module: str) -> int:
         """r of a module."""

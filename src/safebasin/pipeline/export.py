@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from safebasin.data.files import file_digest, write_json
+from safebasin.data.files import file_digest, new_folder, write_json
 from safebasin.data.json_rows import read_json
 from safebasin.errors import UserError
 from safebasin.models.adapter import MOVED, attach, merged
@@ -68,42 +68,38 @@ def export(run: Path, arm: str, target: Path, *, merged: bool = False, base: str
             f"the base {hub!r} is no Hub id, so nobody else could load the adapter; name it with --base ORG/NAME, or "
             "write whole weights with --merge"
         )
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    model, notes = recipe.model, list[str]()
-    if not recipe.full:
-        settings = read_json(adapter / "adapter_config.json")
-        notes = serving_notes(settings, merged=merged)
-    if model.quantization and not merged:
-        notes.append(
-            f"measured beside weights in {model.quantization}: load the base with the same quantization, or use --merge"
-        )
-    if merged:
-        notes += _write_merged(part, model, adapter)
-    else:
-        shutil.copy(adapter / "adapter_model.safetensors", part)
-        write_json(
-            part / "adapter_config.json", settings | {"base_model_name_or_path": hub, "revision": revision or None}
-        )
-        load_tokenizer(model.name, **model.source).save_pretrained(part)
-    _write_card(part, adapter, hub if public else None, merged=merged, full=recipe.full)
-    verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
-    origin = {
-        "arm": arm,
-        "form": "model" if recipe.full else "merged" if merged else "adapter",
-        "base": {"name": hub if public else None, "revision": revision or None},
-        "base_weights": model_fingerprint(model.name, model.revision),
-        "report": file_digest(run / "report.json"),
-        "evidence": evidence_digest(manifest),
-        "verdict": verdict["status"],
-        "versions": manifest.get("versions"),
-        "files": {path.name: file_digest(path) for path in sorted(part.iterdir())},
-    }
-    write_json(part / ORIGIN, origin)
-    if target.exists():
-        target.rmdir()
-    part.rename(target)
+    with new_folder(target) as part:
+        model, notes = recipe.model, list[str]()
+        if not recipe.full:
+            settings = read_json(adapter / "adapter_config.json")
+            notes = serving_notes(settings, merged=merged)
+        if model.quantization and not merged:
+            notes.append(
+                f"measured beside weights in {model.quantization}: load the base with the same quantization, or use "
+                "--merge"
+            )
+        if merged:
+            notes += _write_merged(part, model, adapter)
+        else:
+            shutil.copy(adapter / "adapter_model.safetensors", part)
+            write_json(
+                part / "adapter_config.json", settings | {"base_model_name_or_path": hub, "revision": revision or None}
+            )
+            load_tokenizer(model.name, **model.source).save_pretrained(part)
+        _write_card(part, adapter, hub if public else None, merged=merged, full=recipe.full)
+        verdict = json.loads((run / "report.json").read_text(encoding="utf-8"))["verdict"]
+        origin = {
+            "arm": arm,
+            "form": "model" if recipe.full else "merged" if merged else "adapter",
+            "base": {"name": hub if public else None, "revision": revision or None},
+            "base_weights": model_fingerprint(model.name, model.revision),
+            "report": file_digest(run / "report.json"),
+            "evidence": evidence_digest(manifest),
+            "verdict": verdict["status"],
+            "versions": manifest.get("versions"),
+            "files": {path.name: file_digest(path) for path in sorted(part.iterdir())},
+        }
+        write_json(part / ORIGIN, origin)
     if verdict["status"] != "pass":
         notes.insert(0, f"the run's gate says {verdict['status']} of its judged arm; the card says so too")
     return notes

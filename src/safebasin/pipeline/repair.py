@@ -3,7 +3,6 @@ adapter or model."""
 
 import dataclasses
 import functools
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from safebasin.batch import by_length, collate
 from safebasin.console import console
-from safebasin.data.files import shown, write_json
+from safebasin.data.files import new_folder, shown, write_json
 from safebasin.data.source import Source, check_file, open_examples
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
@@ -66,17 +65,14 @@ class Job:
         start = Tensors(self.model.name)
         tuned = tuned_updates(self.adapter, start)
         walk = Walk(self.edits, self._roles(start, tuned))
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        facts = write_result(walk, tuned, part)
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
+        with new_folder(out) as part:
+            facts = write_result(walk, tuned, part)
         return {"edits": [_spec(edit) for edit in self.edits], **facts}
 
     def _roles(self, start: Tensors, tuned: AdapterUpdates | ModelUpdates) -> Roles:
         needed, streams = needs(self.edits, "roles"), needs(self.edits, "streams")
         parts: dict[str, Any] = {}
+        fits = gives_dense(self.edits) or any(edit.entry.truncates for edit in self.edits)
         if "base" in needed:
             if not self.base:
                 raise UserError(
@@ -87,6 +83,11 @@ class Job:
         for role in ("safe", "harmful"):
             if role in needed:
                 parts[role] = tuned_updates(self.roles[role], start)
+                if not fits and isinstance(parts[role], ModelUpdates) and isinstance(tuned, AdapterUpdates):
+                    raise UserError(
+                        f"the role {role} is a full model and the tuned one is an adapter, and so must be the role; "
+                        f"name an adapter: --{role}, roles.{role}"
+                    )
         shapes = {name: start.shape(f"{name}.weight") for name in tuned}
         two = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
         moments = {stream: Moments(self._rows(stream, "tuned" in needed), two) for stream in streams}

@@ -12,6 +12,7 @@ from pathlib import Path
 from safebasin.data.files import shown
 from safebasin.errors import UserError
 from safebasin.models.adapter import adapter_folder
+from safebasin.models.border import loading
 from safebasin.models.bundled import cache
 from safebasin.models.fingerprint import model_fingerprint
 from safebasin.models.tensors import Tensors
@@ -34,7 +35,8 @@ def role_adapter(model: Model, role: str, name: str) -> Path:
         UserError: none is named and none is in the cache.
     """
     if name:
-        return Path(name) if Path(name).exists() else adapter_folder(name)
+        with loading(f"the adapter {shown(name)!r}"):
+            return Path(name) if Path(name).exists() else adapter_folder(name)
     tuned = any((cache() / "roles").glob(f"{role}-*"))  # of any model: without one, this model's digest is not needed
     folder = role_folder(model, role) if tuned else Path()
     if not tuned or not (folder / "adapter_config.json").is_file():

@@ -12,6 +12,7 @@ from safebasin.batch import Batch, collate
 from safebasin.data.example import Example
 from safebasin.encode import TokenizedRow
 from safebasin.errors import DefenceError, UserError
+from safebasin.models.hooks import evaluating
 from safebasin.scan.journal import BatchScores, ScanJournal, Value
 from safebasin.scan.probe import cut_to_context
 from safebasin.scan.scores import SCORE, SHORT, TOKENS, AnchorScores
@@ -142,12 +143,8 @@ def fit_scorers(
     Raises:
         UserError: a missing anchor set, or a model that a scorer refuses.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return {name: scorer.fit(model, tokenizer, anchors) for name, scorer in _models(scorers).items()}
-    finally:
-        model.train(was_training)
 
 
 def _total(scorer: Scorer, value: Value) -> float:
@@ -187,9 +184,8 @@ def _model_values(
 
     recall()
     ranks, groups = journal and journal.ranks, list(by_prefix(rows, batch_size)) if scorers else []
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
+    device = next(model.parameters()).device
+    with evaluating(model):
         for indices, shared in groups[ranks.process_index :: ranks.num_processes] if ranks else groups:
             if finished.issuperset(indices):
                 continue
@@ -201,8 +197,6 @@ def _model_values(
                 journal.write(done)
             if progress is not None:
                 progress(len(finished), len(rows))
-    finally:
-        model.train(was_training)
     if ranks:
         ranks.wait_for_everyone()
         if ranks.is_main_process:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 
 from safebasin.data.example import read_examples
-from safebasin.data.json_rows import BadRow, json_line
+from safebasin.data.json_rows import BadRow, json_line, strings
 from safebasin.errors import UserError
 from safebasin.service.policy import Limits
 
@@ -125,11 +125,11 @@ def check_form(file: IO[bytes], limits: Limits, special: str) -> Form:
         examples, wrong = read_examples([row for _, row in chunk])
         bad += wrong
         for example in examples:
-            texts = [str(turn["content"]) for turn in example.messages]
+            texts = [*strings([list(turn.values()) for turn in example.messages]), *strings(example.tools)]
             if sum(map(len, texts)) > limits.row_characters:
                 bad.append(BadRow(example.line, f"the row is longer than {limits.row_characters} characters"))
             elif mark := next(filter(None, map(marks.search, texts)), None):
-                bad.append(BadRow(example.line, f"a turn holds {mark[0]!r}, a mark of the chat template"))
+                bad.append(BadRow(example.line, f"a turn or a tool holds {mark[0]!r}, a mark of the chat template"))
     return Form(rows, sorted(bad))
 
 

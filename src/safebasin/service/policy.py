@@ -21,7 +21,7 @@ from safebasin.report.limits import parse_gate
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # What would be a token of its own if it stood in a row: the turn marks of the usual templates.
-MARKS = r"<\|[\w ▁-]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|</?(start|end)_of_turn>"
+MARKS = r"<[|｜][\w ▁-]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|</?(start|end)_of_turn>"
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -85,7 +85,7 @@ class Child:
 
     slots: PositiveInt = 1  # jobs at once on this machine
     # in front of "run RECIPE ...": a sandbox, torchrun, another Python
-    command: tuple[str, ...] = (sys.executable, "-m", "safebasin")
+    command: Annotated[tuple[str, ...], Field(min_length=1)] = (sys.executable, "-m", "safebasin")
     environment: tuple[str, ...] = ()  # names of variables that it inherits beside PATH, HOME and LANG
     grace: PositiveFloat = 20.0  # seconds between SIGTERM and SIGKILL
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
+from safebasin.errors import UserError
 from safebasin.service.errors import ApiError
 from safebasin.service.policy import Settings
 from safebasin.service.schema import Body, Text
@@ -44,11 +45,19 @@ class ChatBody(Body):
 
 
 class Proxy:
-    """The way to the serving endpoint."""
+    """The way to the serving endpoint.
+
+    Raises:
+        UserError: its key is to stand in a variable of the environment, and does not.
+    """
 
     def __init__(self, settings: Settings):
         self.serving, self.folder = settings.policy.serving, settings.folder / "models"
         self._client: Any = None
+        name = self.serving.key if self.serving else ""
+        self._key = os.environ.get(name, "") if name else ""
+        if name and not self._key:
+            raise UserError(f"serving.key: the variable {name} of the environment is empty; it holds the key")
 
     async def close(self) -> None:
         if self._client is not None:
@@ -69,8 +78,7 @@ class Proxy:
         import httpx2  # loaded with the first request: the server starts faster and smaller without
 
         if self._client is None:
-            key = os.environ.get(self.serving.key, "") if self.serving.key else ""
-            headers = {"authorization": f"Bearer {key}"} if key else {}
+            headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
             self._client = httpx2.AsyncClient(timeout=self.serving.timeout, headers=headers, trust_env=False)
         content = body.model_dump(exclude_none=True) | {"model": served}
         data = json.dumps(content, ensure_ascii=True).encode()  # lone surrogates stay escapes

@@ -19,6 +19,7 @@ from sqlalchemy import case, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import col, select
 
+from safebasin.data.files import shown
 from safebasin.errors import UserError
 from safebasin.service.child_command import command_of
 from safebasin.service.child_events import copy_events
@@ -39,12 +40,15 @@ class Supervisor:
     """The thread that runs jobs.
 
     Raises:
-        UserError: another server works in the folder.
+        UserError: another server works in the folder, or the program of its children is not there.
     """
 
     def __init__(self, store: Store, storage: Storage, settings: Settings):
         self.store, self.storage, self.settings = store, storage, settings
         self.folder = settings.folder
+        program = settings.policy.child.command[0]
+        if shutil.which(program) is None:
+            raise UserError(f"child.command: no such program: {shown(program)}; no job could start")
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:

@@ -35,7 +35,7 @@ from safebasin.encode import TokenizedRow
 from safebasin.errors import UserError
 from safebasin.layer import LazyMapping
 from safebasin.models.adapter import reference, unwrapped
-from safebasin.models.hooks import hooked
+from safebasin.models.hooks import evaluating, hooked
 from safebasin.runtime import processes
 
 LIMIT = 2**30  # bytes of hidden states: 900,000 answer tokens of SmolLM2-135M, 130,000 of an 8B model
@@ -123,13 +123,9 @@ def _forward(model: Any, batch: Batch, own: bool) -> tuple[Float[Tensor, "n voca
 
     Without dropout: no random number is drawn, so the model's own are the same with the cache and without.
     """
-    training = model.training
-    model.eval()
-    with torch.no_grad() if own else reference(model):
+    with evaluating(model), torch.no_grad() if own else reference(model):
         rows = layout(model, batch)
-        logits = rows.targets(model(**rows.inputs).logits)
-    model.train(training)
-    return logits, rows
+        return rows.targets(model(**rows.inputs).logits), rows
 
 
 def _keys(batch: Batch) -> list[bytes]:

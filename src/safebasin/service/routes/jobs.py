@@ -35,9 +35,11 @@ def list_jobs(
 ) -> dict[str, Any]:
     conditions = []
     for key, value in request.query_params.multi_items():
-        if match := re.fullmatch(r"metadata\[([\w. -]{1,64})\]", key):
-            if not value.isprintable():
-                raise ApiError("Metadata has no control characters.", param="metadata")
+        if key.startswith("metadata"):
+            match = re.fullmatch(r"metadata\[([\w. -]{1,64})\]", key)
+            if match is None or not value.isprintable():  # a filter that is not applied would list every job
+                text = "A filter is metadata[KEY]=VALUE: a key of letters, digits, '_', '.', '-' and spaces, printable."
+                raise ApiError(text, param="metadata")
             conditions.append(col(Job.settings)["metadata"][match[1]].as_string() == value)
     with state.store.session() as session:
         return listed(newest(session, Job, tenant, after, limit, *conditions), limit, job_object)
