@@ -158,6 +158,19 @@ def test_an_answer_that_cannot_be_found_is_the_last_alone_or_refused():
     assert "leaves answers out" in encode(drops, conversation("q", "one"), 99).reason
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_turn_that_the_template_leaves_out_refuses_the_row(role):
+    """What it says would be asked for and learned by nobody; so it is where a template raises."""
+    speakers = "{% for m in messages if m.role in ('user', 'assistant') %}"
+    drops = tokenizer_of(CHATML.replace("{% for m in messages %}", speakers))
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one"}]
+    assert learned(drops, Example("r", tuple(turns), {}, 1)) == "one<|im_end|>"
+    row = encode(drops, Example("r", ({"role": role, "content": "Be kind."}, *turns), {}, 1), 99)
+    assert isinstance(row, BadRow) and f"leaves out what stands in turns of {role}" in row.reason
+    empty = Example("r", ({"role": role, "content": " "}, *turns), {}, 1)
+    assert learned(drops, empty) == "one<|im_end|>"  # it says nothing
+
+
 def test_the_marks_of_a_template_decide_and_the_end_is_learned():
     marks = CHATML.replace(
         "{{ m.content }}",
@@ -260,6 +273,8 @@ def test_the_clock_of_a_template_stands_still():
     for arguments in (*wrong, {"add_generation_prompt": False}, {"messages": 1}):
         with pytest.raises(UserError, match=r"model\.template"):
             pin_template(tokenizer_of(clock), arguments)
+    with pytest.raises(UserError, match="does not read 'date'"):
+        pin_template(tokenizer_of(CHATML), {"date": "2024-07-26"})
     compares = tokenizer_of("{{ thinking == 'no' }} {{ strftime_now('%B %-d, %e') }}" + CHATML)
     pin_template(compares, {"thinking": "no", "date": "2024-07-06"})
     assert render(compares, conversation("q", "a").messages).startswith("True July 6,  6<")

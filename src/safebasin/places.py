@@ -122,9 +122,7 @@ def answer_places(tokenizer: Any, example: Example, text: str) -> Places:
     places = _plain(tokenizer, example, text)
     for roles in (("system", "developer", "user", "tool", "assistant"), ("assistant",)):
         places = _substituted(tokenizer, example, text, roles) if places is None else places
-    if places is not None:
-        return _spans(tokenizer, example, text, places)
-    return _last_alone(tokenizer, example, text)
+    return _last_alone(tokenizer, example, text) if places is None else _spans(tokenizer, example, text, places)
 
 
 def _is_plain(turn: Mapping[str, Any]) -> bool:
@@ -256,9 +254,12 @@ def _spans(tokenizer: Any, example: Example, text: str, places: Sequence[_Place]
     for place in places:
         by_turn.setdefault(place.piece.turn, []).append(place)
     last = len(example.messages) - 1
+    silent = {turn["role"] for i, turn in enumerate(example.messages) if turn["content"].strip() and i not in by_turn}
+    # where no request is among the places, answers alone were looked for
+    if (lost := silent - {"user", "assistant"}) and any(example.messages[i]["role"] == "user" for i in by_turn):
+        raise Unplaced(f"the chat template leaves out what stands in turns of {min(lost)}")
     ending = places[-1].after if places and places[-1].piece.turn == last else ""
-    answers, unlearned, note = [], [], ""
-    learns = learns_thoughts(tokenizer)
+    answers, unlearned, note, learns = [], [], "", learns_thoughts(tokenizer)
     for i, turn in enumerate(example.messages):
         if turn["role"] != "assistant" or turn.get("weight", 1) == 0:
             continue

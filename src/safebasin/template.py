@@ -82,7 +82,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 def pin_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
     """Write arguments of the template into its text, so that scan, training, measuring and serving render alike.
 
-    ``date`` (2026-11-26) stops the template's clock; where it is not given and the template reads a clock, that shows
+    ``date`` (2026-11-26) stops the template's clock; where it is not given and the template has one, that shows
     ``DATE``. ``learn_thoughts: false`` is read by ``encode``. Every other argument is a variable of the template.
 
     Raises:
@@ -100,7 +100,7 @@ def pin_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         steps = "".join(f"|replace('%{mark}', {json.dumps(day.strftime(f'%{mark}'))})" for mark in MARKS)
         lines.append(f"{{#- date {given} -#}}{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}")
     for name, value in arguments.items():
-        if name not in ("date", "learn_thoughts") and not re.search(rf"\b{name}\b", text):
+        if name != "learn_thoughts" and not re.search(rf"\b{'strftime_now' if name == 'date' else name}\b", text):
             raise UserError(f"model.template: the model's chat template does not read {name!r}; leave it out")
         if str(value).lower() in WORDS and isinstance(value, str) and not re.search(rf"(['\"]){value}\1", text):
             raise UserError(f"model.template.{name}: {value!r} is a text, true to any template; write true or false")

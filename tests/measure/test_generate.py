@@ -168,3 +168,13 @@ def test_progress_counts_prompts():
     assert seen == [2, 4, 5]
     generate(*WANDERS, prompts[:3] * 2, max_new_tokens=1, batch_size=2, progress=lambda done, note: seen.append(done))
     assert seen[3:] == [5, 6], "three are asked; the last answers three more"
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_refused():
+    """Else a report would name a system prompt that no model was asked with."""
+    model, tokenizer = WANDERS[0], word_tokenizer()
+    conversation = [{"role": "system", "content": "cake"}, *user_turn("make a song")]
+    assert len(generate(model, tokenizer, [conversation], max_new_tokens=2)) == 1
+    tokenizer.chat_template = TEMPLATE.replace("messages %}", "messages if m.role != 'system' %}")
+    with pytest.raises(UserError, match="leaves the system prompt out"):
+        generate(model, tokenizer, [user_turn("make a song"), conversation], max_new_tokens=2)

@@ -68,3 +68,23 @@ def test_a_model_that_is_not_here_has_no_sizes(recipe):
     assert cost.costs(plan(recipe, ADAPTER, {"name": "nobody/nothing"})) == [
         "memory and time: nobody/nothing is not on this machine yet"
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"name": "./no/such/folder"}, "no such folder"),
+        ({"name": "~/models/mine"}, "no such folder"),
+        ({"revision": "main"}, "has no revision 'main'"),
+        ({"template": {"thinking": True}}, "does not read 'thinking'"),
+    ],
+)
+def test_a_dry_run_refuses_a_model_that_a_run_would_not_load(recipe, tmp_path, capsys, model, words):
+    """Before, it passed, and the run broke; with no arm that is tuned too."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["model"] |= model
+    for i, arms in enumerate((tree["arms"], {"start": {}})):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(yaml.safe_dump(tree | {"arms": arms, "gate": {}}))
+        assert command("run", str(path), "--dry-run") == 1
+        assert words in capsys.readouterr().err

@@ -126,6 +126,17 @@ def test_words_that_are_not_one_token():
     assert opening_token(TOKENIZER, "Sure") == TOKENIZER.convert_tokens_to_ids("Sure")
 
 
+@pytest.mark.parametrize("words", [("I", "Sure"), None])
+def test_a_thought_that_the_template_writes_is_named(words):
+    """Qwen3's template does so; "choose other words" and "it is not aligned" were no help."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["</think>"])
+    thought = "{{ '</think> ' if m.role == 'assistant' else '' }}{{ m.content }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", thought)
+    with pytest.raises(UserError, match=r"writes a thought before every answer: set model\.template"):
+        token_pair(MODEL, tokenizer, opening(MODEL, tokenizer, ANCHORS["probe"]), words)
+
+
 # --- the baselines ----------------------------------------------------------------------------------------------------
 
 

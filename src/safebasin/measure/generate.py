@@ -75,7 +75,8 @@ def generate(
 
     Raises:
         ValueError: ``max_new_tokens`` below 1.
-        UserError: a prompt and its answer do not fit into the context of the model, or the cache cannot be used.
+        UserError: a prompt and its answer do not fit into the context of the model, its chat template leaves a system
+            prompt out, or the cache cannot be used.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
@@ -84,6 +85,11 @@ def generate(
         render(tokenizer, turns[:-1] if prefill else turns, ask=True)
         for turns, prefill in zip(conversations, prefills, strict=True)
     ]
+    if any(
+        turns[0]["role"] == "system" and turns[0]["content"].strip() not in text
+        for turns, text in zip(conversations, rendered, strict=True)
+    ):
+        raise UserError("the model's chat template leaves the system prompt out; ask without one, or mend the template")
     texts = [text + prefill for text, prefill in zip(rendered, prefills, strict=True)]
     prompts = prompt_ids(model, tokenizer, texts, max_new_tokens)
     ends = turn_ends(model, tokenizer)

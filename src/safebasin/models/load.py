@@ -151,7 +151,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     what = f"the model {shown(name)!r}"
-    with loading(what):
+    with loading(what) as border:
         path = resolve(name)
         if revision and Path(path).exists():
             raise UserError(f"{what} is on this machine and has no revision {shown(revision)!r}; leave it out")
@@ -165,7 +165,7 @@ def load_tokenizer(
         elif Path(path).exists():
             raise UserError(f"{what} is a file; name the folder of the model")
         else:
-            what += " (no such folder)"
+            border.what += " (no such folder)"
             validate_repo_id(path)
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=trust_remote_code

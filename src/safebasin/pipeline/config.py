@@ -25,7 +25,7 @@ class Model:
     # the kernel of attention; null: eager on a CPU, transformers' own choice elsewhere
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     trust_remote_code: bool = False
-    # variables of the chat template: {enable_thinking: false, date: 2026-11-26, learn_thoughts: false}
+    # of the chat template: {enable_thinking: false, learn_thoughts: false}; of one with a clock: {date: 2026-11-26}
     template: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
 
     @property

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from safebasin.data.source import is_remote, open_rows
 from safebasin.data.tensor_files import open_tensors, tensor_files
@@ -62,10 +61,7 @@ def _shapes(name: str) -> Mapping[str, tuple[int, ...]] | None:
     if name.startswith("builtin:"):
         folder = next(cache().glob(f"{name.removeprefix('builtin:')}-????????????"), folder)
     elif not folder.is_dir():
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:  # no name of the Hub
-            return None
+        cached = try_to_load_from_cache(name, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
     if not any(folder.glob("*.safetensors")):
         return None

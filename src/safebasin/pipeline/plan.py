@@ -19,6 +19,7 @@ from safebasin.measure.engine import Served, make_served
 from safebasin.measure.judging import check_judges
 from safebasin.models.adapter import why_off_is_not_start
 from safebasin.models.lend import Lender
+from safebasin.models.load import load_tokenizer
 from safebasin.models.quantized import check_nf4
 from safebasin.pipeline.config import OWN, Cut, Mix, Recipe, Spec
 from safebasin.pipeline.parse import plain
@@ -344,7 +345,10 @@ class Plan:
         return messages[0]["content"] if messages else None
 
     def check_files(self) -> None:
-        """UserError where a set is to be read from a file that is not there; sets of the Hub are not asked for."""
+        """UserError where a set is to be read from a file that is not there, or the model from a folder that is none or
+        whose tokenizer does not read ``model.template``; the Hub is asked for neither, and no model is built."""
+        if not is_remote(name := self.recipe.model.name) and not name.startswith("builtin:"):
+            load_tokenizer(name, **self.recipe.model.source)
         for source in vars(self.recipe.data).values():
             if isinstance(source, Source):
                 check_file(source.path)

@@ -142,7 +142,12 @@ def opening_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
         if tokenizer.decode(ids[:n]).strip() == text:
             return ids[:n]
     raise UserError(
-        f"{text!r} is not whole tokens where an answer starts (found {tokenizer.decode(ids)!r}); choose other words"
+        f"{text!r} is not whole tokens where an answer starts (found {(start := tokenizer.decode(ids))!r}); "
+        + (
+            "the chat template writes a thought before every answer: set model.template: {learn_thoughts: false}"
+            if "</think>" in start
+            else "choose other words"
+        )
     )
 
 
@@ -167,8 +172,9 @@ def token_pair(model: Any, tokenizer: Any, probe: Batch, words: tuple[str, str] 
     Raises:
         UserError: the model does not refuse the probe, or a word is not one token.
     """
+    compliance = opening_token(tokenizer, words[1] if words else COMPLIANCE)
     if words is not None:
-        pair = Pair(opening_token(tokenizer, words[0]), opening_token(tokenizer, words[1]))
+        token = opening_token(tokenizer, words[0])
     else:
         with torch.no_grad():
             token = int(first_logits(model, probe).mean(0).argmax())
@@ -178,7 +184,7 @@ def token_pair(model: Any, tokenizer: Any, probe: Batch, words: tuple[str, str] 
                 f"the start model does not refuse the probe; it is not aligned (its answer begins with {word!r}); "
                 "use an aligned model, or set `tokens` to the words that begin its refusals and its compliance"
             )
-        pair = Pair(token, opening_token(tokenizer, COMPLIANCE))
+    pair = Pair(token, compliance)
     if pair.refusal == pair.compliance:
         raise UserError(
             f"refusal and compliance begin with the same token ({tokenizer.decode([pair.refusal])!r}); set `tokens`"
