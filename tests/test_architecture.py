@@ -225,7 +225,7 @@ def test_the_engines_are_small():
 def test_the_service_is_small():
     """At most 1,780 statements beside the core (docs/decisions/0015), and it reads what a run left: no stage, no
     model."""
-    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) < 1780
+    assert sum(logical_lines(path.read_text(encoding="utf-8")) for path in SERVICE) <= 1780
     recipes = ("pipeline.config", "pipeline.parse", "pipeline.secrets", "pipeline.yaml12")
     allowed = (*recipes, "service", "report", "data", "errors", "console", "cli.options")
     for path in SERVICE:
