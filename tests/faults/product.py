@@ -12,11 +12,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import altair  # noqa: F401 - what a run imports is imported once, before the forks
+import pytest
 import scipy.stats  # noqa: F401
 import vl_convert  # noqa: F401
 import yaml
@@ -98,11 +100,21 @@ CONTEXT = multiprocessing.get_context(
     "forkserver"
 )  # a clean process that has imported everything and started no thread
 CONTEXT.set_forkserver_preload(["product"])
+IMPORTED_IN = os.getpid()
 PATIENCE = 600  # seconds
+
+
+@functools.cache
+def start_server() -> None:
+    """The server finds ``product`` by PYTHONPATH: Python 3.11 gives it no sys.path, and swallows that it found none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 def forked(action: Callable[[], int], log: Path | None = None) -> int:
     """The exit code of an action in a fork of a clean process, negative after a signal; its output goes to ``log``."""
+    start_server()
     process = CONTEXT.Process(target=_child, args=(action, log))
     process.start()
     process.join(PATIENCE)
@@ -117,6 +129,7 @@ def _child(action: Callable[[], int], log: Path | None) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    assert os.getpid() != IMPORTED_IN, "every run would import everything itself"
     code = action()
     sys.stdout.flush()
     os._exit(code)
