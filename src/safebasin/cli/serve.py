@@ -52,19 +52,22 @@ def serve_verb(
         return 0
     if not 0 <= port <= 65535:
         raise UserError(f"cannot listen on port {port}: it is a number from 0 to 65535")
-    try:  # before the app: a server that cannot listen starts no job
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"cannot listen on {shown(host)}, port {port}: {cause(error)}; choose another") from None
-    with listener:
-        config = uvicorn.Config(
-            create_app(settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=3,
+    # bound before the app, which may start jobs, and open once it is there: nobody connects to half a server
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen on {shown(host)}, port {port}: {cause(error)}; choose another") from None
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(settings),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=3,
+            )
         )
-        server = uvicorn.Server(config)
         server.run(sockets=[listener])
     if not server.started:
         raise UserError("the server did not start; the lines above say why")

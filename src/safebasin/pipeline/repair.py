@@ -14,7 +14,7 @@ from safebasin.data.files import new_folder, shown, write_json
 from safebasin.data.source import Source, check_file, open_examples
 from safebasin.encode import encode_all
 from safebasin.errors import UserError
-from safebasin.layer import Pair
+from safebasin.layer import Pair, Update
 from safebasin.models.load import ModelAndTokenizer, load
 from safebasin.models.parts import context_length
 from safebasin.models.tensors import Tensors, is_model
@@ -26,7 +26,7 @@ from safebasin.pipeline.parse import plain
 from safebasin.pipeline.plan import Plan
 from safebasin.pipeline.roles import arm_roles
 from safebasin.repair.calibrate import Moments, SquaredGradients
-from safebasin.repair.walk import Record, Roles, Walk, gives_dense, needs
+from safebasin.repair.walk import SAME, Record, Roles, Walk, gives_dense, needs
 
 CALIBRATION = {  # rows that edits read the inputs of layers on
     "probe": Source(path="builtin:refusals", take=100),
@@ -88,6 +88,8 @@ class Job:
                         f"the role {role} is a full model and the tuned one is an adapter, and so must be the role; "
                         f"name an adapter: --{role}, roles.{role}"
                     )
+                if all(name in parts[role] and _same(parts[role][name], tuned[name]) for name in tuned):
+                    raise UserError(f"the role {role} holds the update of the tuned model itself; name another adapter")
         shapes = {name: start.shape(f"{name}.weight") for name in tuned}
         two = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
         moments = {stream: Moments(self._rows(stream, "tuned" in needed), two) for stream in streams}
@@ -186,6 +188,10 @@ def words(report: Mapping[str, Any]) -> str:
 
 def _users(edits: Sequence[Any]) -> str:
     return " and ".join(edit.entry.name for edit in edits)
+
+
+def _same(one: Update, other: Update) -> bool:
+    return one.shape == other.shape and (one - other).norm() <= SAME * other.norm()
 
 
 def _spec(edit: Any) -> dict[str, Any]:

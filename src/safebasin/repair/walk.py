@@ -163,8 +163,6 @@ class Walk:
                 shape = self.roles.tuned[name].shape
                 if role != "base" and (other := source[name].shape) != shape:
                     raise UserError(f"{name} is {other} in the role {role} and {shape} in the tuned model")
-            if role != "base" and not any(_differ(self.roles.update(role, n), t) for n, t in self.roles.tuned.items()):
-                raise UserError(f"the role {role} holds the update of the tuned model itself; name another adapter")
         if "base" in self.needs and not any(self.roles.update("base", n).b.any() for n in self.roles.tuned):
             raise UserError("base and start hold the same weights, so there is no alignment direction between them")
 
@@ -213,10 +211,6 @@ class Walk:
         for edit, changed in zip(self.edits, self.changed, strict=True):
             if not changed:
                 raise DefenceError(f"{edit.entry.name} changed nothing: no module was selected, or its strength is low")
-
-
-def _differ(one: Update, other: Update) -> bool:
-    return (one - other).norm() > SAME * other.norm()
 
 
 def _record(name: str, old: Update, new: Update, v: Tensor | None, taken: tuple[str, ...], energy: float) -> Record:
