@@ -89,7 +89,9 @@ def generate(
         turns[0]["role"] == "system" and turns[0]["content"].strip() not in text
         for turns, text in zip(conversations, rendered, strict=True)
     ):
-        raise UserError("the model's chat template leaves the system prompt out; ask without one, or mend the template")
+        raise UserError(
+            "the model's chat template leaves the system prompt out; ask without one, or correct the template"
+        )
     texts = [text + prefill for text, prefill in zip(rendered, prefills, strict=True)]
     prompts = prompt_ids(model, tokenizer, texts, max_new_tokens)
     ends = turn_ends(model, tokenizer)

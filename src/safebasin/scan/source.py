@@ -42,9 +42,8 @@ def target_weights(
         path = name.removeprefix(f"{prefix}.").split(".")
         if any(step.startswith("lora_") for step in path):
             continue
-        owner = (
-            path[-2] if path[-1] == "base_layer" else path[-1]
-        )  # PEFT wraps a layer: q_proj becomes q_proj.base_layer
+        # PEFT wraps a layer: q_proj becomes q_proj.base_layer
+        owner = path[-2] if path[-1] == "base_layer" else path[-1]
         if modules == MODULES or owner in modules:
             matches[name] = int(path[0])
     if not matches:

@@ -100,11 +100,7 @@ class GuardScore:
         return fitted
 
     def score(self, model: Any, batch: Batch, fitted: Fitted) -> Float[Tensor, "batch answers"]:
-        """1 - V at every answer token; zero for an answer that is an end mark alone, which has no text.
-
-        Raises:
-            UserError: a row without text in any answer.
-        """
+        """1 - V at every answer token, 0 for an end mark alone. UserError: a row without text in any answer."""
         guard = fitted.guard
         turns = list(turns_of(batch, fitted.rows, fitted.tokenizer, guard.between, self.every))
         if len({turn.row for turn in turns}) < len(batch.mask):
