@@ -8,7 +8,7 @@ from safebasin.repair import edit
 from safebasin.repair.methods.prune import robust_z
 from safebasin.repair.obs import compensated, inverse_factor
 from safebasin.repair.update import svd
-from safebasin.repair.walk import Layer
+from safebasin.repair.walk import Layer, Roles, Walk, make_edits
 
 EYE = torch.eye(2)
 H = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
@@ -203,3 +203,10 @@ def test_exact_compensation_has_no_gradient_on_the_free_columns():
 def test_directions_beyond_the_rank_are_none():
     u, _, v = svd(torch.outer(torch.tensor([3.0, 4.0]), torch.ones(3)), 2)
     assert torch.linalg.matrix_rank(u) == torch.linalg.matrix_rank(v) == 1
+
+
+def test_an_edit_that_left_nothing_is_truncated_to_nothing():
+    """shrink at 1 leaves zero, so there is no energy that a truncation could lose."""
+    edits = make_edits([{"shrink": {"alpha": 1.0}}, {"truncate": {"rank": 1}}])
+    update, record = Walk(edits, Roles(tuned={"m": dense([1, 1], [1, 1])})).result("m")
+    assert update.norm() == 0 and record.energy == 1.0 and record.distance == pytest.approx(1.0)

@@ -200,8 +200,8 @@ class Walk:
             if name in self.selected[i]:
                 taken.append(edit.entry.name)
                 self.changed[i] |= (new - layer.tuned).norm() > SAME * layer.tuned.norm()
-                if edit.entry.truncates:
-                    energy *= (new.norm() / layer.tuned.norm()) ** 2
+                if edit.entry.truncates and (size := layer.tuned.norm()):  # an edit before may have left nothing
+                    energy *= (new.norm() / size) ** 2
             layer = dataclasses.replace(layer, tuned=new)
         v = layer.v if "base" in layer.roles else None
         return layer.tuned, _record(name, self.roles.tuned[name], layer.tuned, v, tuple(taken), energy)
