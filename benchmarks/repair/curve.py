@@ -3,6 +3,7 @@
 A repair whose point lies on that line has used nothing of what it was given: a shorter update does the same.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import altair as alt
 
 GREY, BLUE, ORANGE, PURPLE = "#7d8a99", "#4a86cf", "#d0762c", "#b0609e"
+WIDTH, HEIGHT, RIGHT = 520, 340, 0.65  # of a panel in pixels, and the accuracy at its right edge
 KINDS = ("no repair", "shrink", "repair", "training with a defence")
 
 
@@ -21,8 +23,31 @@ def kind(arm: str) -> str:
     return KINDS[1] if arm.startswith("shrink") else KINDS[2]
 
 
+def place_labels(points: Sequence[dict[str, Any]]) -> None:
+    """Give every point of a panel the place of its label, in data units: beside it, or as near as is free."""
+    taken = [(x, y - 4, x + 8, y + 4) for x, y in map(_pixels, points)]
+    for point in sorted(points, key=lambda point: (-point["asr"], point["utility"])):
+        (x, y), width = _pixels(point), 5.4 * len(point["arm"])
+        places = [
+            (left, y + step) for step in (0, -11, 11, -22, 22, -33, 33, -44, -55) for left in (x + 7, x - 7 - width)
+        ]
+        boxes = [(left, middle - 5, left + width, middle + 5) for left, middle in places]
+        inside = [box for box in boxes if box[0] > 0 and box[1] > 0 and box[3] < HEIGHT] or boxes
+        box = next((box for box in inside if not any(_overlap(box, other) for other in taken)), inside[0])
+        taken.append(box)
+        point |= {"x": RIGHT * box[0] / WIDTH, "y": (1 - (box[1] + 5) / HEIGHT) ** 2}
+
+
+def _pixels(point: Mapping[str, Any]) -> tuple[float, float]:
+    return WIDTH * point["utility"] / RIGHT, HEIGHT * (1 - point["asr"] ** 0.5)
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def write_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN``."""
+    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN`` of the arms that every column has."""
     points: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name, _, rest = row["what"].partition(".")
@@ -31,19 +56,26 @@ def write_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             point = points.setdefault((arm, column), {"arm": arm, "column": column, "kind": kind(arm)})
             point[name] = row["value"]
     values = [point for point in points.values() if {"asr", "utility"} <= point.keys()]
+    columns = list(dict.fromkeys(point["column"] for point in values))
+    measured = collections.Counter(point["arm"] for point in values)
+    values = [point for point in values if measured[point["arm"]] == len(columns)]
+    for column in columns:
+        place_labels([point for point in values if point["column"] == column])
     axis = alt.Axis(format=".0%", tickCount=5)
-    x = alt.X("utility:Q", title="task accuracy", axis=axis, scale=alt.Scale(domain=[0, 0.65]))
-    y = alt.Y("asr:Q", title="attack success", axis=axis, scale=alt.Scale(domain=[0, 1]))
-    base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y)
+    across = alt.Scale(domain=[0, RIGHT])
+    up = alt.Scale(domain=[0, 1], type="sqrt")  # most repairs are below 20 %
+    x = alt.X("utility:Q", title="task accuracy", axis=axis, scale=across)
+    y = alt.Y("asr:Q", title="attack success (root scale)", axis=axis, scale=up)
+    everything = alt.Chart(alt.Data(values=values))
+    base = everything.encode(x=x, y=y)
     line = base.transform_filter("datum.kind == 'shrink' || datum.arm == 'plain' || datum.arm == 'start'")
     colours = alt.Scale(domain=KINDS, range=[GREY, PURPLE, BLUE, ORANGE])
     colour = alt.Color("kind:N", title=None, scale=colours, legend=alt.Legend(orient="bottom"))
     layers = [
         line.mark_line(color=GREY, strokeDash=[4, 3]).encode(order="asr:Q"),
         base.mark_point(filled=True, size=70, opacity=1).encode(color=colour),
-        base.mark_text(align="left", dx=7, dy=-4, fontSize=9, color=GREY).encode(text="arm:N"),
+        everything.mark_text(align="left", fontSize=9, color=GREY).encode(x="x:Q", y="y:Q", text="arm:N"),
     ]
-    columns = list(dict.fromkeys(point["column"] for point in values))
-    chart = alt.layer(*layers).properties(width=420, height=300)
+    chart = alt.layer(*layers).properties(width=WIDTH, height=HEIGHT)
     panels = [chart.transform_filter(f"datum.column == '{column}'").properties(title=column) for column in columns]
-    alt.vconcat(*panels).save(path)
+    alt.concat(*panels, columns=2).save(path)
