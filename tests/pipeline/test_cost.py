@@ -70,6 +70,12 @@ def test_a_model_that_is_not_here_has_no_sizes(recipe):
     ]
 
 
+def test_targets_that_are_nowhere_are_said(recipe):
+    assert cost.costs(plan(recipe, {"r": 4, "target_modules": ["nope"]})) == [
+        "no matrix in the files of the model is named by train.adapter: {'r': 4, 'target_modules': ['nope']}"
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

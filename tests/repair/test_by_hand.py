@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from safebasin.errors import DefenceError
 from safebasin.layer import Update
 from safebasin.repair import edit
 from safebasin.repair.methods.prune import robust_z
@@ -187,6 +188,15 @@ def test_a_control_goes_as_far_as_its_edit(by):
     tuned = Update(torch.ones(8, 1), torch.ones(1, 8))
     new = edit.make({"control": {"of": {"shrink": {"alpha": 0.25}}, "by": by}}).edit(Layer(name="m", tuned=tuned))
     assert (new - tuned).norm() / tuned.norm() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_mask_cannot_go_further_than_the_whole_update():
+    """resta takes a harmful update of three lengths away, so that it moves by 300 %."""
+    tuned = Update(torch.ones(4, 1), torch.ones(1, 4))
+    layer = Layer(name="m", tuned=tuned, roles={"harmful": tuned * 3})
+    control = edit.make({"control": {"of": {"resta": {"beta": 1}}, "by": "mask"}})
+    with pytest.raises(DefenceError, match="m: resta moves it by 300% of its length, a mask by 100 % at most"):
+        control.edit(layer)
 
 
 def test_exact_compensation_has_no_gradient_on_the_free_columns():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from safebasin.data.files import shown
 from safebasin.data.source import is_remote, open_rows
 from safebasin.data.tensor_files import open_tensors, tensor_files
 from safebasin.models.bundled import cache
@@ -34,6 +35,8 @@ def costs(plan: Plan) -> list[str]:
     if (shapes := _shapes(plan.recipe.model.name)) is None:
         return [f"memory and time: {plan.recipe.model.name} is not on this machine yet"]
     every, tuned = sum(map(math.prod, shapes.values())), _tuned(plan, shapes)
+    if not tuned:
+        return [f"no matrix in the files of the model is named by train.adapter: {shown(str(plan.recipe.adapter))}"]
     wide = 4 if plan.recipe.full or resolved(plan.recipe.model.dtype) == "float32" else 2
     blocks = sum(math.prod(shape) for name, shape in shapes.items() if BLOCK.fullmatch(name) and len(shape) == 2)
     base = wide * every if plan.recipe.model.quantization is None else wide * (every - blocks) + NF4 * blocks

@@ -3,7 +3,7 @@
     d = |E(dW) - dW| / |dW|   of the edit E that it is a control of, module by module                                (1)
     shrink   dW' = (1 - d) dW
     noise    dW' = dW + N,            N of rank r, random, |N| = d |dW|
-    mask     dW' = dW M,              random entries become 0, until |dW' - dW| = d |dW|; at most all of them
+    mask     dW' = dW M,              random entries become 0, until |dW' - dW| = d |dW|; d > 1 is refused
 
 An edit that is no safer than its control at one utility has used none of what it was given.
 """
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeInt
 
+from safebasin.errors import DefenceError
 from safebasin.layer import Update
 from safebasin.repair import edit
 from safebasin.repair.walk import Layer, facts
@@ -56,6 +57,11 @@ class Control:
                 *(torch.randn(part.shape, generator=draw) for part in (tuned.b, tuned.a) if part is not None)
             )
             return tuned + noise * (distance * tuned.norm() / noise.norm())
+        if distance > 1 + 1e-6:
+            raise DefenceError(
+                f"{layer.name}: {self.inner.entry.name} moves it by {distance:.0%} of its length, a mask by "
+                "100 % at most; take by: noise"
+            )
         w = tuned.dense()
         order = torch.randperm(w.numel(), generator=draw)
         lost = w.flatten()[order].double().square().cumsum(0)
