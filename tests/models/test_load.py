@@ -229,6 +229,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tokenizer empty": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot load"),
     "tokenizer a list": (lambda f: (f / "tokenizer.json").write_text("[]"), "cannot load"),
     "tokenizer of unknown kind": (lambda f: tokenizer_model(f, type="Zzz"), "cannot load"),
+    "tokenizer that draws": (
+        lambda f: (
+            tokenizer_model(f, type="BPE", merges=[], dropout=0.1),
+            settings(f, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
+        ),
+        "leaves merges out at random",
+    ),
     "tokenizer with wrong ids": (lambda f: tokenizer_model(f, vocab={"a": "x"}), "cannot load"),
     "tokenizer settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json, line 1"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),

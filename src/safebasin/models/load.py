@@ -183,6 +183,10 @@ def load_tokenizer(
         raise UserError(
             f"{what}: its tokenizer does not say where in a text a token stands; save it with a tokenizer.json"
         )
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise UserError(
+            f"{what}: its tokenizer leaves merges out at random (dropout), so that no two readings are one row"
+        )
     pin_template(tokenizer, template)
     return tokenizer
 
