@@ -192,6 +192,9 @@ def test_numbers_of_the_quickstart_are_those_of_its_results():
     assert bars == [percent[f"{quantity}.{arm}"] for arm in arms for quantity in ("asr", "accuracy")]
 
 
+FURTHER = "repair, further arms"  # the grid of those that one column and seed have
+
+
 def test_numbers_of_the_repairs_are_those_of_their_results():
     """The page of repairs: every arm in three tables, by the worse judge; how far and to which rank an arm was
     moved."""
@@ -225,6 +228,13 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
             values = [of(arm, column) for column in columns]
             values += [value(f"distance.{arm}"), value(f"rank.out.{arm}")] if "rank" in head else []
             assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), (title, arm)
+    table = text.split("## Further strengths and controls\n")[1].split("\n#")[0]
+    further = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
+    assert {arm for arm, _ in further} == {r["defence"] for r in records.values() if r.get("grid") == FURTHER} != set()
+    for arm, line in further:
+        names = [f"{quantity}.{arm}.poison_10" for quantity in ("asr", "utility", "over_refusal")]
+        values = [value(name) for name in (*names, f"distance.{arm}", f"rank.out.{arm}")]
+        assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=0.0051), arm
 
 
 def test_the_readme_counts_what_there_is():
