@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny import tiny_model
 
 from benchmarks import harness
 from benchmarks.grid.grid import grid_of
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, read_results
 from benchmarks.peers import peers
 from benchmarks.repair import repair
 from benchmarks.repair.curve import write_curve
@@ -168,11 +169,11 @@ def test_pages_are_those_of_the_records(name, tmp_path):
 
 def test_the_repair_table_by_method(tmp_path):
     """The worse judge counts; the rank of two seeds is the larger, their distance the mean; the best arm is that of the
-    lowest upper end."""
+    lowest upper end. The machine is that of the cells, whoever adds them up."""
 
     def cell(arm, quantity, value, judge=""):
         facts = {"interval": [0, 1], "n": 40, "unit": "share", "goal": None, "grid": "repair", "seeds": {"0": value}}
-        facts |= {"upper": value + 0.1}
+        facts |= {"upper": value + 0.1, "machine": "another", "date": "2026-01-02"}
         what = f"poison_10.{arm}.{quantity}.{judge}"
         return facts | {"what": what, "value": value, "defence": arm, "attack": "poison_10", "quantity": quantity}
 
@@ -185,18 +186,31 @@ def test_the_repair_table_by_method(tmp_path):
     file = tmp_path / "results.json"
     mine = Bench(file, tmp_path, replaces=("what",))
     mine.add(rows)
-    repair.by_method(mine, tmp_path / "runs")
+    repair.by_method(mine, [tmp_path / "runs"])
     by_what = results(file)
     assert (by_what["asr.irr.poison_10"]["value"], by_what["utility.irr.poison_10"]["value"]) == (0.3, 0.4)
-    assert (by_what["rank.out.irr"]["value"], by_what["distance.irr"]["value"]) == (64, 0.6)
+    assert (by_what["rank.out.irr"]["value"], by_what["distance.irr.poison_10"]["value"]) == (64, 0.6)
+    assert {row["machine"] for row in by_what.values()} == {"another"}
     assert (by_what["asr_upper.worst.best_arm"]["value"], by_what["asr_upper.worst.best_arm"]["arm"]) == (0.4, "irr")
     mine.add([cell("plain", "asr", 0.9, "keyword") | {"what": "benign.plain", "attack": "benign"}])
-    repair.by_method(mine, tmp_path / "runs")
+    repair.by_method(mine, [tmp_path / "runs"])
     best = results(file)["asr_upper.worst.best_arm"]
     assert (best["value"], best["arm"], best["columns"]) == (1.0, "plain", ["benign", "poison_10"]), "irr is not known"
-    write_curve(list(by_what.values()), tmp_path / "curve.svg")
+    write_curve(list(by_what.values()), ["poison_10"], tmp_path / "curve.svg")
     figure = (tmp_path / "curve.svg").read_text()
     assert all(name in figure for name in ("irr", "plain", "poison_10"))
+
+
+def test_the_sums_of_the_repair_table_are_those_of_its_cells(tmp_path):
+    """Run over the cells of the repository, the command writes the records that are there."""
+    file = ROOT / "benchmarks" / "repair" / "results.json"
+    mine = tmp_path / "results.json"
+    shutil.copyfile(file, mine)
+    harness.main(["repair_table", "--pages", str(tmp_path / "pages"), "--out", str(mine), "--keep", str(tmp_path)])
+    before, after = ({repr(sorted(row.items(), key=str)) for row in read_results(each)} for each in (file, mine))
+    assert before == after, "write it again: python -m benchmarks repair_table --pages"
+    table = (file.parent / "repair.md").read_text()
+    assert (tmp_path / "pages" / "repair.md").read_text() == table, "write it again"
 
 
 def test_a_part_of_the_repairs_tunes_the_roles_that_it_reads():

@@ -209,6 +209,10 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
     def value(name: str) -> float | None:
         return records[name]["value"] if name in records else None
 
+    def distance(arm: str) -> float | None:
+        each = [row["value"] for name, row in records.items() if name.startswith(f"distance.{arm}.")]
+        return sum(each) / len(each) if each else None
+
     def shown(cell: str) -> float | None:
         number = cell.split(" %")[0].strip(" *")
         return None if number in ("", "–") else float(number) / (100 if "%" in cell else 1)
@@ -226,14 +230,14 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
         assert {arm for arm, _ in rows} == arms, title
         for arm, line in rows:
             values = [of(arm, column) for column in columns]
-            values += [value(f"distance.{arm}"), value(f"rank.out.{arm}")] if "rank" in head else []
+            values += [distance(arm), value(f"rank.out.{arm}")] if "rank" in head else []
             assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), (title, arm)
     table = text.split("## Further strengths and controls\n")[1].split("\n#")[0]
     further = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
     assert {arm for arm, _ in further} == {r["defence"] for r in records.values() if r.get("grid") == FURTHER} != set()
     for arm, line in further:
         names = [f"{quantity}.{arm}.poison_10" for quantity in ("asr", "utility", "over_refusal")]
-        values = [value(name) for name in (*names, f"distance.{arm}", f"rank.out.{arm}")]
+        values = [value(name) for name in (*names, f"distance.{arm}.poison_10", f"rank.out.{arm}")]
         assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=0.0051), arm
 
 

@@ -96,8 +96,9 @@ def run(
         UserError: a defence could not run (the records of the others are written).
     """
     if to is not None:
-        for name, tree in trees.items():
-            pages(name, tree, read_results(bench.file), to)
+        measured = read_results(bench.file)
+        for name in trees.keys() & {row.get("grid") for row in measured}:
+            pages(name, trees[name], measured, to)
         return
     rows, failed = [], []
     for name, tree in trees.items():

@@ -46,17 +46,19 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def write_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN`` of the arms that every column has."""
+def write_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN`` of the arms that all of ``columns`` have."""
     points: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name, _, rest = row["what"].partition(".")
         if name in ("asr", "utility") and "." in rest and not rest.startswith("worst."):
             arm, _, column = rest.partition(".")
+            if column not in columns:
+                continue
             point = points.setdefault((arm, column), {"arm": arm, "column": column, "kind": kind(arm)})
             point[name] = row["value"]
     values = [point for point in points.values() if {"asr", "utility"} <= point.keys()]
-    columns = list(dict.fromkeys(point["column"] for point in values))
+    columns = [column for column in columns if any(point["column"] == column for point in values)]
     measured = collections.Counter(point["arm"] for point in values)
     values = [point for point in values if measured[point["arm"]] == len(columns)]
     for column in columns:

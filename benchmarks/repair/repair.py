@@ -3,7 +3,8 @@
     python -m benchmarks repair                 Safe LoRA in low rank beside the formed C; an adapter of the size of 8B
     python -m benchmarks repair_table --first   one column, one seed, the most telling arms: recipes/repair.yaml's head
     python -m benchmarks repair_table           repairs x shares of harmful rows: tune the roles, then run the grid
-    python -m benchmarks repair_table --pages docs/images    tables and the figure of what is measured; runs nothing
+    python -m benchmarks repair_table --data FOLDER          a second task and Alpaca as well, of public sets
+    python -m benchmarks repair_table --pages docs/images    tables, figure and sums of what is measured; runs nothing
 
 **Floor** of one module: V [out, in] is read twice (V^T B, then V T) and 4 out in r multiply-adds are done. The release
 forms C = V V^T first: out^2 in multiply-adds, and out^2 numbers in memory.
@@ -14,12 +15,13 @@ and after an alignment, in bfloat16, and are read for every block.
 """
 
 import functools
+import itertools
 import json
 import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 
 from benchmarks.grid.grid import TINY, Change, Defences, Only, Pages, Seeds, grid_of
 from benchmarks.grid.grid import run as run_grid
-from benchmarks.harness import ROOT, Bench, experiment, ratios, run_cli, seconds, take_turns
+from benchmarks.harness import ROOT, Bench, Record, experiment, ratios, run_cli, seconds, take_turns
 from benchmarks.repair.curve import write_curve
 from safebasin.layer import Pair, Update
 from safebasin.models.updates import AdapterUpdates
@@ -41,6 +43,7 @@ from safebasin.pipeline.roles import roles_read
 from safebasin.repair import edit
 from safebasin.repair.update import cosine, image
 from safebasin.repair.walk import Roles, Walk
+from safebasin.report.cells import START
 
 SHAPES = ((4096, 4096), (11008, 4096))  # of 7B
 BLOCK = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096)}
@@ -180,6 +183,8 @@ def repair(
             bench.record(f"large.{name}", facts[name], n=blocks * len(BLOCK), unit=unit, shape=f"{blocks} blocks")
 
 
+GRIDS = ("repair", "repair_news", "repair_alpaca")  # the others read public sets
+ROLES = ("harmful", "safe", "reinforce")  # in the order in which they are tuned
 FIRST = {"only": ("poison_10",), "seeds": (0,)}  # of --first, with the defences up to the one below
 LAST_OF_FIRST = "buffer_reinforce"
 
@@ -199,6 +204,7 @@ def repair_table(
     defences: Defences = (),
     change: Change = (),
     pages: Pages = None,
+    data: Annotated[Path | None, Parameter(help="FOLDER of the public sets: the second task and Alpaca as well")] = None,
     role_steps: int = 100,
 ) -> None:
     """Repairs, their controls and the compositions x shares of harmful rows: attack success, over-refusal, accuracy."""
@@ -206,52 +212,71 @@ def repair_table(
         names = list(grid_of("repair")["defences"])
         defences = defences or tuple(names[: names.index(LAST_OF_FIRST) + 1])
         only, seeds = only or FIRST["only"], seeds or FIRST["seeds"]
-    tree = grid_of("repair", defences, change)
-    for role in () if pages is not None else roles_of_grid(tree):
-        run_cli("role", role, "--steps", role_steps)
-    run_grid(bench, {"repair": tree}, only, seeds, pages, None)
+    trees = {name: grid_of(name, defences, change) for name in (GRIDS if data or pages else GRIDS[:1])}
     if pages is None:
-        by_method(bench, bench.keep / "repair")
-    write_curve(bench.rows(), (pages or bench.file.parent) / "repair-curve.svg")
+        read = {role for tree in trees.values() for role in roles_of_grid(tree)}
+        for role in (role for role in ROLES if role in read):
+            run_cli("role", role, "--steps", role_steps)
+    run_grid(bench, trees, only, seeds, pages, data)
+    by_method(bench, [bench.keep / name for name in trees])
+    figures = {"repair-curve.svg": GRIDS[:1], "repair-curve-tasks.svg": GRIDS[1:]}
+    for name, grids in figures.items():
+        columns = [attack for grid in grids if grid in trees for attack in trees[grid]["attacks"]]
+        write_curve(bench.rows(), columns, (pages or bench.file.parent) / name)
 
 
-def by_method(bench: Bench, out: Path) -> None:
-    """Of the table that is measured so far: ``asr.ARM.COLUMN`` by the worse judge, ``utility.ARM.COLUMN``, and of every
-    repaired arm ``rank.out`` and ``distance`` over the columns; ``asr_upper.worst.best_arm`` of the arms that every
-    column has, the model as it was left out."""
-    rows = [row for row in bench.rows() if row.get("grid") == "repair" and row["value"] is not None]
-    for name, quantity in (("asr", "asr"), ("utility", "accuracy")):
-        cells = sorted({(row["defence"], row["attack"]) for row in rows if row["quantity"] == quantity})
-        for arm, column in cells:
-            of_cell = [r for r in rows if (r["defence"], r["attack"], r["quantity"]) == (arm, column, quantity)]
-            row = max(of_cell, key=lambda row: row["value"])
-            seeds = len(row["seeds"])
-            bench.record(f"{name}.{arm}.{column}", row["value"], row["interval"], n=row["n"], unit="share", seeds=seeds)
-    summaries: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(out.glob("*/arms/*/repair.json")):
-        summaries.setdefault(path.parent.name, []).append(json.loads(path.read_text(encoding="utf-8"))["summary"])
-    for arm, each in summaries.items():
-        rank, distances = max((one["rank"] or 0 for one in each), default=0), [one["distance"] for one in each]
-        bench.record(f"rank.out.{arm}", rank or None, n=len(each), unit="of the adapter; none: a full model is written")
-        bench.record(f"distance.{arm}", sum(distances) / len(each), n=len(each), unit="|repaired - tuned| / |tuned|")
-    asr = [row for row in rows if row["quantity"] == "asr"]
-    columns = {row["attack"] for row in asr}
-    uppers: dict[str, float] = {}
-    for arm in {row["defence"] for row in asr}:
-        mine = [row for row in asr if row["defence"] == arm]
-        if arm != "start" and columns == {row["attack"] for row in mine}:  # of an arm that every column has
-            uppers[arm] = max(row["upper"] for row in mine)
+QUANTITIES = {"asr": "asr", "accuracy": "utility", "token_accuracy": "utility", "over_refusal": "over_refusal"}
+
+
+def by_method(bench: Bench, folders: Sequence[Path]) -> None:
+    """Of the cells that are measured so far: ``asr.ARM.COLUMN``, ``utility.ARM.COLUMN`` and ``over_refusal.ARM.COLUMN``
+    by the worse judge; of the repairs in ``folders``, ``distance.ARM.COLUMN`` and ``rank.out.ARM``; and
+    ``asr_upper.worst.best_arm`` of the arms that every column has, the model as it was left out. The machine and the
+    day are those of the cell."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for row in bench.rows():
+        if row.get("grid", "").startswith("repair") and row["value"] is not None and row["quantity"] in QUANTITIES:
+            cells.setdefault((row["defence"], row["attack"]), []).append(row)
+    facts = {cell: {name: rows[0].get(name) for name in bench.facts} for cell, rows in cells.items()}
+    for (arm, column), rows in sorted(cells.items()):
+        for quantity, rows_of in itertools.groupby(sorted(rows, key=_quantity), _quantity):
+            row, name = max(rows_of, key=lambda row: row["value"]), f"{QUANTITIES[quantity]}.{arm}.{column}"
+            more = {"n": row["n"], "unit": "share", "seeds": len(row["seeds"])} | facts[arm, column]
+            bench.record(name, row["value"], row["interval"], **more)
+    edits: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(path for folder in folders for path in folder.glob("*/arms/*/repair.json")):
+        cell = (path.parent.name, path.parents[2].name.rpartition("-")[0])
+        if cell in cells:
+            edits.setdefault(cell, []).append(json.loads(path.read_text(encoding="utf-8"))["summary"])
+    for arm, column in edits:
+        each = [edit["distance"] for edit in edits[arm, column]]
+        more = {"n": len(each), "unit": "|repaired - tuned| / |tuned|"} | facts[arm, column]
+        bench.record(f"distance.{arm}.{column}", sum(each) / len(each), **more)
+        ranks = [edit["rank"] for (other, _), of_cell in edits.items() if other == arm for edit in of_cell]
+        rank = None if None in ranks else max(ranks)
+        more |= {"n": len(ranks), "unit": "of the adapter; none: a full model is written"}
+        bench.record(f"rank.out.{arm}", rank, **more)
+    columns = {column for _, column in cells}
+    uppers = {
+        arm: max(row["upper"] for column in columns for row in cells[arm, column] if row["quantity"] == "asr")
+        for arm in {arm for arm, _ in cells} - {START}
+        if all((arm, column) in cells for column in columns)
+    }
     if uppers:
         arm = min(sorted(uppers), key=lambda arm: uppers[arm])
-        facts = {"arm": arm, "columns": sorted(columns)}
-        bench.record("asr_upper.worst.best_arm", uppers[arm], n=len(columns), unit="share; n: columns", **facts)
+        more = {"unit": "share; n: columns", "arm": arm, "columns": sorted(columns)} | facts[arm, min(columns)]
+        bench.record("asr_upper.worst.best_arm", uppers[arm], n=len(columns), **more)
+
+
+def _quantity(row: Record) -> str:
+    return str(row["quantity"])
 
 
 def roles_of_grid(tree: Mapping[str, Any]) -> list[str]:
     """The adapters that the defences of a grid read, in the order in which they are tuned."""
     plan = Plan.of(next(iter(validate(Grid, tree, "the grid").recipes().values())))
     read = {role for arm in plan.recipe.arms for role in roles_read(plan, arm).values()}
-    return [role for role in ("harmful", "safe", "reinforce") if role in read]
+    return [role for role in ROLES if role in read]
 
 
 def _process(*words: str) -> list[str]:

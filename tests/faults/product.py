@@ -5,6 +5,7 @@ torch and the package are imported once; every run is a fork of that process, so
 
 import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -130,6 +131,7 @@ def _child(action: Callable[[], int], log: Path | None) -> None:
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     assert os.getpid() != IMPORTED_IN, "every run would import everything itself"
+    gc.freeze()  # what was imported is no garbage: transformers collects several times a run
     code = action()
     sys.stdout.flush()
     os._exit(code)
