@@ -204,7 +204,7 @@ def repair_table(
     defences: Defences = (),
     change: Change = (),
     pages: Pages = None,
-    data: Annotated[Path | None, Parameter(help="FOLDER of the public sets: the second task and Alpaca as well")] = None,
+    data: Annotated[Path | None, Parameter(help="FOLDER of public sets: a second task and Alpaca too")] = None,
     role_steps: int = 100,
 ) -> None:
     """Repairs, their controls and the compositions x shares of harmful rows: attack success, over-refusal, accuracy."""
