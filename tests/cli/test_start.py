@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from safebasin.cli.main import VERBS
 from safebasin.data.tables import write_table
 
 BLOCKED = """
@@ -34,6 +35,12 @@ def test_it_starts_without_torch(words):
     ended = run(*words)
     assert "Traceback" not in ended.stderr and "blocked" not in ended.stderr, ended.stderr[-2000:]
     assert ended.returncode == (1 if "none" in words else 0)
+
+
+def test_every_verb_says_what_it_does():
+    words = [line.strip("│ ").split() for line in run("--help").stdout.splitlines()]
+    verbs = {name for names in VERBS.values() for name in names}
+    assert {line[0] for line in words if line and line[0] in verbs and len(line) > 3} == verbs
 
 
 def test_a_cut_without_torch(tmp_path):

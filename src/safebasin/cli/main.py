@@ -1,5 +1,5 @@
-"""The command line: every arrow between two files is a verb, and ``run`` is all of them. A verb's module is imported
-when it is called.
+"""The command line: every arrow between two files is a verb, and ``run`` is all of them. The modules of the verbs
+import torch when they are called, so that ``--help`` comes at once.
 
 Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive, 130 interrupted, 143
 terminated.
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import cyclopts
@@ -42,7 +43,7 @@ VERBS = {
 }
 for _module, _names in VERBS.items():
     for _name in _names:
-        app.command(f"safebasin.cli.{_module}:{_name}_verb", name=_name)
+        app.command(getattr(import_module(f"safebasin.cli.{_module}"), f"{_name}_verb"), name=_name)
 
 
 class Terminated(BaseException):
