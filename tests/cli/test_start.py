@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from safebasin.cli.main import VERBS
+from safebasin.cli.main import VERBS, app
 from safebasin.data.tables import write_table
 
 BLOCKED = """
@@ -39,8 +39,13 @@ def test_it_starts_without_torch(words):
 
 def test_every_verb_says_what_it_does():
     words = [line.strip("│ ").split() for line in run("--help").stdout.splitlines()]
-    verbs = {name for names in VERBS.values() for name in names}
-    assert {line[0] for line in words if line and line[0] in verbs and len(line) > 3} == verbs
+    assert {line[0] for line in words if line and line[0] in VERBS and len(line) > 3} == set(VERBS)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_option_says_what_it_is(name):
+    rows = app[name].assemble_argument_collection()
+    assert [argument.name for argument in rows if argument.show and not argument.parameter.help] == []
 
 
 def test_a_cut_without_torch(tmp_path):

@@ -24,7 +24,7 @@ def init_verb(
     return 0
 
 
-def list_verb(*, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+def list_verb(*, json_: Annotated[bool, Parameter(name="--json", help="For programs.")] = False) -> int:
     """Every method of every stage, with its fields and where it comes from."""
     from safebasin.outline import STAGES, outline
 
@@ -44,7 +44,7 @@ def list_verb(*, json_: Annotated[bool, Parameter(name="--json", negative="")] =
     return 0
 
 
-def schema_verb(*, report: Annotated[bool, Parameter(help="Of report.json.", negative="")] = False) -> int:
+def schema_verb(*, report: Annotated[bool, Parameter(help="Of report.json.")] = False) -> int:
     """The JSON schema of a recipe, for editors; or of a report, for programs that read it."""
     if report:
         from safebasin.report.report import schema

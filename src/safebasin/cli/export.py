@@ -9,11 +9,11 @@ from safebasin.cli.options import say, start_torch
 
 
 def export_verb(
-    run: Annotated[Path, Parameter(name="RUN")],
+    run: Annotated[Path, Parameter(name="RUN", help="Run folder.")],
     *,
     arm: Annotated[str, Parameter(help="The arm whose adapter is taken out.")] = "defended",
     to: Annotated[Path, Parameter(help="A new folder.")],
-    merge: Annotated[bool, Parameter(help="Whole weights in the place of an adapter.", negative="")] = False,
+    merge: Annotated[bool, Parameter(help="Whole weights in the place of an adapter.")] = False,
     base: Annotated[
         str | None, Parameter(help="Hub id of the base, with @REVISION, where the recipe names a folder.")
     ] = None,

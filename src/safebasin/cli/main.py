@@ -30,20 +30,18 @@ app = cyclopts.App(
         "Exit codes: 0 ok, 1 configuration or user error, 2 run-time error, 3 gate failed, 4 inconclusive.\n\n"
         "Threat model: the defender runs the training. Nothing here stops somebody who owns open weights."
     ),
+    default_parameter=cyclopts.Parameter(negative=""),  # no --no-json, no --empty-judge
 )
-VERBS = {
-    "about": ("init", "list", "schema", "doctor"),
-    "rows": ("preview", "scan", "cut", "convert"),
-    "run": ("run", "train", "search", "bench"),
-    "measure": ("measure",),
-    "repair": ("repair", "role"),
-    "report": ("report", "gate"),
-    "export": ("export",),
-    "serve": ("serve",),
+VERBS = {  # by the module of ``safebasin.cli``
+    **dict.fromkeys(("init", "list", "schema", "doctor"), "about"),
+    **dict.fromkeys(("preview", "scan", "cut", "convert"), "rows"),
+    **dict.fromkeys(("run", "train", "search", "bench"), "run"),
+    **dict.fromkeys(("repair", "role"), "repair"),
+    **dict.fromkeys(("report", "gate"), "report"),
+    **{name: name for name in ("measure", "export", "serve")},
 }
-for _module, _names in VERBS.items():
-    for _name in _names:
-        app.command(getattr(import_module(f"safebasin.cli.{_module}"), f"{_name}_verb"), name=_name)
+for _name, _module in VERBS.items():
+    app.command(getattr(import_module(f"safebasin.cli.{_module}"), f"{_name}_verb"), name=_name)
 
 
 class Terminated(BaseException):

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import rich.table
 from cyclopts import Parameter
 
-from safebasin.cli.options import Dtype, cells, out, refuse_processes, start_torch
+from safebasin.cli.options import Dtype, Model, cells, out, refuse_processes, start_torch
 
 
 def measure_verb(
     *,
     out_: Annotated[Path, Parameter(name="--out", help="Folder for measurements.jsonl and answers.jsonl.")],
     prompts: Annotated[str, Parameter(help="CSV, JSONL, JSON or Parquet of prompts; or a built-in set.")],
-    model: str = "builtin:smollm2-aligned",
+    model: Model = "builtin:smollm2-aligned",
     dtype: Dtype = "auto",
     adapter: Annotated[str | None, Parameter(help="A PEFT adapter on top of the model.")] = None,
     suite: Annotated[str, Parameter(help="asr or over_refusal.")] = "asr",
@@ -28,7 +28,7 @@ def measure_verb(
     aligned: Annotated[str, Parameter(help="The model that the classifier judges with.")] = "builtin:smollm2-aligned",
     label: Annotated[tuple[str, ...], Parameter(help="An answer that is only this is off task.")] = (),
     system: Annotated[str | None, Parameter(help="System prompt.")] = None,
-    max_new_tokens: int = 96,
+    max_new_tokens: Annotated[int, Parameter(help="Tokens of an answer at most.")] = 96,
 ) -> int:
     """Ask a model your own prompts and judge its answers."""
     refuse_processes()

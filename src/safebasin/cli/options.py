@@ -33,7 +33,9 @@ Engine = Annotated[
         help="Where scan, measuring and a grid's cells run: here, ray, or as in a recipe: '{ray: {address: auto}}'.",
     ),
 ]
-ShowText = Annotated[bool, Parameter(help="Harmful text in clear.", negative="")]
+ShowText = Annotated[bool, Parameter(help="Harmful text in clear.")]
+Model = Annotated[str, Parameter(help="A folder, a Hub id or a built-in model.")]
+MaxLength = Annotated[int, Parameter(help="Of a row in tokens; a longer one cannot be used.")]
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from safebasin.cli.options import Dtype, refuse_processes, say, start_torch
+from safebasin.cli.options import Dtype, Model, refuse_processes, say, start_torch
 from safebasin.errors import UserError
 from safebasin.runtime import resolved
 
@@ -23,7 +23,7 @@ def repair_verb(
     harmful: Annotated[str, Parameter(help="A harmful adapter; by default that of `safebasin role harmful`.")] = "",
     rows: Annotated[tuple[str, ...], Parameter(help="KIND=SET: probe, harmful or task, for edits that need it.")] = (),
     dtype: Annotated[str, Parameter(help="Of the model, where an edit reads its layers' inputs.")] = "float32",
-    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+    trust_remote_code: Annotated[bool, Parameter(help="Run the code that a model brings.")] = False,
 ) -> int:
     """Bring a tuned model back towards its start: adapter in, adapter out; full weights in, full weights out.
 
@@ -73,11 +73,11 @@ KINDS = ("probe", "harmful", "task")
 def role_verb(
     role: Annotated[Literal["safe", "harmful", "reinforce"], Parameter(help="Which adapter.")],
     *,
-    model: str = "builtin:smollm2-aligned",
+    model: Model = "builtin:smollm2-aligned",
     rows: Annotated[str, Parameter(help="A set in place of the project's own rows.")] = "",
     steps: Annotated[int, Parameter(help="Optimizer steps of four rows.")] = 100,
     learning_rate: Annotated[float, Parameter(help="7e-4 for a model of 135M; 2e-4 is usual at 7B.")] = 7e-4,
-    rank: int = 8,
+    rank: Annotated[int, Parameter(help="Of the adapter.")] = 8,
     dtype: Dtype = "auto",
 ) -> int:
     """Tune the adapter of a role, once a model.

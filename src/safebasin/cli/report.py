@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from safebasin.cli.options import ShowText, out, say
 
 
-def gate_verb(run: Annotated[Path, Parameter(name="RUN")]) -> int:
+def gate_verb(run: Annotated[Path, Parameter(name="RUN", help="Run folder.")]) -> int:
     """Turn the report of a run into an exit code: 0 passed, 3 failed, 4 inconclusive.
 
     The report must be of the files that the run holds now; where it is not, the code is 4.
@@ -21,7 +21,7 @@ def gate_verb(run: Annotated[Path, Parameter(name="RUN")]) -> int:
 
 
 def report_verb(
-    run: Annotated[Path, Parameter(name="RUN")],
+    run: Annotated[Path, Parameter(name="RUN", help="Run folder.")],
     *,
     show_text: ShowText = False,
     inspect: Annotated[

@@ -10,7 +10,7 @@ import rich.table
 from cyclopts import Parameter
 from rich.text import Text
 
-from safebasin.cli.options import Dtype, Engine, cells, out, say, start_torch
+from safebasin.cli.options import Dtype, Engine, MaxLength, Model, cells, out, say, start_torch
 from safebasin.console import printable
 from safebasin.data.keys import RowForm
 from safebasin.errors import UserError
@@ -30,6 +30,7 @@ class CommandForm(RowForm):
     ] = dataclasses.field(default_factory=dict)  # type: ignore[assignment]
 
 
+Data = Annotated[Path, Parameter(help="Rows: JSONL, JSON, CSV or Parquet.")]
 PLAIN = CommandForm()
 Form = Annotated[CommandForm, Parameter(name="*", help="How the rows are read.")]
 TemplateArguments = Annotated[
@@ -50,14 +51,14 @@ def arguments_of(items: tuple[str, ...]) -> dict[str, Any]:
 
 
 def preview_verb(
-    data: Path,
+    data: Data,
     *,
-    model: str = "builtin:smollm2-aligned",
+    model: Model = "builtin:smollm2-aligned",
     form: Form = PLAIN,
     template: TemplateArguments = (),
-    max_length: int = 1024,
+    max_length: MaxLength = 1024,
     take: Annotated[int, Parameter(help="Rows that are shown; with --json all of them are.")] = 5,
-    json_: Annotated[bool, Parameter(name="--json", help="Every row as one JSON object a line.", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json", help="Every row as one JSON object a line.")] = False,
 ) -> int:
     """Show the text that the model will see of every row, and which of it is learned."""
     start_torch()
@@ -89,10 +90,10 @@ def preview_verb(
 
 
 def scan_verb(
-    data: Path,
+    data: Data,
     *,
     out_: Annotated[Path, Parameter(name="--out", help="Run folder; the scores are in scan/scores.parquet.")],
-    model: str = "builtin:smollm2-aligned",
+    model: Model = "builtin:smollm2-aligned",
     dtype: Dtype = "auto",
     scorers: Annotated[
         tuple[str, ...], Parameter(name="--scorer", help="As in a recipe; may be given several times.")
@@ -100,16 +101,12 @@ def scan_verb(
     probe: Annotated[str, Parameter(help="Harmful requests with refusals.")] = "builtin:refusals",
     form: Form = PLAIN,
     template: TemplateArguments = (),
-    max_length: int = 1024,
-    batch_size: int = 16,
+    max_length: MaxLength = 1024,
+    batch_size: Annotated[int, Parameter(help="Rows that are scored at once.")] = 16,
     engine: Engine = "here",
-    skip_bad: Annotated[
-        bool, Parameter(help="Leave rows out that cannot be used, and list them.", negative="")
-    ] = False,
+    skip_bad: Annotated[bool, Parameter(help="Leave rows out that cannot be used, and list them.")] = False,
     worst: Annotated[int, Parameter(help="Rows of highest score that are named, of each scorer.")] = 5,
-    show_text: Annotated[
-        bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.", negative="")
-    ] = False,
+    show_text: Annotated[bool, Parameter(name=("--show", "--show-text"), help="Harmful text in clear.")] = False,
 ) -> int:
     """Score every row of a data set; nothing is deleted. Run it again after a kill, and it goes on.
 
@@ -157,11 +154,11 @@ def scan_verb(
 
 
 def cut_verb(
-    data: Path,
+    data: Data,
     *,
     scores: Annotated[Path, Parameter(help="scores.parquet of `safebasin scan`.")],
     out_: Annotated[Path, Parameter(name="--out", help="Folder for the rows that stay.")],
-    scorer: str = "gradshield",
+    scorer: Annotated[str, Parameter(help="The column of scores to cut by.")] = "gradshield",
     threshold: Annotated[float | None, Parameter(help="Rows above it go; without it the estimator finds one.")] = None,
     estimator: Annotated[Literal["anchors", "paper"], Parameter(help="How the threshold is found.")] = "anchors",
     max_share: Annotated[float, Parameter(help="Of the rows, that may go; where more would, it stops.")] = 0.5,
@@ -187,7 +184,7 @@ def cut_verb(
 
 
 def convert_verb(
-    data: Path,
+    data: Data,
     *,
     as_: Annotated[
         Literal["trl", "axolotl", "llamafactory", "openai", "tokens"],
@@ -199,9 +196,9 @@ def convert_verb(
     model: Annotated[str, Parameter(help="Whose tokenizer and template write tokens.")] = "builtin:smollm2-aligned",
     form: Form = PLAIN,
     template: TemplateArguments = (),
-    max_length: Annotated[int, Parameter(help="Of tokens; a longer row cannot be used.")] = 1024,
+    max_length: MaxLength = 1024,
     skip_bad: Annotated[
-        bool, Parameter(help="Leave rows out that cannot be used, or that the form cannot hold.", negative="")
+        bool, Parameter(help="Leave rows out that cannot be used, or that the form cannot hold.")
     ] = False,
 ) -> int:
     """Write a data set in the form of another trainer, with no answer learned that is not learned here."""

@@ -37,15 +37,12 @@ def run_verb(
         bool,
         Parameter(
             help="Check everything that can be checked without a model or the network; print the resolved recipe and"
-            " what tuning will take.",
-            negative="",
+            " what tuning will take."
         ),
     ] = False,
     show_text: ShowText = False,
     engine: Engine = "",
-    json_: Annotated[
-        bool, Parameter(name="--json", help="The report as JSON on the standard output.", negative="")
-    ] = False,
+    json_: Annotated[bool, Parameter(name="--json", help="The report as JSON on the standard output.")] = False,
     events: Events = None,
 ) -> int:
     """Run a recipe: scan, cut, train and measure every arm, and write the report.
@@ -96,7 +93,7 @@ def run_verb(
 
 
 def train_verb(
-    recipe: Path,
+    recipe: Annotated[Path, Parameter(help="A recipe's file.")],
     *,
     arm: Annotated[str, Parameter(help="The arm of the recipe to tune.")],
     out_: RunFolderOption = None,
@@ -120,7 +117,7 @@ def train_verb(
 
 
 def search_verb(
-    recipe: Path,
+    recipe: Annotated[Path, Parameter(help="A recipe's file.")],
     *,
     arm: Annotated[str, Parameter(help="The arm whose cut, or whose repair's strength, is searched.")] = "defended",
     rounds: Annotated[int, Parameter(help="Tunings at most, after the plain one.")] = 2,
@@ -151,13 +148,11 @@ def search_verb(
 
 
 def bench_verb(
-    grid: Path,
+    grid: Annotated[Path, Parameter(help="A grid's file, as recipes/grid.yaml.")],
     *,
     only: Annotated[str, Parameter(help="Some of the attacks: explicit,trigger.")] = "",
     seeds: Annotated[str, Parameter(help="Some of the seeds: 0,1.")] = "",
-    list_: Annotated[
-        bool, Parameter(name="--list", help="Print the cells and how they ended; run nothing.", negative="")
-    ] = False,
+    list_: Annotated[bool, Parameter(name="--list", help="Print the cells and how they ended; run nothing.")] = False,
     out_: Annotated[Path | None, Parameter(name="--out", help="Folder of the run folders; default runs/GRID.")] = None,
     set_: Sets = (),
     engine: Engine = "",

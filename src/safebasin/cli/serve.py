@@ -18,7 +18,7 @@ def serve_verb(
     port: Annotated[int, Parameter(help="Port to listen on.")] = 8080,
     tenant: Annotated[str, Parameter(help="Print a new key of this customer, who may be new, and end.")] = "",
     operator: Annotated[str, Parameter(help="Print a new key of this operator, and end.")] = "",
-    check: Annotated[bool, Parameter(help="Read the policy and its recipes, and end.", negative="")] = False,
+    check: Annotated[bool, Parameter(help="Read the policy and its recipes, and end.")] = False,
 ) -> int:
     """Serve fine-tuning to customers with OpenAI's client: files, jobs, verdicts, models. A job is a run.
 
