@@ -1,13 +1,13 @@
 """The pages: commands exist, links resolve, numbers are those of the results, and the site builds without a warning."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import cyclopts
@@ -199,42 +199,37 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
     """The page of repairs: every arm in three tables, by the worse judge; how far and to which rank an arm was
     moved."""
     records = {r["what"]: r for r in json.loads((ROOT / "benchmarks" / "repair" / "results.json").read_text())}
-    arms = {r["defence"] for r in records.values() if r.get("grid") == "repair" and r["value"] is not None} - {""}
     text = (DOCS / "results" / "repair.md").read_text(encoding="utf-8")
-
-    def refused(arm: str, column: str) -> float | None:
-        names = [name for name in records if name.startswith(f"{column}.{arm}.over_refusal.")]
-        return max((records[name]["value"] for name in names if records[name]["value"] is not None), default=None)
 
     def value(name: str) -> float | None:
         return records[name]["value"] if name in records else None
-
-    def distance(arm: str) -> float | None:
-        each = [row["value"] for name, row in records.items() if name.startswith(f"distance.{arm}.")]
-        return sum(each) / len(each) if each else None
 
     def shown(cell: str) -> float | None:
         number = cell.split(" %")[0].strip(" *")
         return None if number in ("", "–") else float(number) / (100 if "%" in cell else 1)
 
-    cells: dict[str, Callable[[str, str], float | None]] = {
-        "Attack success": lambda arm, column: value(f"asr.{arm}.{column}"),
-        "Task accuracy": lambda arm, column: value(f"utility.{arm}.{column}"),
-        "Look-alikes refused": refused,
-    }
-    for title, of in cells.items():
-        table = text.split(f"## {title}\n")[1].split("\n#")[0]
+    def arms(*grids: str) -> set[str]:
+        return {r["defence"] for r in records.values() if r.get("grid") in grids and r["value"] is not None} - {""}
+
+    quantities = {"Attack success": "asr", "Task accuracy": "utility", "Look-alikes refused": "over_refusal"}
+    second = text.split("## A second task, and Alpaca\n")[1].split("\n## ")[0]
+    parts = [(text, "\n## ", arms("repair")), (second, "\n### ", arms("repair_news", "repair_alpaca"))]
+    for (part, mark, measured), (title, quantity) in itertools.product(parts, quantities.items()):
+        table = part.split(f"{mark}{title}\n")[1].split("\n#")[0]
         head = next(line for line in table.splitlines() if line.startswith("| arm"))
         columns = re.findall(r"`(\w+)`", head)
         rows = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
-        assert {arm for arm, _ in rows} == arms, title
+        assert {arm for arm, _ in rows} == measured, title
         for arm, line in rows:
-            values = [of(arm, column) for column in columns]
-            values += [distance(arm), value(f"rank.out.{arm}")] if "rank" in head else []
+            values = [value(f"{quantity}.{arm}.{column}") for column in columns]
+            if "rank" in head:
+                distances = [value(f"distance.{arm}.{column}") for column in columns]
+                known = [each for each in distances if each is not None]
+                values += [sum(known) / len(known) if known else None, value(f"rank.out.{arm}")]
             assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), (title, arm)
     table = text.split("## Further strengths and controls\n")[1].split("\n#")[0]
     further = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
-    assert {arm for arm, _ in further} == {r["defence"] for r in records.values() if r.get("grid") == FURTHER} != set()
+    assert {arm for arm, _ in further} == arms(FURTHER) != set()
     for arm, line in further:
         names = [f"{quantity}.{arm}.poison_10" for quantity in ("asr", "utility", "over_refusal")]
         values = [value(name) for name in (*names, f"distance.{arm}.poison_10", f"rank.out.{arm}")]

@@ -116,7 +116,7 @@ def test_behind_nginx(served, nginx):
         client.files.create(file=("rows.jsonl", b"x" * 2_000_000), purpose="fine-tune")
     assert error.value.status_code == 413
     assert httpx2.get(f"{nginx}/operator", trust_env=False).status_code == 403
-    assert httpx2.get(f"{served.url}/operator", trust_env=False).status_code == 401
+    assert httpx2.get(f"{served.url}/operator", trust_env=False).status_code == 303
 
 
 RECIPE = recipe_text("service")

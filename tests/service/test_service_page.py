@@ -54,10 +54,14 @@ def test_nobody_gets_in_without_an_operators_key(reviewed):
     posts += ["/operator/keys", "/operator/keys/key-x/revoke", "/operator/logout"]
     with browser(reviewed) as client:
         for page in (*PAGES, f"/operator/jobs/{job}", f"/operator/jobs/{job}/live", f"/operator/jobs/{job}/report"):
-            assert client.get(page).status_code == 401, page
+            answer = client.get(page)
+            assert (answer.status_code, answer.headers["location"]) == (303, "/operator/login"), page
+            part = client.get(page, headers={"hx-request": "true"})  # a part of a page, whose session has run out
+            assert (part.status_code, part.headers["hx-redirect"]) == (401, "/operator/login"), page
         for page in posts:
             data = {"csrf": "x", "arm": "plain", "tenant": "t", "name": "n"}
-            assert client.post(page, data=data).status_code == 401, page
+            answer = client.post(page, data=data)
+            assert (answer.status_code, answer.headers["location"]) == (303, "/operator/login"), page
         for key in ("", "wrong", reviewed.keys["acme"]):
             assert client.post("/operator/login", data={"key": key}).status_code == 401
         assert client.get("/operator/login").status_code == 200
@@ -156,4 +160,4 @@ def test_lists_filters_and_signing_out(reviewed, operator):
     assert operator.post(f"/operator/jobs/{job}/cancel", data={"csrf": token}).status_code == 303
     assert reviewed.ended(job).status == "cancelled"
     assert operator.post("/operator/logout", data={"csrf": token}).status_code == 303
-    assert operator.get("/operator").status_code == 401
+    assert operator.get("/operator").headers["location"] == "/operator/login"

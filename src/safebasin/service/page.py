@@ -18,6 +18,7 @@ from fastapi import Depends, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from sqlalchemy import func
 from sqlmodel import Session, col, select
+from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from safebasin.console import printable
@@ -85,7 +86,8 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             login = session.get(Login, digest(request.cookies.get("operator", "")))
             key = session.get(Key, login.key) if login and login.expires > time.time() else None
         if login is None or key is None or key.revoked is not None:
-            raise ApiError("Sign in first: /operator/login", code="not_signed_in", status=401)
+            headers = {"location": "/operator/login", "hx-redirect": "/operator/login"}  # a part of a page cannot follow
+            raise HTTPException(401 if "hx-request" in request.headers else 303, "Sign in first.", headers)
         return Operator(key.name, login.csrf)
 
     def checked(operator: Annotated[Operator, Depends(signed_in)], csrf: Text) -> Operator:
