@@ -86,8 +86,11 @@ def add_pages(app: FastAPI, store: Store, storage: Storage, settings: Settings, 
             login = session.get(Login, digest(request.cookies.get("operator", "")))
             key = session.get(Key, login.key) if login and login.expires > time.time() else None
         if login is None or key is None or key.revoked is not None:
-            headers = {"location": "/operator/login", "hx-redirect": "/operator/login"}  # a part of a page cannot follow
-            raise HTTPException(401 if "hx-request" in request.headers else 303, "Sign in first.", headers)
+            raise HTTPException(
+                401 if "hx-request" in request.headers else 303,  # a part of a page cannot follow a redirect
+                "Sign in first.",
+                {"location": "/operator/login", "hx-redirect": "/operator/login"},
+            )
         return Operator(key.name, login.csrf)
 
     def checked(operator: Annotated[Operator, Depends(signed_in)], csrf: Text) -> Operator:
