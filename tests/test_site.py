@@ -224,8 +224,8 @@ def test_numbers_of_the_repairs_are_those_of_their_results():
             values = [value(f"{quantity}.{arm}.{column}") for column in columns]
             if "rank" in head:
                 distances = [value(f"distance.{arm}.{column}") for column in columns]
-                known = [each for each in distances if each is not None]
-                values += [sum(known) / len(known) if known else None, value(f"rank.out.{arm}")]
+                moved = [each for each in distances if each is not None]
+                values += [sum(moved) / len(moved) if moved else None, value(f"rank.out.{arm}")]
             assert [shown(cell) for cell in line.split("|")] == pytest.approx(values, abs=6e-3), (title, arm)
     table = text.split("## Further strengths and controls\n")[1].split("\n#")[0]
     further = re.findall(r"^\| `(\w+)` \|(.+)\|$", table, re.M)
