@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 
 GREY, BLUE, ORANGE, PURPLE = "#7d8a99", "#4a86cf", "#d0762c", "#b0609e"
-WIDTH, HEIGHT, RIGHT = 520, 340, 0.65  # of a panel in pixels, and the accuracy at its right edge
+WIDTH, HEIGHT = 520, 340  # of a panel in pixels
 KINDS = ("no repair", "shrink", "repair", "training with a defence")
 
 
@@ -23,11 +23,12 @@ def kind(arm: str) -> str:
     return KINDS[1] if arm.startswith("shrink") else KINDS[2]
 
 
-def place_labels(points: Sequence[dict[str, Any]]) -> None:
-    """Give every point of a panel the place of its label, in data units: beside it, or as near as is free."""
-    taken = [(x, y - 4, x + 8, y + 4) for x, y in map(_pixels, points)]
+def place_labels(points: Sequence[dict[str, Any]], right: float) -> None:
+    """Give every point of a panel the place of its label, in data units: beside it, or as near as is free. ``right`` is
+    the accuracy at the panel's right edge."""
+    taken = [(x, y - 4, x + 8, y + 4) for x, y in (_pixels(point, right) for point in points)]
     for point in sorted(points, key=lambda point: (-point["asr"], point["utility"])):
-        (x, y), width = _pixels(point), 5.4 * len(point["arm"])
+        (x, y), width = _pixels(point, right), 5.4 * len(point["arm"])
         places = [
             (left, y + step) for step in (0, -11, 11, -22, 22, -33, 33, -44, -55) for left in (x + 7, x - 7 - width)
         ]
@@ -35,11 +36,11 @@ def place_labels(points: Sequence[dict[str, Any]]) -> None:
         inside = [box for box in boxes if box[0] > 0 and box[1] > 0 and box[3] < HEIGHT] or boxes
         box = next((box for box in inside if not any(_overlap(box, other) for other in taken)), inside[0])
         taken.append(box)
-        point |= {"x": RIGHT * box[0] / WIDTH, "y": (1 - (box[1] + 5) / HEIGHT) ** 2}
+        point |= {"x": right * box[0] / WIDTH, "y": (1 - (box[1] + 5) / HEIGHT) ** 2}
 
 
-def _pixels(point: Mapping[str, Any]) -> tuple[float, float]:
-    return WIDTH * point["utility"] / RIGHT, HEIGHT * (1 - point["asr"] ** 0.5)
+def _pixels(point: Mapping[str, Any], right: float) -> tuple[float, float]:
+    return WIDTH * point["utility"] / right, HEIGHT * (1 - point["asr"] ** 0.5)
 
 
 def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -61,10 +62,11 @@ def write_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path:
     columns = [column for column in columns if any(point["column"] == column for point in values)]
     measured = collections.Counter(point["arm"] for point in values)
     values = [point for point in values if measured[point["arm"]] == len(columns)]
+    right = min(1.0, 0.15 + max((point["utility"] for point in values), default=1.0))
     for column in columns:
-        place_labels([point for point in values if point["column"] == column])
+        place_labels([point for point in values if point["column"] == column], right)
     axis = alt.Axis(format=".0%", tickCount=5)
-    across = alt.Scale(domain=[0, RIGHT])
+    across = alt.Scale(domain=[0, right])
     up = alt.Scale(domain=[0, 1], type="sqrt")  # most repairs are below 20 %
     x = alt.X("utility:Q", title="task accuracy", axis=axis, scale=across)
     y = alt.Y("asr:Q", title="attack success (root scale)", axis=axis, scale=up)
