@@ -10,17 +10,22 @@ from typing import Any
 
 import altair as alt
 
-GREY, BLUE, ORANGE, PURPLE = "#7d8a99", "#4a86cf", "#d0762c", "#b0609e"
+GREY = "#7d8a99"
 WIDTH, HEIGHT = 520, 340  # of a panel in pixels
-KINDS = ("no repair", "shrink", "repair", "training with a defence")
+KINDS = {
+    "no repair": GREY,
+    "shrink": "#b0609e",
+    "repair": "#4a86cf",
+    "training with a defence": "#d0762c",
+    "answers mixed": "#4f9d69",
+}
 
 
 def kind(arm: str) -> str:
-    if arm in ("start", "plain"):
-        return KINDS[0]
-    if arm.startswith(("composition", "buffer_reinforce")):
-        return KINDS[3]
-    return KINDS[1] if arm.startswith("shrink") else KINDS[2]
+    """Of an arm, by its name."""
+    names = {"start": "no repair", "plain": "no repair", "shrink": "shrink", "mix": "answers mixed"}
+    names |= dict.fromkeys(("composition", "buffer_reinforce"), "training with a defence")
+    return next((each for start, each in names.items() if arm.startswith(start)), "repair")
 
 
 def place_labels(points: Sequence[dict[str, Any]], right: float) -> None:
@@ -48,7 +53,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def write_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:
-    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN`` of the arms that all of ``columns`` have."""
+    """Draw the records ``asr.ARM.COLUMN`` and ``utility.ARM.COLUMN`` of the arms that most of ``columns`` have."""
     points: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name, _, rest = row["what"].partition(".")
@@ -61,7 +66,7 @@ def write_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path:
     values = [point for point in points.values() if {"asr", "utility"} <= point.keys()]
     columns = [column for column in columns if any(point["column"] == column for point in values)]
     measured = collections.Counter(point["arm"] for point in values)
-    values = [point for point in values if measured[point["arm"]] == len(columns)]
+    values = [point for point in values if 2 * measured[point["arm"]] > len(columns)]
     right = min(1.0, 0.15 + max((point["utility"] for point in values), default=1.0))
     for column in columns:
         place_labels([point for point in values if point["column"] == column], right)
@@ -73,7 +78,7 @@ def write_curve(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path:
     everything = alt.Chart(alt.Data(values=values))
     base = everything.encode(x=x, y=y)
     line = base.transform_filter("datum.kind == 'shrink' || datum.arm == 'plain' || datum.arm == 'start'")
-    colours = alt.Scale(domain=KINDS, range=[GREY, PURPLE, BLUE, ORANGE])
+    colours = alt.Scale(domain=list(KINDS), range=list(KINDS.values()))
     colour = alt.Color("kind:N", title=None, scale=colours, legend=alt.Legend(orient="bottom"))
     layers = [
         line.mark_line(color=GREY, strokeDash=[4, 3]).encode(order="asr:Q"),
