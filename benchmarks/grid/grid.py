@@ -139,7 +139,7 @@ TINY = (
 SMALL = {"seeds": (0,), "defences": ("plain", "cut"), "change": TINY}  # --quick
 
 
-@experiment("grid", quick=SMALL | {"only": ("explicit",)})
+@experiment("grid", replaces=("what", "grid"), quick=SMALL | {"only": ("explicit",)})
 def grid(
     *,
     bench: Bench,
@@ -153,7 +153,7 @@ def grid(
     run(bench, {"grid": grid_of("grid", defences, change)}, only, seeds, pages, None)
 
 
-@experiment("methods", quick=SMALL | {"only": ("agnews_10",)})
+@experiment("methods", replaces=("what", "grid"), quick=SMALL | {"only": ("agnews_10",)})
 def methods(
     *,
     bench: Bench,
