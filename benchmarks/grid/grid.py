@@ -96,9 +96,10 @@ def run(
         UserError: a defence could not run (the records of the others are written).
     """
     if to is not None:
-        measured = read_results(bench.file)
-        for name in trees.keys() & {row.get("grid") for row in measured}:
-            pages(name, trees[name], measured, to)
+        rows = read_results(bench.file)
+        for name, tree in trees.items():
+            if any(row.get("grid") == name for row in rows):
+                pages(name, tree, rows, to)
         return
     rows, failed = [], []
     for name, tree in trees.items():
@@ -136,10 +137,11 @@ TINY = (
     "base.measure.suites=[{asr: {prompts: builtin:harmful-test, take: 4}}]",
     "base.gate={min_n: 2}",
 )
+CELL = ("grid", "attack", "defence", "rate")  # a cell that is measured again takes the place of all its records
 SMALL = {"seeds": (0,), "defences": ("plain", "cut"), "change": TINY}  # --quick
 
 
-@experiment("grid", replaces=("what", "grid"), quick=SMALL | {"only": ("explicit",)})
+@experiment("grid", replaces=CELL, quick=SMALL | {"only": ("explicit",)})
 def grid(
     *,
     bench: Bench,
@@ -153,7 +155,7 @@ def grid(
     run(bench, {"grid": grid_of("grid", defences, change)}, only, seeds, pages, None)
 
 
-@experiment("methods", replaces=("what", "grid"), quick=SMALL | {"only": ("agnews_10",)})
+@experiment("methods", replaces=CELL, quick=SMALL | {"only": ("agnews_10",)})
 def methods(
     *,
     bench: Bench,

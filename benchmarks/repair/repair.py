@@ -15,7 +15,6 @@ and after an alignment, in bfloat16, and are read for every block.
 """
 
 import functools
-import itertools
 import json
 import resource
 import subprocess
@@ -33,6 +32,7 @@ from benchmarks.grid.grid import TINY, Change, Defences, Only, Pages, Seeds, gri
 from benchmarks.grid.grid import run as run_grid
 from benchmarks.harness import ROOT, Bench, Record, experiment, ratios, run_cli, seconds, take_turns
 from benchmarks.repair.curve import write_curve
+from safebasin.errors import UserError
 from safebasin.layer import Pair, Update
 from safebasin.models.updates import AdapterUpdates
 from safebasin.models.write import write_lora
@@ -184,6 +184,7 @@ def repair(
 
 
 GRIDS = ("repair", "repair_news", "repair_alpaca")  # the others read public sets
+FIGURES = {"repair-curve.svg": GRIDS[:1], "repair-curve-tasks.svg": GRIDS[1:]}
 ROLES = ("harmful", "safe", "reinforce")  # in the order in which they are tuned
 FIRST = {"only": ("poison_10",), "seeds": (0,)}  # of --first, with the defences up to the one below
 LAST_OF_FIRST = "buffer_reinforce"
@@ -192,7 +193,7 @@ LAST_OF_FIRST = "buffer_reinforce"
 @experiment(
     "repair_table",
     results="repair",
-    replaces=("what", "shape"),
+    replaces=("what", "shape", "grid"),
     quick=FIRST | {"defences": ("plain", "shrink_50"), "change": TINY},
 )
 def repair_table(
@@ -213,16 +214,19 @@ def repair_table(
         defences = defences or tuple(names[: names.index(LAST_OF_FIRST) + 1])
         only, seeds = only or FIRST["only"], seeds or FIRST["seeds"]
     trees = {name: grid_of(name, defences, change) for name in (GRIDS if data or pages else GRIDS[:1])}
+    trees = {name: tree for name, tree in trees.items() if not only or set(only) & tree["attacks"].keys()}
+    if not trees:
+        raise UserError(f"no grid has {', '.join(only)}; those that read public sets need --data FOLDER")
     if pages is None:
         read = {role for tree in trees.values() for role in roles_of_grid(tree)}
         for role in (role for role in ROLES if role in read):
             run_cli("role", role, "--steps", role_steps)
     run_grid(bench, trees, only, seeds, pages, data)
     by_method(bench, [bench.keep / name for name in trees])
-    figures = {"repair-curve.svg": GRIDS[:1], "repair-curve-tasks.svg": GRIDS[1:]}
-    for name, grids in figures.items():
-        columns = [attack for grid in grids if grid in trees for attack in trees[grid]["attacks"]]
-        write_curve(bench.rows(), columns, (pages or bench.file.parent) / name)
+    for figure, grids in FIGURES.items():
+        columns = [attack for grid in grids for attack in grid_of(grid)["attacks"]]
+        if any(row.get("attack") in columns for row in bench.rows()):
+            write_curve(bench.rows(), columns, (pages or bench.file.parent) / figure)
 
 
 QUANTITIES = {"asr": "asr", "accuracy": "utility", "token_accuracy": "utility", "over_refusal": "over_refusal"}
@@ -233,43 +237,40 @@ def by_method(bench: Bench, folders: Sequence[Path]) -> None:
     by the worse judge; of the repairs in ``folders``, ``distance.ARM.COLUMN`` and ``rank.out.ARM``; and
     ``asr_upper.worst.best_arm`` of the arms that every column has, the model as it was left out. The machine and the
     day are those of the cell."""
-    cells: dict[tuple[str, str], list[Record]] = {}
+    worst: dict[tuple[str, str, str], Record] = {}
+    uppers: dict[str, dict[str, float]] = {}  # by arm and column, the larger of the judges'
     for row in bench.rows():
         if row.get("grid", "").startswith("repair") and row["value"] is not None and row["quantity"] in QUANTITIES:
-            cells.setdefault((row["defence"], row["attack"]), []).append(row)
-    facts = {cell: {name: rows[0].get(name) for name in bench.facts} for cell, rows in cells.items()}
-    for (arm, column), rows in sorted(cells.items()):
-        for quantity, rows_of in itertools.groupby(sorted(rows, key=_quantity), _quantity):
-            row, name = max(rows_of, key=lambda row: row["value"]), f"{QUANTITIES[quantity]}.{arm}.{column}"
-            more = {"n": row["n"], "unit": "share", "seeds": len(row["seeds"])} | facts[arm, column]
-            bench.record(name, row["value"], row["interval"], **more)
+            arm, column = row["defence"], row["attack"]
+            key = (QUANTITIES[row["quantity"]], arm, column)
+            worst[key] = max(worst.get(key, row), row, key=lambda row: row["value"])
+            if row["quantity"] == "asr":
+                of_arm = uppers.setdefault(arm, {})
+                of_arm[column] = max(of_arm.get(column, 0.0), row["upper"])
+    facts = {(arm, column): {name: row.get(name) for name in bench.facts} for (_, arm, column), row in worst.items()}
+    for (name, arm, column), row in sorted(worst.items(), key=lambda item: item[0]):
+        more = {"n": row["n"], "unit": "share", "seeds": len(row["seeds"])} | facts[arm, column]
+        bench.record(f"{name}.{arm}.{column}", row["value"], row["interval"], **more)
     edits: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(path for folder in folders for path in folder.glob("*/arms/*/repair.json")):
         cell = (path.parent.name, path.parents[2].name.rpartition("-")[0])
-        if cell in cells:
+        if cell in facts:
             edits.setdefault(cell, []).append(json.loads(path.read_text(encoding="utf-8"))["summary"])
     for arm, column in edits:
         each = [edit["distance"] for edit in edits[arm, column]]
         more = {"n": len(each), "unit": "|repaired - tuned| / |tuned|"} | facts[arm, column]
         bench.record(f"distance.{arm}.{column}", sum(each) / len(each), **more)
         ranks = [edit["rank"] for (other, _), of_cell in edits.items() if other == arm for edit in of_cell]
-        rank = None if None in ranks else max(ranks)
         more |= {"n": len(ranks), "unit": "of the adapter; none: a full model is written"}
-        bench.record(f"rank.out.{arm}", rank, **more)
-    columns = {column for _, column in cells}
-    uppers = {
-        arm: max(row["upper"] for column in columns for row in cells[arm, column] if row["quantity"] == "asr")
-        for arm in {arm for arm, _ in cells} - {START}
-        if all((arm, column) in cells for column in columns)
-    }
-    if uppers:
-        arm = min(sorted(uppers), key=lambda arm: uppers[arm])
-        more = {"unit": "share; n: columns", "arm": arm, "columns": sorted(columns)} | facts[arm, min(columns)]
-        bench.record("asr_upper.worst.best_arm", uppers[arm], n=len(columns), **more)
-
-
-def _quantity(row: Record) -> str:
-    return str(row["quantity"])
+        bench.record(f"rank.out.{arm}", None if None in ranks else max(ranks), **more)
+    columns = sorted({column for of_arm in uppers.values() for column in of_arm})
+    largest = {a: max(each.values()) for a, each in uppers.items() if a != START and len(each) == len(columns)}
+    if largest:
+        arm = min(sorted(largest), key=lambda arm: largest[arm])
+        more = {"unit": "share; n: columns", "arm": arm, "columns": columns} | facts[arm, columns[0]]
+        for name in ("machine", "torch"):
+            more[name] = "; ".join(sorted({str(facts[arm, column][name]) for column in columns}))
+        bench.record("asr_upper.worst.best_arm", largest[arm], n=len(columns), **more)
 
 
 def roles_of_grid(tree: Mapping[str, Any]) -> list[str]:

@@ -32,13 +32,26 @@ app = cyclopts.App(
     ),
     default_parameter=cyclopts.Parameter(negative=""),  # no --no-json, no --empty-judge
 )
-VERBS = {  # by the module of ``safebasin.cli``
-    **dict.fromkeys(("init", "list", "schema", "doctor"), "about"),
-    **dict.fromkeys(("preview", "scan", "cut", "convert"), "rows"),
-    **dict.fromkeys(("run", "train", "search", "bench"), "run"),
-    **dict.fromkeys(("repair", "role"), "repair"),
-    **dict.fromkeys(("report", "gate"), "report"),
-    **{name: name for name in ("measure", "export", "serve")},
+VERBS = {  # and the module of ``safebasin.cli`` that has each
+    "init": "about",
+    "list": "about",
+    "schema": "about",
+    "doctor": "about",
+    "preview": "rows",
+    "scan": "rows",
+    "cut": "rows",
+    "convert": "rows",
+    "run": "run",
+    "train": "run",
+    "search": "run",
+    "bench": "run",
+    "measure": "measure",
+    "repair": "repair",
+    "role": "repair",
+    "report": "report",
+    "gate": "report",
+    "export": "export",
+    "serve": "serve",
 }
 for _name, _module in VERBS.items():
     app.command(getattr(import_module(f"safebasin.cli.{_module}"), f"{_name}_verb"), name=_name)
