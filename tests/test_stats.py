@@ -1,7 +1,10 @@
 """Intervals, paired tests and agreement against numbers that were derived by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,8 +40,9 @@ def test_wilson_at_the_ends_has_width():
 
 
 def test_no_share_of_nothing():
-    with pytest.raises(ValueError, match="undefined"):
-        wilson(0, 0)
+    for share, (hits, n) in itertools.product((wilson, exact), ((0, 0), (3, 2), (-1, 2))):
+        with pytest.raises(ValueError, match="undefined"):
+            share(hits, n)
     with pytest.raises(ValueError, match="pairs"):
         paired_difference([], [])
     with pytest.raises(ValueError, match="pairs"):
@@ -125,6 +129,14 @@ def test_exact_by_hand():
     assert exact(0, 60) == pytest.approx((0.0, 1 - 0.025 ** (1 / 60))) and exact(60, 60).low == pytest.approx(
         0.025 ** (1 / 60)
     )
+
+
+@given(n=st.integers(1, 2000), data=st.data())
+def test_intervals_of_a_share_are_those_of_scipy(n, data):
+    hits = data.draw(st.integers(0, n))
+    truth = scipy.stats.binomtest(hits, n)
+    assert wilson(hits, n) == pytest.approx(tuple(truth.proportion_ci(method="wilson")), abs=1e-12)
+    assert exact(hits, n) == pytest.approx(tuple(truth.proportion_ci(method="exact")), abs=1e-9)
 
 
 def test_seeds_that_share_prompts_are_not_more_prompts():

@@ -30,27 +30,30 @@ def wilson(hits: int, n: int) -> Interval:
     """Wilson's 95 % score interval of a share (Wilson 1927). Unlike the normal interval it has a width at 0 and at 1.
 
     Raises:
-        ValueError: n is 0: the share is undefined.
+        ValueError: the share is undefined: n is 0, or the hits are more than n or below 0.
     """
-    return _share_interval(hits, n, "wilson")
+    return _wilson(_share(hits, n), n)
 
 
 def exact(hits: int, n: int) -> Interval:
     """The exact 95 % interval of a share (Clopper and Pearson 1934): each end errs in at most 2.5 % of draws.
 
     Raises:
-        ValueError: n is 0: the share is undefined.
+        ValueError: the share is undefined: n is 0, or the hits are more than n or below 0.
     """
-    return _share_interval(hits, n, "exact")
+    from scipy.special import betaincinv
+
+    share = _share(hits, n)
+    return Interval(
+        float(betaincinv(hits, n - hits + 1, 0.025)) if share > 0 else 0.0,
+        float(betaincinv(hits + 1, n - hits, 0.975)) if share < 1 else 1.0,
+    )
 
 
-def _share_interval(hits: int, n: int, method: Literal["wilson", "exact"]) -> Interval:
-    from scipy.stats import binomtest
-
-    if n <= 0:
-        raise ValueError("the share of nothing is undefined: n is 0")
-    low, high = binomtest(hits, n).proportion_ci(method=method)
-    return Interval(float(low), float(high))
+def _share(hits: int, n: int) -> float:
+    if n <= 0 or not 0 <= hits <= n:
+        raise ValueError(f"{hits} of {n}: such a share is undefined")
+    return hits / n
 
 
 def mcnemar(b: int, c: int) -> float:
@@ -188,7 +191,7 @@ def _variance(means: Sequence[float], prompts: float, n: int) -> tuple[float, fl
     return seeds + prompts, float(t.ppf(0.975, freedom))
 
 
-def _wilson(share: float, n: float) -> Interval:
+def _wilson(share: float, n: int | float) -> Interval:
     """Wilson's interval of a share of ``n`` prompts, which need be no whole number."""
     middle, scale = (share + Z * Z / (2 * n)) / (1 + Z * Z / n), Z / (1 + Z * Z / n)
     half = scale * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))

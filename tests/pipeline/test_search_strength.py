@@ -48,8 +48,7 @@ def rounds_of(edit, judge, monkeypatch, tmp_path, rounds=4):
             [fields] = spec.values()
             assert value in fields.values()
             outcome = judge(value)
-        fields = {"arm": arm, "threshold": value, "rows": rows, "asr": 0.0, "accuracy": 1.0, "outcome": outcome}
-        return Round(**{name: fields.get(name) for name in Round._fields})
+        return Round(arm, value, rows, asr=0.0, accuracy=1.0, outcome=outcome, reasons=())
 
     monkeypatch.setattr(module, "Run", StandIn)
     monkeypatch.setattr(module, "training_examples", lambda plan, path: [None] * 5)

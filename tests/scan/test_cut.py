@@ -25,8 +25,12 @@ def examples(tmp_path, count, name="rows.jsonl"):
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-SAFE, HARMFUL = np.arange(21.0), np.arange(100.0, 121.0)  # the 95 % quantile is 19, the 5 % quantile is 101: 60 between
-TWO = {"one": {"safe": SAFE, "harmful": HARMFUL}, "two": {"safe": SAFE / 10, "harmful": HARMFUL / 10}}
+# the 95 % quantile is 19, the 5 % quantile is 101: 60 between
+SAFE, HARMFUL = [float(x) for x in range(21)], [float(x) for x in range(100, 121)]
+TWO = {
+    "one": {"safe": SAFE, "harmful": HARMFUL},
+    "two": {"safe": [x / 10 for x in SAFE], "harmful": [x / 10 for x in HARMFUL]},
+}
 
 
 def cut_by(rows, scores, threshold=None, anchors=None, **fields):

@@ -33,7 +33,7 @@ def run(path, key, name="self_refusal"):
 @pytest.mark.slow
 def test_killed_twice(tmp_path):
     """SIGKILL at random points; the benchmark ``kill`` does it ten times on 20,000 rows."""
-    outcome = trial(tmp_path, 1500, 2)
+    outcome = trial(tmp_path, 600, 2)
     assert outcome["kills"] >= 1 and outcome["journal_lines_at_last_kill"] > 1
 
 

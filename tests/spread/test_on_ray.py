@@ -90,8 +90,8 @@ def test_machines_that_are_not_there(tmp_path):
 
 
 def test_two_actors_of_which_one_is_killed_write_the_file_of_one_process(tmp_path):
-    """96 rows in 12 shards, a scorer of tokens, one of rows and one of text."""
-    files = prepare(tmp_path, 96)
+    """48 rows in 6 shards, a scorer of tokens, one of rows and one of text."""
+    files = prepare(tmp_path, 48)
     outcomes = {}
     for name, engine in (("here", "here"), ("ray", "{ray: {workers: 2}}")):
         recipe = shard_recipe(tmp_path, files, 8, engine, "[gradshield, self_refusal, hidden_text]")
@@ -105,12 +105,12 @@ def test_two_actors_of_which_one_is_killed_write_the_file_of_one_process(tmp_pat
 
 
 def test_two_actors_answer_as_one_process(tmp_path):
-    """150 prompts in three batches of 64; the arm's files are the same, and no part is left."""
-    files = prepare(tmp_path, 150)
+    """70 prompts in three batches of 32; the arm's files are the same, and no part is left."""
+    files = prepare(tmp_path, 70)
     suites = f"[{{asr: {{prompts: {files[1]}, judges: [keyword], max_new_tokens: 8}}}}]"
     outcomes = {}
     for name, engine in (("here", "here"), ("ray", "{ray: {workers: 2}}")):
-        recipe = shard_recipe(tmp_path, files, 64, engine, "[self_refusal]", suites)
+        recipe = shard_recipe(tmp_path, files, 32, engine, "[self_refusal]", suites)
         running = scan_in_shards(recipe, tmp_path / name, "measure")
         error = running.communicate()[1].decode()
         assert running.returncode == 0, error[-3000:]

@@ -6,6 +6,7 @@ each.
 """
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -148,6 +149,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage: the Trainer collects at every start
     outcomes: dict[str, Any] = {}
     forked(lambda: tune(folder / "undisturbed"))
     outcomes["undisturbed"] = outcome(folder / "undisturbed")
