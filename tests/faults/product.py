@@ -132,7 +132,7 @@ def _child(action: Callable[[], int], log: Path | None) -> None:
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     assert os.getpid() != IMPORTED_IN, "every run would import everything itself"
     gc.freeze()  # what was imported is no garbage: transformers collects several times a run
-    vl_convert.vegalite_to_svg = lambda *_spec, **_options: "<svg/>"  # a second in every fork; no figure is compared here
+    vl_convert.vegalite_to_svg = lambda *_spec, **_options: "<svg/>"  # saves a second; no figure is compared here
     code = action()
     sys.stdout.flush()
     os._exit(code)
