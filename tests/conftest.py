@@ -9,10 +9,10 @@ from beartype.claw import beartype_package
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# jaxtyping costs a third of the tests' time: it has the modules that name shapes, and the one whose types are imported
-# for the type checker alone, which beartype's own hook does not take
+# jaxtyping costs a third of the tests' time: it has the modules that name shapes, and two that beartype's own hook does
+# not take: types imported for the type checker alone, and a class that Ray looks through
 SOURCES = Path(__file__).parents[1] / "src"
-NEED_IT = re.compile("jaxtyping|TYPE_CHECKING")
+NEED_IT = re.compile(r"jaxtyping|TYPE_CHECKING|ray\.remote")
 SHAPED = [path for path in SOURCES.rglob("*.py") if NEED_IT.search(path.read_text(encoding="utf-8"))]
 beartype_package("safebasin", conf=BeartypeConf(claw_is_pep526=False))
 install_import_hook([".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
