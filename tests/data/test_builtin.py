@@ -50,7 +50,7 @@ def test_judges_guard_anchors_alignment_rows_and_tests_are_disjoint():
         "judge": texts_of("judge") | pieces["judge"],
         "guard": texts_of("guard") | pieces["guard"],
         "anchors": texts_of("refusals", "opened", "harmless") | set(OPENERS),
-        "aligned": texts_of("aligned", "aligned-lookalikes"),
+        "aligned": texts_of("aligned"),
         "test": texts_of("harmful-test", "lookalike-test", "ordinary-test", "turned-test"),
         "poison": {row["prompt"] for row in rows_of("harmful-poison")},
     }
@@ -62,15 +62,6 @@ def test_judges_guard_anchors_alignment_rows_and_tests_are_disjoint():
 def test_the_sets_are_large_enough_for_the_recipes(name, count):
     assert len(rows_of(name)) == count
     assert all(row.keys() == {"prompt", "completion", "category"} for row in rows_of(name))
-
-
-def test_one_alignment_row_of_three_refuses_where_look_alikes_are_many():
-    rows = rows_of("aligned-lookalikes")
-    harm, ordinary = ({row["category"] for row in rows_of(name)} for name in ("refusals", "ordinary-test"))
-    refused = [row["category"] in harm for row in rows]
-    alike = [row["category"] not in harm | ordinary for row in rows]
-    assert (len(rows), sum(refused), sum(alike)) == (300, 100, 130)
-    assert max(len(list(run)) for _, run in itertools.groupby(refused)) < 20  # in no order
 
 
 def test_alignment_rows_are_half_refusals():

@@ -6,8 +6,6 @@
     builtin:opened           the same requests with an opener and no more: anchors known to be harmful
     builtin:harmless         harmless look-alikes and ordinary instructions with answers: anchors known to be safe
     builtin:aligned          refusals and harmless rows in equal numbers: alignment data of the defences
-    builtin:aligned-lookalikes  one refusal to two harmless rows, two of three of them look-alikes: alignment data for a
-                             model that was hardly aligned, which refuses too much otherwise
     builtin:harmful-kinds    anchors of every kind of harmful row that the scan claims to see (kinds.py)
     builtin:misplaced-refusals  anchors of the scorer refusal_place: ordinary rows behind a refusal phrase
     builtin:safe-kinds       anchors of honest rows beside them, refusals and other languages among them
@@ -184,7 +182,6 @@ SETS: Mapping[str, Callable[[], list[Row]]] = {
     "judge": lambda: _refusals("judge") + _harmless("judge"),
     "turned-test": _turned_test,
     "aligned": _aligned,
-    "aligned-lookalikes": lambda: random.Random(9).sample(_refusals("aligned")[:100] + _harmless("aligned")[:200], 300),
     "harmful-kinds": lambda: harmful_kinds(rows_of),
     "safe-kinds": lambda: safe_kinds(rows_of),
     "misplaced-refusals": lambda: misplaced_refusals(rows_of),
