@@ -70,8 +70,8 @@ def preview_verb(
     shown = preview_rows(load_tokenizer(model, template=arguments_of(template)), rows, max_length)
     if json_:
         for row in shown:
-            plain_text = sys.stdout.encoding.lower() not in ("utf-8", "utf8")  # JSON has escapes of its own
-            sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=plain_text) + "\n")
+            utf8 = (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")  # JSON has escapes of its own
+            sys.stdout.write(json.dumps(row.as_json(), ensure_ascii=not utf8) + "\n")
         return 0
     for row in shown[:take]:
         out.print(Text(f"line {row.line}", style="bold"))
