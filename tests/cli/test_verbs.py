@@ -50,9 +50,9 @@ def test_preview_shows_what_is_learned(tmp_path, model, capsys):
     assert first == {"line": "1", "bos": "0", **shown}
     assert rows[1]["line"] == 2 and rows[1]["bad"].startswith("no answer: ") and len(rows[1]) == 2
     assert rows[2]["line"] == 3 and "not JSON" in rows[2]["bad"]
-    with contextlib.redirect_stdout(io.StringIO()) as kept:  # a stream of text without an encoding
+    with contextlib.redirect_stdout(io.StringIO()) as stream:  # a stream of text without an encoding
         assert run("preview", str(path), "--model", model, "--json") == 0
-    assert [json.loads(line) for line in kept.getvalue().splitlines()] == rows
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == rows
     assert run("preview", str(path), "--model", model) == 0
     shown = capsys.readouterr().out
     assert "abc" in shown.replace(" ", "") and "not used: no answer" in shown and "1 of 3 rows are used" in shown
